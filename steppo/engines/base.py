@@ -1,0 +1,44 @@
+"""What an inference engine must offer."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from steppo.types import Completion, Request
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from steppo.models.policy import Policy
+
+
+class Engine(ABC):
+    """Samples actions. Requests are submitted at any time; ``poll`` gives those that are done.
+
+    Attributes:
+        logprob_tolerance: Largest difference to the learner's log-probabilities that is no cause for worry.
+    """
+
+    logprob_tolerance: float = 1e-4
+
+    def bind(self, policy: Policy) -> None:
+        """Takes the policy before the first request. Engines of other processes take only what they need to start."""
+
+    @abstractmethod
+    def submit(self, request: Request) -> None:
+        """Queues a request."""
+
+    @abstractmethod
+    def poll(self) -> list[Completion]:
+        """Completions since the last call; waits for at least one while any request is under way."""
+
+    def release(self, session_id: str) -> None:
+        """An episode is over: what is cached for it may go."""
+
+    def load_weights(self, named_parameters: Iterable[tuple[str, Tensor]], version: int) -> None:
+        """Takes the learner's weights. Engines that share them have nothing to do."""
+
+    def close(self) -> None:
+        """Frees what the engine holds."""

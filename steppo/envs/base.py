@@ -1,0 +1,49 @@
+"""What an environment must offer. Subclass it in a file of your own and name it by ``class_path``."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from steppo.types import Observation, Task
+
+
+class Env(ABC):
+    """A text environment, in Gymnasium's manner.
+
+    The constructor only stores settings: the object is copied into worker processes (so it must pickle), one copy for each
+    episode that is played at the same time. Acquire what is expensive in ``reset``.
+    """
+
+    @abstractmethod
+    def tasks(self, split: str) -> list[Task]:
+        """Tasks of ``train``, ``valid`` or ``test``, always the same in the same order. Raises ``ConfigError`` for others."""
+
+    @abstractmethod
+    def reset(self, task: Task) -> tuple[Observation, dict[str, Any]]:
+        """Starts an episode of ``task``. The same task gives the same start."""
+
+    @abstractmethod
+    def step(self, action: str) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
+        """Carries out one command.
+
+        Returns:
+            Observation, reward, terminated (the task is over, nothing follows), truncated (cut from outside), info.
+            ``info["success"]`` (bool) of the last step says whether the task was solved.
+        """
+
+    def prepare(self, tasks: Sequence[Task], progress: Callable[[int, int], None]) -> None:
+        """Makes what the tasks need on disk (games, indices), once per machine, before any worker starts.
+
+        Args:
+            tasks: All that will be played.
+            progress: Call with (done, total).
+        """
+
+    def expert_action(self) -> str | None:
+        """A command that an expert would give now, or ``None`` when there is no expert."""
+        return None
+
+    def close(self) -> None:
+        """Frees what ``reset`` acquired."""

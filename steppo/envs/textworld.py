@@ -1,0 +1,228 @@
+"""TextWorld games (Côté et al., 2018), generated from seeds and compiled on first use."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.metadata
+import json
+import multiprocessing as mp
+import os
+import re
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import Any, Literal
+
+import platformdirs
+
+from steppo.envs.base import Env
+from steppo.errors import ConfigError
+from steppo.types import Observation, Task
+
+# textworld is imported where it is used: its interpreter must not share a process with torch.
+
+Challenge = Literal["coin_collector", "simple", "treasure_hunter", "cooking"]
+
+_DEFAULT_SETTINGS: dict[str, dict[str, Any]] = {
+    "coin_collector": {"level": 5},
+    "treasure_hunter": {"level": 5},
+    "simple": {"rewards": "sparse", "goal": "brief", "test": False},
+    "cooking": {
+        "recipe": 1,
+        "take": 1,
+        "go": 6,
+        "open": False,
+        "cook": False,
+        "cut": False,
+        "drop": False,
+        "recipe_seed": 0,
+    },
+}
+_SPLITS = ("train", "valid", "test")
+_SEEDS_PER_SPLIT = 1_000_000
+
+
+def _make_game(challenge: str, settings: Mapping[str, Any], seed: int, path: Path) -> None:
+    """Generates and compiles one game; the game file appears only when it is complete."""
+    import textworld
+    import textworld.generator
+
+    maker = importlib.import_module(f"textworld.challenges.tw_{challenge}.{challenge}")
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        options = textworld.GameOptions()
+        options.seeds = seed
+        options.path = os.path.join(folder, path.name)
+        options.grammar.only_last_action = True  # an objective that spells out the route would be the solution
+        textworld.generator.compile_game(maker.make(settings, options), options)
+        made = Path(options.path)
+        os.replace(made.with_suffix(".json"), path.with_suffix(".json"))
+        os.replace(made, path)
+
+
+def _clean(text: str) -> str:
+    """Strips banner, status line, score lines, the end-of-game menu and blank lines."""
+    text = text[max(text.find("-= "), 0) :] if "$$" in text else text
+    text = re.split(r"\n>|\*\*\*", text, maxsplit=1)[0]
+    lines = (re.sub(r"\s+", " ", line).strip() for line in text.splitlines())
+    return "\n".join(line for line in lines if line and not line.startswith("Your score has just"))
+
+
+def _clean_objective(objective: str) -> str:
+    """Drops the welcome, keeps the task."""
+    sentences = re.split(r"(?<=[.!?])\s+", objective.strip())
+    kept = [sentence for sentence in sentences if "TextWorld" not in sentence]
+    return " ".join(kept or sentences)
+
+
+class TextWorldEnv(Env):
+    """Text adventures of four kinds, from seeds; train, valid and test never share one.
+
+    Args:
+        challenge: Kind of game.
+        settings: The kind's own settings. coin_collector, treasure_hunter: ``level``; simple: ``rewards``, ``goal``, ``test``;
+            cooking: ``recipe``, ``take``, ``go`` (number of rooms: 1, 6, 9 or 12), ``open``, ``cook``, ``cut``, ``drop``,
+            ``recipe_seed``. What is left out has a default.
+        num_train: Number of training games.
+        num_valid: Number of validation games.
+        num_test: Number of test games.
+        max_steps: Steps that the task allows; reaching them ends it unsolved.
+        show_admissible_commands: Show the commands that would work, and refuse all others. Hidden, the game judges.
+        exclude_commands: First words of commands to leave out of those shown, such as ``examine``.
+        description: ``full`` room texts, or ``brief``: the room's name (exits and things show in the commands).
+        reward: ``success`` pays 1 for winning; ``score`` pays each point of the game, scaled to a sum of 1.
+        cache_dir: Where games are kept; the user's cache folder unless given.
+        num_generators: Processes that generate games; one per CPU unless given.
+    """
+
+    def __init__(
+        self,
+        challenge: Challenge = "coin_collector",
+        settings: dict[str, Any] | None = None,
+        num_train: int = 100,
+        num_valid: int = 100,
+        num_test: int = 100,
+        max_steps: int = 50,
+        show_admissible_commands: bool = True,
+        exclude_commands: list[str] | None = None,
+        description: Literal["full", "brief"] = "full",
+        reward: Literal["success", "score"] = "success",
+        cache_dir: str | None = None,
+        num_generators: int | None = None,
+    ) -> None:
+        defaults = _DEFAULT_SETTINGS[challenge]
+        unknown = sorted(set(settings or {}) - set(defaults))
+        if unknown:
+            raise ConfigError(
+                f"TextWorldEnv: {challenge} has no setting {', '.join(unknown)}; it has {', '.join(defaults)}"
+            )
+        if max(num_train, num_valid, num_test) > _SEEDS_PER_SPLIT:
+            raise ConfigError(f"TextWorldEnv: a split holds at most {_SEEDS_PER_SPLIT:,} games")
+        if max_steps < 1:
+            raise ConfigError(f"TextWorldEnv: max_steps must be at least 1, not {max_steps}")
+        self.challenge = challenge
+        self.settings = {**defaults, **(settings or {})}
+        self.num_games = {"train": num_train, "valid": num_valid, "test": num_test}
+        self.max_steps = max_steps
+        self.show_admissible_commands = show_admissible_commands
+        self.exclude_commands = tuple(exclude_commands or ())
+        self.description = description
+        self.reward = reward
+        self.num_generators = num_generators
+        recipe = json.dumps([challenge, self.settings, importlib.metadata.version("textworld")], sort_keys=True)
+        root = Path(cache_dir) if cache_dir else Path(platformdirs.user_cache_dir("steppo")) / "textworld"
+        self._folder = root / f"{challenge}-{hashlib.sha256(recipe.encode()).hexdigest()[:12]}"
+        self._game: Any = None
+        self._state: Any = None
+        self._goal = ""
+        self._steps = 0
+
+    def tasks(self, split: str) -> list[Task]:
+        if split not in _SPLITS:
+            raise ConfigError(f"TextWorldEnv has no split {split!r}; it has {', '.join(_SPLITS)}")
+        start = _SPLITS.index(split) * _SEEDS_PER_SPLIT
+        return [
+            Task(f"{self._folder.name}/{seed}", {"seed": seed, "split": split})
+            for seed in range(start, start + self.num_games[split])
+        ]
+
+    def prepare(self, tasks: Sequence[Task], progress: Callable[[int, int], None]) -> None:
+        missing = [task for task in tasks if not self._path(task).exists()]
+        if not missing:
+            return
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"TextWorldEnv: cannot write games to {self._folder}: {error.strerror}") from error
+        progress(0, len(missing))
+        with ProcessPoolExecutor(self.num_generators, mp.get_context("spawn")) as pool:
+            jobs = [pool.submit(_make_game, *self._recipe(task), self._path(task)) for task in missing]
+            try:
+                for done, job in enumerate(as_completed(jobs), start=1):
+                    job.result()
+                    progress(done, len(missing))
+            except (ValueError, AssertionError, BrokenProcessPool) as error:
+                pool.shutdown(cancel_futures=True)
+                raise ConfigError(f"TextWorldEnv: {self.challenge} {self.settings}: {error}") from error
+
+    def reset(self, task: Task) -> tuple[Observation, dict[str, Any]]:
+        import textworld
+
+        self.close()
+        path = self._path(task)
+        if not path.exists():  # played outside of a run that prepared its tasks
+            self._folder.mkdir(parents=True, exist_ok=True)
+            _make_game(*self._recipe(task), path)
+        wanted = textworld.EnvInfos(
+            feedback=True, objective=True, admissible_commands=True, policy_commands=True, won=True, score=True, max_score=True
+        )
+        self._game = textworld.start(str(path), wanted)
+        self._state = self._game.reset()
+        self._steps = 0
+        if self.challenge == "coin_collector":
+            self._goal = "Find the coin and take it."
+        else:
+            self._goal = _clean_objective(self._state.objective)
+        return self._observe(), {}
+
+    def step(self, action: str) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
+        score_before = self._state.score or 0
+        self._state, _, done = self._game.step(action)
+        self._steps += 1
+        won = bool(self._state.won)
+        if self.reward == "success":
+            reward = float(won)
+        else:
+            reward = ((self._state.score or 0) - score_before) / (self._state.max_score or 1)
+        terminated = bool(done) or self._steps >= self.max_steps
+        return self._observe(), reward, terminated, False, {"success": won}
+
+    def expert_action(self) -> str | None:
+        """First command of an optimal plan from here."""
+        plan = self._state.policy_commands
+        return plan[0] if plan else None
+
+    def close(self) -> None:
+        if self._game is not None:
+            self._game.close()
+            self._game = None
+
+    def _path(self, task: Task) -> Path:
+        return self._folder / f"{task.data['seed']}.z8"
+
+    def _recipe(self, task: Task) -> tuple[str, dict[str, Any], int]:
+        settings = dict(self.settings)
+        if self.challenge == "cooking":
+            settings["split"] = task.data["split"]  # foods of the splits differ too
+        return self.challenge, settings, task.data["seed"]
+
+    def _observe(self) -> Observation:
+        text = _clean(self._state.feedback)
+        if self.description == "brief" and text.startswith("-= "):
+            text = text.split("\n", 1)[0].strip("-= ")
+        commands = None
+        if self.show_admissible_commands:
+            commands = tuple(c for c in self._state.admissible_commands if c.split()[0] not in self.exclude_commands)
+        return Observation(text, self._goal, commands)

@@ -1,0 +1,319 @@
+"""Records and batches that every part of steppo shares. Free of torch at run time: environment workers import it.
+
+Shape suffixes: ``_N`` steps, ``_E`` episodes, ``_A`` action tokens, ``_BT`` rows x tokens (flattened: ``row * T + column``).
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Task:
+    """One problem that an environment can be reset to.
+
+    Attributes:
+        id: Unique and stable; seeds, panels and groups are made from it, never from a position in a list.
+        data: What the environment needs to set it up: numbers, strings, lists, dicts.
+    """
+
+    id: str
+    data: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What the agent sees before it acts.
+
+    Attributes:
+        text: The environment's answer (or its opening text).
+        goal: The instruction, the same all through an episode.
+        admissible_commands: Commands to choose from, shown in the prompt; ``None`` when they are hidden or unknown.
+        feedback: Why the last action was refused; empty when it was carried out.
+        expert_action: What an expert would do now. Never rendered; filled only while demonstrations are collected.
+    """
+
+    text: str
+    goal: str = ""
+    admissible_commands: tuple[str, ...] | None = None
+    feedback: str = ""
+    expert_action: str | None = None
+
+
+class StopReason(enum.StrEnum):
+    """Why an episode ended."""
+
+    TERMINATED = "terminated"
+    STEP_LIMIT = "step_limit"
+    CONTEXT_OVERFLOW = "context_overflow"
+    ENV_ERROR = "env_error"
+    ENGINE_ERROR = "engine_error"
+    ABORTED = "aborted"
+
+    @property
+    def failed(self) -> bool:
+        """The episode broke instead of ending: it is counted, but neither learned from nor scored."""
+        return self in (StopReason.ENV_ERROR, StopReason.ENGINE_ERROR, StopReason.ABORTED)
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """One agent-environment turn, in token space: exactly the ids that the engine saw and sampled.
+
+    Attributes:
+        prompt_ids: int32, the state ``s_t``.
+        action_ids: int32, the action ``a_t``, its stop token included when there was one.
+        behaviour_logprobs: float32, one per action token, under ``temperature``, from the engine that sampled it.
+        reward: ``r_t``.
+        index: Position in the episode, from 0.
+        finish_reason: ``stop`` or ``length``.
+        terminated: The episode ended here as part of the task: no value follows.
+        truncated: The episode was cut here.
+        action_valid: The text parsed to a command that the environment took.
+        observation: Text *before* the action (the anchor state of GiGPO).
+        action: Parsed command, or the raw text when it did not parse.
+        temperature: Sampling temperature; 0 is greedy.
+        policy_version: Number of updates that the sampling weights had seen.
+        agent_id: Which agent acted.
+        metadata: Anything else worth recording.
+    """
+
+    prompt_ids: np.ndarray
+    action_ids: np.ndarray
+    behaviour_logprobs: np.ndarray
+    reward: float
+    index: int
+    finish_reason: str
+    terminated: bool
+    truncated: bool
+    action_valid: bool
+    observation: str
+    action: str
+    temperature: float
+    policy_version: int
+    agent_id: str = "agent"
+    metadata: Mapping[str, str | float | bool] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class Episode:
+    """The steps of one attempt at a task.
+
+    Attributes:
+        id: Unique within a run.
+        order: Logical place among the episodes of an iteration, over all ranks: group * group_size + sample.
+        group_id: Episodes of the same task from the same start share it.
+        task_id: The task.
+        steps: In order, indices 0..T-1.
+        stop_reason: Why it ended.
+        final_prompt_ids: The prompt after the last step of a truncated episode, for bootstrapping; else ``None``.
+        success: Whether the task was solved; ``None`` when the environment does not say.
+        error: What failed, for episodes that broke.
+    """
+
+    id: str
+    order: int
+    group_id: int
+    task_id: str
+    steps: tuple[Step, ...]
+    stop_reason: StopReason
+    final_prompt_ids: np.ndarray | None = None
+    success: bool | None = None
+    error: str = ""
+
+    @property
+    def episode_return(self) -> float:
+        """Undiscounted sum of the rewards."""
+        return float(sum(step.reward for step in self.steps))
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How actions are sampled. Temperature only: top-p, top-k and penalties would make the learner's policy another one.
+
+    Attributes:
+        temperature: Divides the logits; 0 takes the most likely token.
+        max_new_tokens: Most tokens in one action.
+    """
+
+    temperature: float = 1.0
+    max_new_tokens: int = 16
+
+
+@dataclass(frozen=True)
+class Group:
+    """``size`` episodes wanted of one task, from the same start. ``id`` is its place in the iteration, over all ranks."""
+
+    id: int
+    task: Task
+    size: int = 1
+
+
+@dataclass(frozen=True)
+class RolloutPlan:
+    """How a round of episodes is played.
+
+    Attributes:
+        name: Goes into the episodes' ids and seeds, such as ``train/3``; the same name and seed give the same episodes.
+        seed: The run's seed.
+        sampling: Temperature and length of actions.
+        version: Policy version to record.
+        want_expert: Ask the environments for their expert's action at each step.
+    """
+
+    name: str
+    seed: int
+    sampling: Sampling
+    version: int = 0
+    want_expert: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Request:
+    """One action wanted from an engine.
+
+    Attributes:
+        id: Unique among the requests in flight.
+        session_id: The episode; what an engine caches by.
+        prompt_ids: int32 token ids.
+        sampling: Temperature and length.
+        seed: Of this request's own generator, so that the batch around it does not matter.
+        observation: What the prompt was made from; scripted engines choose by it, models never see it.
+    """
+
+    id: int
+    session_id: str
+    prompt_ids: np.ndarray
+    sampling: Sampling
+    seed: int
+    observation: Observation | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Completion:
+    """An engine's answer to a request: int32 ``action_ids``, float32 ``logprobs`` per token, ``stop`` or ``length``.
+
+    A failed request has ``error`` set and no tokens.
+    """
+
+    request_id: int
+    action_ids: np.ndarray
+    logprobs: np.ndarray
+    finish_reason: str
+    error: str = ""
+
+
+@dataclass(frozen=True, eq=False)
+class Segment:
+    """Token ids of one step, to be packed: int32 prompt and action (the action may be empty to read a value only)."""
+
+    prompt_ids: np.ndarray
+    action_ids: np.ndarray
+
+
+@dataclass
+class TokenBatch:
+    """Packed steps, ready for a forward pass. Only packers and models know about rows.
+
+    Attributes:
+        input_ids_BT: int64 [B, T].
+        position_ids_BT: int64 [B, T].
+        attention: ``None`` = causal along the row; else a float mask [B, 1, T, T] that is added to the scores.
+        predict_at_A: int64, flat position whose logits predict each action token.
+        target_A: int64, the action tokens.
+        step_of_A: int64 in [0, N), the step of each action token, non-decreasing.
+        value_at_N: int64, flat position of each prompt's last token. Several steps may point at one position.
+    """
+
+    input_ids_BT: Tensor
+    position_ids_BT: Tensor
+    attention: Tensor | None
+    predict_at_A: Tensor
+    target_A: Tensor
+    step_of_A: Tensor
+    value_at_N: Tensor
+
+    @property
+    def num_steps(self) -> int:
+        """N."""
+        return self.value_at_N.shape[0]
+
+
+@dataclass
+class CreditBatch:
+    """All that credit assignment may look at: the steps of one iteration over all ranks, in any order.
+
+    Attributes:
+        reward_N: float, reward of each step (with the KL penalty, if the reward carries it).
+        reward_A: float, the same by action token: a step's reward sits on its last token.
+        episode_N: int64, number of the step's episode in [0, E).
+        group_E: int64, group of each episode.
+        index_N: int64, position of the step in its episode.
+        step_of_A: int64 in [0, N), non-decreasing.
+        terminated_E: bool, the episode ended as part of its task.
+        bootstrap_E: float, value of the state after the last step of a truncated episode; 0 where there is none.
+        value_N: float, value of each step's prompt, for advantages that need step values.
+        value_A: float, value before each action token, for advantages that need token values.
+        anchor_N: int64, equal for steps with the same observation.
+    """
+
+    reward_N: Tensor
+    reward_A: Tensor
+    episode_N: Tensor
+    group_E: Tensor
+    index_N: Tensor
+    step_of_A: Tensor
+    terminated_E: Tensor
+    bootstrap_E: Tensor
+    value_N: Tensor | None = None
+    value_A: Tensor | None = None
+    anchor_N: Tensor | None = None
+
+
+@dataclass
+class Credit:
+    """What credit assignment gives: an advantage by step or by action token, and the critic's targets of the same kind."""
+
+    advantage_N: Tensor | None = None
+    advantage_A: Tensor | None = None
+    target_N: Tensor | None = None
+    target_A: Tensor | None = None
+
+
+@dataclass
+class Microbatch:
+    """One forward and backward pass of an update.
+
+    Attributes:
+        tokens: The packed steps.
+        temperature_A: float, what each action token was sampled with.
+        old_logprobs_A: float, log-probabilities when the iteration started.
+        ref_logprobs_A: float, the reference policy's; ``None`` without KL.
+        advantage_A: float, a step's advantage repeated over its tokens, or the tokens' own.
+        weight_N: float, importance weight of each step (1 on-policy).
+        old_value: float [N] or [A], as the critic reads them; ``None`` without critic.
+        target: float, same shape.
+        update_steps: Steps in the whole update, over all microbatches and ranks.
+        update_tokens: Action tokens in the whole update.
+        scale: 1, or 0 for a microbatch that only keeps the ranks in step with each other.
+    """
+
+    tokens: TokenBatch
+    temperature_A: Tensor
+    old_logprobs_A: Tensor
+    ref_logprobs_A: Tensor | None
+    advantage_A: Tensor
+    weight_N: Tensor
+    old_value: Tensor | None
+    target: Tensor | None
+    update_steps: int
+    update_tokens: int
+    scale: float = 1.0
