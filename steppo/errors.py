@@ -1,5 +1,13 @@
-"""The one exception that means "the user can mend this": shown as one line, without a traceback."""
+"""Exceptions that are shown as one line, without a traceback."""
 
 
-class ConfigError(ValueError):
+class SteppoError(Exception):
+    """Ends a run for a reason that its message explains."""
+
+
+class ConfigError(SteppoError, ValueError):
     """A mistake in a config, a path or the data. The message says what to do."""
+
+
+class RunError(SteppoError, RuntimeError):
+    """The run cannot go on: nothing finite to learn from, no healthy episode."""

@@ -115,9 +115,7 @@ class TextWorldEnv(Env):
         defaults = _DEFAULT_SETTINGS[challenge]
         unknown = sorted(set(settings or {}) - set(defaults))
         if unknown:
-            raise ConfigError(
-                f"TextWorldEnv: {challenge} has no setting {', '.join(unknown)}; it has {', '.join(defaults)}"
-            )
+            raise ConfigError(f"TextWorldEnv: {challenge} has no setting {', '.join(unknown)}; it has {', '.join(defaults)}")
         if max(num_train, num_valid, num_test) > _SEEDS_PER_SPLIT:
             raise ConfigError(f"TextWorldEnv: a split holds at most {_SEEDS_PER_SPLIT:,} games")
         if max_steps < 1:
@@ -176,7 +174,13 @@ class TextWorldEnv(Env):
             self._folder.mkdir(parents=True, exist_ok=True)
             _make_game(*self._recipe(task), path)
         wanted = textworld.EnvInfos(
-            feedback=True, objective=True, admissible_commands=True, policy_commands=True, won=True, score=True, max_score=True
+            feedback=True,
+            objective=True,
+            admissible_commands=True,
+            policy_commands=True,
+            won=True,
+            score=True,
+            max_score=True,
         )
         self._game = textworld.start(str(path), wanted)
         self._state = self._game.reset()

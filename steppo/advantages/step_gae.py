@@ -1,0 +1,41 @@
+"""Step-level GAE: StepPO's credit (paper, section on step-level credit assignment)."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from steppo.advantages.base import Advantage, final_values, generalised_advantages, time_order, unsort, whiten
+from steppo.types import Credit, CreditBatch
+
+
+class StepGAE(Advantage):
+    """``A_t = delta_t + gamma * lambda * A_{t+1}``, ``delta_t = r_t + gamma * V_{t+1} - V_t``, one value per step.
+
+    Advantages are whitened over steps, so that long answers do not count more; targets ``A_t + V_t`` are not.
+
+    Args:
+        gamma: Discount per step.
+        gae_lambda: 1 is the Monte Carlo return, 0 the one-step difference.
+        bootstrap_truncated: After the last step of an episode that was cut, take the critic's value instead of 0.
+    """
+
+    needs_values: ClassVar[Literal["none", "step", "token"]] = "step"
+
+    def __init__(self, gamma: float = 1.0, gae_lambda: float = 1.0, bootstrap_truncated: bool = False) -> None:
+        self.gamma = gamma
+        self.gae_lambda = gae_lambda
+        self.bootstrap_truncated = bootstrap_truncated
+
+    def __call__(self, batch: CreditBatch) -> Credit:
+        assert batch.value_N is not None
+        order = time_order(batch.episode_N, batch.index_N)
+        advantage = generalised_advantages(
+            batch.reward_N[order],
+            batch.value_N[order],
+            batch.episode_N[order],
+            final_values(batch, self.bootstrap_truncated),
+            self.gamma,
+            self.gae_lambda,
+        )
+        advantage_N = unsort(advantage, order)
+        return Credit(advantage_N=whiten(advantage_N), target_N=advantage_N + batch.value_N)

@@ -1,0 +1,46 @@
+"""Token-level GAE: PPO's credit, and the ablation without step GAE."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+import torch
+
+from steppo.advantages.base import Advantage, final_values, generalised_advantages, time_order, unsort, whiten
+from steppo.types import Credit, CreditBatch
+
+
+class TokenGAE(Advantage):
+    """GAE over the generated tokens of a whole episode, across its steps; whitened over tokens.
+
+    A step's reward sits on its last token. ``gamma`` and ``gae_lambda`` are per generated token: 0.99 a token leaves
+    nothing of a reward 500 tokens on, hence the default 1.
+
+    Args:
+        gamma: Discount per generated token.
+        gae_lambda: 1 is the Monte Carlo return, 0 the one-token difference.
+        bootstrap_truncated: After the last token of an episode that was cut, take the critic's value instead of 0.
+    """
+
+    needs_values: ClassVar[Literal["none", "step", "token"]] = "token"
+
+    def __init__(self, gamma: float = 1.0, gae_lambda: float = 1.0, bootstrap_truncated: bool = False) -> None:
+        self.gamma = gamma
+        self.gae_lambda = gae_lambda
+        self.bootstrap_truncated = bootstrap_truncated
+
+    def __call__(self, batch: CreditBatch) -> Credit:
+        assert batch.value_A is not None
+        order_N = time_order(batch.episode_N, batch.index_N)
+        place_N = unsort(torch.arange(len(order_N), device=order_N.device), order_N)
+        order = torch.argsort(place_N[batch.step_of_A], stable=True)
+        advantage = generalised_advantages(
+            batch.reward_A[order],
+            batch.value_A[order],
+            batch.episode_N[batch.step_of_A][order],
+            final_values(batch, self.bootstrap_truncated),
+            self.gamma,
+            self.gae_lambda,
+        )
+        advantage_A = unsort(advantage, order)
+        return Credit(advantage_A=whiten(advantage_A), target_A=advantage_A + batch.value_A)

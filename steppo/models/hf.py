@@ -1,0 +1,87 @@
+"""Any causal language model of the Hugging Face hub, or of a local folder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from steppo.errors import ConfigError
+from steppo.models.policy import Policy
+
+_DROPOUTS = (
+    "attention_dropout",
+    "hidden_dropout",
+    "resid_pdrop",
+    "embd_pdrop",
+    "attn_pdrop",
+    "dropout",
+    "activation_dropout",
+)
+
+
+class HFPolicy(Policy):
+    """A pretrained model, trained whole. Every dropout is set to 0: sampling and learning must see the same policy.
+
+    Args:
+        name_or_path: Hub id or local folder.
+        dtype: Of the weights; ``auto`` takes the checkpoint's.
+        attn_implementation: As transformers names it.
+        revision: Commit, tag or branch of a hub model.
+    """
+
+    def __init__(
+        self,
+        name_or_path: str,
+        dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = "auto",
+        attn_implementation: str = "sdpa",
+        revision: str = "main",
+    ) -> None:
+        super().__init__()
+        self.name_or_path = name_or_path
+        self.load_dtype = dtype
+        self.attn_implementation = attn_implementation
+        self.revision = revision
+
+    def build(self, corpus: Callable[[], list[str]]) -> None:
+        try:
+            config = AutoConfig.from_pretrained(self.name_or_path, revision=self.revision)
+            for name in _DROPOUTS:
+                if hasattr(config, name):
+                    setattr(config, name, 0.0)
+            self.tokenizer = AutoTokenizer.from_pretrained(self.name_or_path, revision=self.revision)
+            self.model = AutoModelForCausalLM.from_pretrained(
+                self.name_or_path,
+                config=config,
+                revision=self.revision,
+                dtype=self.load_dtype,
+                attn_implementation=self.attn_implementation,
+            )
+        except (OSError, ValueError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise ConfigError(f"HFPolicy: cannot load {self.name_or_path!r}: {reason}") from error
+        self.stop_ids = _stop_ids(self.tokenizer, self.model)
+        self._check_head()
+
+    @torch.no_grad()
+    def _check_head(self) -> None:
+        """Some models scale or cap their logits behind the output embedding; read there, they would be another policy."""
+        ids = torch.arange(4, device=self.device)[None] + 10
+        whole = self.model(input_ids=ids, use_cache=False).logits[0, -1].float()
+        ours = self.logits(self.trunk(input_ids=ids, use_cache=False).last_hidden_state[0, -1]).float()
+        if not torch.allclose(whole, ours, atol=1e-3, rtol=1e-3):
+            raise ConfigError(
+                f"HFPolicy: {self.model.config.model_type} changes its logits behind the output embedding (scaling or "
+                "soft-capping), which is not supported"
+            )
+
+
+def _stop_ids(tokenizer: Any, model: Any) -> frozenset[int]:
+    generation = getattr(model, "generation_config", None)
+    named = [tokenizer.eos_token_id, getattr(generation, "eos_token_id", None)]
+    ids = {token for entry in named if entry is not None for token in (entry if isinstance(entry, list) else [entry])}
+    if tokenizer.eos_token_id is None:
+        raise ConfigError("HFPolicy: the tokenizer has no end-of-sequence token, so actions could not end")
+    return frozenset(ids)
