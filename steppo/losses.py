@@ -39,9 +39,9 @@ def step_means(x_A: Tensor, step_of_A: Tensor, num_steps: int) -> Tensor:
 def log_ratios(logprobs_A: Tensor, old_logprobs_A: Tensor, step_of_A: Tensor, num_steps: int, ratio: Ratio) -> Tensor:
     """Logarithm of the importance ratio of each action token, [A].
 
-    ``token``: ``log w_{t,i}``. ``step``: its *value* is the length-normalised ``log w_t = mean_i log w_{t,i}`` of the token's
-    step, while its gradient flows through the token's own log-probability (the paper's public form). Where the advantage is
-    constant over a step this has the gradient of ``w_t`` itself.
+    ``token``: ``log w_{t,i}``. ``step``: its *value* is the length-normalised ``log w_t = mean_i log w_{t,i}`` of the
+    token's step, while its gradient flows through the token's own log-probability (the paper's public form). Where the
+    advantage is constant over a step this has the gradient of ``w_t`` itself.
     """
     log_ratio_A = logprobs_A - old_logprobs_A
     if ratio == "step":

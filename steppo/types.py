@@ -164,14 +164,14 @@ class RolloutPlan:
     Attributes:
         name: Goes into the episodes' ids and seeds, such as ``train/3``; the same name and seed give the same episodes.
         seed: The run's seed.
-        sampling: Temperature and length of actions.
+        temperature: Of the actions; 0 takes the most likely.
         version: Policy version to record.
         want_expert: Ask the environments for their expert's action at each step.
     """
 
     name: str
     seed: int
-    sampling: Sampling
+    temperature: float = 1.0
     version: int = 0
     want_expert: bool = False
 

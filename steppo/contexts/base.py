@@ -75,7 +75,7 @@ class ContextPolicy(ABC):
         return self._encode(self._template([*messages, {"role": "user", "content": text}]))
 
     def next_turn(self, text: str, stopped: bool) -> np.ndarray:
-        """Ids that follow an answer: its end of turn (unless it ``stopped`` by itself), a user turn, the start of the answer.
+        """Ids that follow an answer: its end of turn (unless it ``stopped`` by itself), a user turn, the next's start.
 
         Only this turn is rendered, never the history, so that what was sampled stays what it was, and templates that
         rewrite earlier answers (dropping their thinking) change nothing.

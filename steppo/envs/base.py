@@ -18,7 +18,7 @@ class Env(ABC):
 
     @abstractmethod
     def tasks(self, split: str) -> list[Task]:
-        """Tasks of ``train``, ``valid`` or ``test``, always the same in the same order. Raises ``ConfigError`` for others."""
+        """Tasks of ``train``, ``valid`` or ``test``, always in the same order. Raises ``ConfigError`` for others."""
 
     @abstractmethod
     def reset(self, task: Task) -> tuple[Observation, dict[str, Any]]:

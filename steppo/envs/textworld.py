@@ -82,9 +82,9 @@ class TextWorldEnv(Env):
 
     Args:
         challenge: Kind of game.
-        settings: The kind's own settings. coin_collector, treasure_hunter: ``level``; simple: ``rewards``, ``goal``, ``test``;
-            cooking: ``recipe``, ``take``, ``go`` (number of rooms: 1, 6, 9 or 12), ``open``, ``cook``, ``cut``, ``drop``,
-            ``recipe_seed``. What is left out has a default.
+        settings: The kind's own settings. coin_collector, treasure_hunter: ``level``; simple: ``rewards``, ``goal``,
+            ``test``; cooking: ``recipe``, ``take``, ``go`` (number of rooms: 1, 6, 9 or 12), ``open``, ``cook``, ``cut``,
+            ``drop``, ``recipe_seed``. What is left out has a default.
         num_train: Number of training games.
         num_valid: Number of validation games.
         num_test: Number of test games.

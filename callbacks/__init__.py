@@ -1,0 +1,8 @@
+"""Lightning callbacks: rollouts, evaluation, warm start, progress."""
+
+from callbacks.evaluation import EvaluationCallback
+from callbacks.progress import StepProgressBar
+from callbacks.rollout import RolloutCallback
+from callbacks.warm_start import WarmStartCallback
+
+__all__ = ["EvaluationCallback", "RolloutCallback", "StepProgressBar", "WarmStartCallback"]

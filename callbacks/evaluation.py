@@ -1,0 +1,118 @@
+"""Plays a fixed panel of tasks and writes down how it went."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+
+from steppo.datamodule import run_seed
+from steppo.distributed import gather, rank_and_world
+from steppo.errors import ConfigError
+from steppo.metrics import EpisodeStatistics
+from steppo.module import AgentModule
+from steppo.progress import phase
+from steppo.types import Group, RolloutPlan, Task
+
+
+def panel_sha256(tasks: Sequence[Task]) -> str:
+    """Fingerprint of a panel: of its task ids in their order."""
+    return hashlib.sha256("\n".join(task.id for task in tasks).encode()).hexdigest()
+
+
+class EvaluationCallback(pl.Callback):
+    """Evaluates whenever Lightning validates or tests, and in ``fit`` also before training and at its end.
+
+    Each evaluation is a line of ``evaluation.jsonl`` in the run's folder, and ``val/...`` (``test/...``) metrics, which
+    ModelCheckpoint and EarlyStopping can monitor.
+
+    Args:
+        samples: Episodes per task of the panel.
+        temperature: Of sampling; 0 is greedy.
+        before_training: Evaluate before the first iteration.
+    """
+
+    def __init__(self, samples: int = 1, temperature: float = 0.0, before_training: bool = True) -> None:
+        if samples < 1 or temperature < 0:
+            raise ConfigError("evaluation: samples must be at least 1 and temperature at least 0")
+        if samples > 1 and temperature == 0:
+            raise ConfigError("evaluation: greedy episodes of a task are all the same; several samples need a temperature")
+        self.samples = samples
+        self.temperature = temperature
+        self.before_training = before_training
+        self.history: list[dict[str, Any]] = []
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        assert isinstance(pl_module, AgentModule)
+        if self.before_training and pl_module.counters.iterations == 0:
+            metrics = self._evaluate(trainer, pl_module, "validate")
+            for logger in trainer.loggers:  # Lightning's own logging starts with the first iteration
+                logger.log_metrics({f"val/{name}": value for name, value in metrics.items()}, step=0)
+
+    def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._log(trainer, pl_module, "validate", "val")
+
+    def on_test_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._log(trainer, pl_module, "test", "test")
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        assert isinstance(pl_module, AgentModule)
+        if not self.history or self.history[-1]["iteration"] != pl_module.counters.iterations:
+            metrics = self._evaluate(trainer, pl_module, "validate")
+            for logger in trainer.loggers:
+                logger.log_metrics({f"val/{name}": value for name, value in metrics.items()}, step=trainer.global_step)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"history": self.history}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.history = list(state_dict["history"])
+
+    def _log(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str, prefix: str) -> None:
+        assert isinstance(pl_module, AgentModule)
+        metrics = self._evaluate(trainer, pl_module, stage)
+        pl_module.log_dict({f"{prefix}/{name}": value for name, value in metrics.items()}, on_step=False, on_epoch=True)
+
+    def _evaluate(self, trainer: pl.Trainer, module: AgentModule, stage: str) -> dict[str, float]:
+        """Plays the panel, each rank its share, and writes the record."""
+        panel = module.data.panel(stage)
+        rank, world = rank_and_world()
+        groups = [Group(index, task, self.samples) for index, task in enumerate(panel)][rank::world]
+        plan = RolloutPlan(name=stage, seed=run_seed(), temperature=self.temperature, version=module.counters.updates)
+        statistics = EpisodeStatistics().to(module.device)
+        start, done = time.perf_counter(), 0
+        with module.timed("evaluation"), phase(trainer, "evaluation", len(groups) * self.samples) as advance:
+            for group in module.data.source.collect(groups, plan):
+                for episode in group:
+                    statistics.update(episode)
+                done += len(group)
+                advance(done)
+        figures = statistics.compute()
+        record = {
+            "iteration": module.counters.iterations,
+            "updates": module.counters.updates,
+            "environment_steps": module.counters.environment_steps,
+            "split": module.data.splits[stage],
+            "panel_sha256": panel_sha256(panel),
+            "episodes": int(figures["episodes"]),
+            "errors": int(figures["errors"]),
+            "success_rate": figures["success_rate"],
+            "success_ci95": [figures["success_low"], figures["success_high"]],
+            "return_mean": figures["return_mean"],
+            "steps_mean": figures["steps_mean"],
+            "invalid_action_rate": figures["invalid_action_rate"],
+            "seconds": max(gather(time.perf_counter() - start)),
+        }
+        self.history.append(record)
+        if trainer.is_global_zero:
+            folder = Path(trainer.log_dir or trainer.default_root_dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            with open(folder / "evaluation.jsonl", "a") as file:
+                file.write(json.dumps(record) + "\n")
+        names = ("success_rate", "success_low", "success_high", "return_mean", "steps_mean", "invalid_action_rate", "errors")
+        return {name: figures[name] for name in names}

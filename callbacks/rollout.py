@@ -1,0 +1,86 @@
+"""Fills the step buffer with fresh episodes when an iteration starts."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import lightning.pytorch as pl
+
+from steppo.datamodule import StepDataModule, run_seed
+from steppo.distributed import gather
+from steppo.errors import ConfigError, RunError
+from steppo.metrics import EpisodeStatistics
+from steppo.module import AgentModule
+from steppo.progress import phase
+from steppo.types import Episode, RolloutPlan
+
+
+class RolloutCallback(pl.Callback):
+    """Plays ``tasks_per_iteration`` tasks, ``group_size`` episodes each, at the start of every iteration.
+
+    Args:
+        tasks_per_iteration: Tasks drawn per iteration, over all processes.
+        group_size: Episodes per task, from the same start.
+        temperature: Of sampling; the learner divides its logits by the same.
+    """
+
+    def __init__(self, tasks_per_iteration: int = 64, group_size: int = 1, temperature: float = 1.0) -> None:
+        if tasks_per_iteration < 1 or group_size < 1:
+            raise ConfigError("rollout: tasks_per_iteration and group_size must be at least 1")
+        if temperature <= 0:
+            raise ConfigError("rollout: temperature must be above 0, or there is nothing to explore")
+        self.tasks_per_iteration = tasks_per_iteration
+        self.group_size = group_size
+        self.temperature = temperature
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        assert isinstance(pl_module, AgentModule)
+        if stage == "fit" and pl_module.advantage.needs_groups and self.group_size < 2:
+            scheme = type(pl_module.advantage).__name__
+            raise ConfigError(f"{scheme} compares episodes of a group: set rollout.group_size to 2 or more")
+        if trainer.world_size > self.tasks_per_iteration:
+            raise ConfigError(f"rollout.tasks_per_iteration must be at least the number of processes, {trainer.world_size}")
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        assert isinstance(pl_module, AgentModule)
+        data: StepDataModule = pl_module.data
+        groups = data.next_groups(self.tasks_per_iteration, self.group_size)
+        plan = RolloutPlan(
+            name=f"train/{trainer.current_epoch}",
+            seed=run_seed(),
+            temperature=self.temperature,
+            version=pl_module.counters.updates,
+        )
+        episodes: list[Episode] = []
+        statistics = EpisodeStatistics().to(pl_module.device)
+        before = pl_module.seconds.get("rollout", 0.0)
+        with pl_module.timed("rollout"), phase(trainer, "rollout", len(groups) * self.group_size) as advance:
+            for group in data.source.collect(groups, plan):
+                episodes += group
+                advance(len(episodes))
+        for episode in episodes:
+            statistics.update(episode)
+        data.buffer.fill(episodes)
+        figures = statistics.compute()
+        if figures["episodes"] == 0:
+            errors = Counter(error for part in gather([e.error for e in episodes]) for error in part)
+            raise RunError(f"every episode of the iteration failed; most often: {errors.most_common(1)[0][0]}")
+        seconds = pl_module.seconds["rollout"] - before
+        figures["degenerate_groups"] = self._degenerate_groups(episodes) if self.group_size > 1 else 0.0
+        figures["env_errors"] = figures.pop("errors")
+        figures["steps_per_episode"] = figures.pop("steps_mean")
+        figures["steps_per_second"] = figures.pop("steps") / seconds
+        figures["tokens_per_second"] = (figures.pop("prompt_tokens") + figures.pop("action_tokens")) / seconds
+        for name in ("success_low", "success_high"):
+            del figures[name]
+        pl_module.log_dict({f"rollout/{name}": value for name, value in figures.items()})
+
+    @staticmethod
+    def _degenerate_groups(episodes: list[Episode]) -> float:
+        """Share of groups, over all ranks, whose episodes all have the same return: they teach nothing to group methods."""
+        returns: dict[int, set[float]] = {}
+        for episode in episodes:
+            if not episode.stop_reason.failed:
+                returns.setdefault(episode.group_id, set()).add(episode.episode_return)
+        parts = gather((sum(len(found) == 1 for found in returns.values()), len(returns)))
+        return sum(part[0] for part in parts) / max(sum(part[1] for part in parts), 1)

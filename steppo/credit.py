@@ -1,0 +1,137 @@
+"""From the buffers of all ranks to one credit batch, and back: credit covers the whole iteration, once."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from steppo.advantages import Advantage
+from steppo.buffer import StepBuffer
+from steppo.distributed import gather, rank_and_world
+from steppo.types import Credit, CreditBatch, StopReason
+
+
+@dataclass
+class GlobalSteps:
+    """The iteration over all ranks, in logical order: the same on every rank, however many there are.
+
+    Attributes:
+        batch: What credit is assigned from.
+        credit: What was assigned.
+        lengths_N: Action tokens of each step.
+        mine_N: Indices of this rank's steps, in the order of its buffer.
+        gap: Largest difference between the log-probabilities of sampler and learner.
+    """
+
+    batch: CreditBatch
+    credit: Credit
+    lengths_N: np.ndarray
+    mine_N: np.ndarray
+    gap: float
+
+
+def assign_credit(buffer: StepBuffer, advantage: Advantage, kl_coef: float) -> GlobalSteps:
+    """Assigns credit over all ranks and stores this rank's share in its buffer.
+
+    Args:
+        buffer: Scored.
+        advantage: The scheme.
+        kl_coef: Of the KL penalty in the reward; 0 leaves rewards as they are.
+
+    Raises:
+        ValueError: There is not one step on any rank.
+    """
+    parts = gather(_local_part(buffer, kl_coef))
+    joined = {name: torch.cat([part[name] for part in parts]) for name in parts[0] if name != "gap"}
+    if joined["order_N"].numel() == 0:
+        raise ValueError("no step to learn from")
+    rank, _ = rank_and_world()
+    rank_N = torch.cat([torch.full_like(part["order_N"], index) for index, part in enumerate(parts)])
+
+    by_time = torch.argsort(joined["index_N"], stable=True)
+    sort_N = by_time[torch.argsort(joined["order_N"][by_time], stable=True)]
+    sort_A = _tokens_in_order(joined["length_N"], sort_N)
+    steps = {name: column[sort_N] for name, column in joined.items() if name.endswith("_N")}
+    tokens = {name: column[sort_A] for name, column in joined.items() if name.endswith("_A")}
+    _, episode_N, count_E = torch.unique_consecutive(steps["order_N"], return_inverse=True, return_counts=True)
+    first_E = count_E.cumsum(0) - count_E
+
+    batch = CreditBatch(
+        reward_N=steps["reward_N"],
+        reward_A=tokens["reward_A"],
+        episode_N=episode_N,
+        group_E=steps["group_N"][first_E],
+        index_N=steps["index_N"],
+        step_of_A=torch.repeat_interleave(torch.arange(len(sort_N)), steps["length_N"]),
+        terminated_E=steps["terminated_N"][first_E],
+        bootstrap_E=steps["bootstrap_N"][first_E],
+        value_N=steps.get("value_N"),
+        value_A=tokens.get("value_A"),
+        anchor_N=steps["anchor_N"],
+    )
+    credit = advantage(batch)
+
+    # Stable sorts keep a rank's steps in the order of its buffer.
+    mine_N = torch.nonzero(rank_N[sort_N] == rank)[:, 0]
+    mine_A = torch.nonzero((rank_N[sort_N] == rank)[batch.step_of_A])[:, 0]
+    buffer.credit = Credit(
+        advantage_N=_pick(credit.advantage_N, mine_N),
+        advantage_A=_pick(credit.advantage_A, mine_A),
+        target_N=_pick(credit.target_N, mine_N),
+        target_A=_pick(credit.target_A, mine_A),
+    )
+    gap = max(float(part["gap"]) for part in parts)
+    return GlobalSteps(batch, credit, steps["length_N"].numpy(), mine_N.numpy(), gap)
+
+
+def _local_part(buffer: StepBuffer, kl_coef: float) -> dict[str, Tensor]:
+    scores = buffer.scores
+    assert scores is not None
+    dtype = scores.old_logprobs_A.dtype
+    length_N = torch.from_numpy(buffer.lengths_N)
+    reward_N = torch.tensor([step.reward for step in buffer.steps], dtype=dtype)
+    step_of_A = torch.repeat_interleave(torch.arange(len(length_N)), length_N)
+    reward_A = torch.zeros(buffer.num_tokens, dtype=dtype)
+    reward_A[length_N.cumsum(0) - 1] = reward_N
+    if kl_coef and scores.ref_logprobs_A is not None:
+        reward_A -= kl_coef * (scores.old_logprobs_A - scores.ref_logprobs_A)
+        reward_N = torch.zeros_like(reward_N).index_add(0, step_of_A, reward_A)
+    ended = {e.order: e.stop_reason == StopReason.TERMINATED for e in buffer.episodes}
+    difference = scores.old_logprobs_A - buffer.behaviour_logprobs() if buffer.steps else torch.zeros(1)
+    part = {
+        "order_N": torch.from_numpy(buffer.order_N),
+        "group_N": torch.from_numpy(buffer.group_N),
+        "index_N": torch.tensor([step.index for step in buffer.steps], dtype=torch.int64),
+        "length_N": length_N,
+        "reward_N": reward_N,
+        "reward_A": reward_A,
+        "terminated_N": torch.tensor([ended[order] for order in buffer.order_N.tolist()], dtype=torch.bool),
+        "bootstrap_N": scores.bootstrap_N,
+        "anchor_N": torch.tensor([_text_key(step.observation) for step in buffer.steps], dtype=torch.int64),
+        "gap": difference.abs().max(),
+    }
+    if scores.value_N is not None:
+        part["value_N"] = scores.value_N
+    if scores.value_A is not None:
+        part["value_A"] = scores.value_A
+    return part
+
+
+def _tokens_in_order(length_N: Tensor, sort_N: Tensor) -> Tensor:
+    """Permutation of action tokens that follows a permutation of their steps."""
+    start_N = length_N.cumsum(0) - length_N
+    sorted_lengths = length_N[sort_N]
+    first = sorted_lengths.cumsum(0) - sorted_lengths
+    return torch.repeat_interleave(start_N[sort_N] - first, sorted_lengths) + torch.arange(int(length_N.sum()))
+
+
+def _pick(column: Tensor | None, rows: Tensor) -> Tensor | None:
+    return None if column is None else column[rows]
+
+
+def _text_key(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)

@@ -1,0 +1,176 @@
+"""The DataModule: tasks in, episodes into the step buffer, updates out."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, IterableDataset
+
+from steppo.buffer import StepBuffer
+from steppo.credit import GlobalSteps
+from steppo.distributed import gather, rank_and_world
+from steppo.errors import ConfigError, RunError
+from steppo.packing import Packer, PaddedPacker
+from steppo.progress import phase
+from steppo.rollout import EpisodeSource
+from steppo.samplers import ShuffledSampler, TaskSampler
+from steppo.types import Group, Microbatch, Task
+
+
+def run_seed() -> int:
+    """The seed that ``seed_everything`` set."""
+    return int(os.environ.get("PL_GLOBAL_SEED", torch.initial_seed() % 2**32))
+
+
+class StepDataModule(pl.LightningDataModule):
+    """Replays online rollouts from a step buffer, one whole update at a time.
+
+    Args:
+        source: Where episodes come from.
+        sampler: Which tasks an iteration plays; shuffled unless given.
+        packer: Steps -> token batches; one padded row per step unless given.
+        update_epochs: Passes over an iteration's steps.
+        num_minibatches: Updates per pass; their sizes differ by at most one step.
+        max_tokens_per_microbatch: Most tokens, padding included, in one forward and backward pass.
+        train_split: Split to learn from.
+        eval_split: Split of the panel that ``fit`` and ``validate`` play.
+        test_split: Split of the panel that ``test`` plays.
+        train_tasks: Learn from the first so many tasks of the split only.
+        eval_tasks: Size of a panel: the first so many tasks of the split.
+    """
+
+    def __init__(
+        self,
+        source: EpisodeSource,
+        sampler: TaskSampler | None = None,
+        packer: Packer | None = None,
+        update_epochs: int = 1,
+        num_minibatches: int = 4,
+        max_tokens_per_microbatch: int = 16384,
+        train_split: str = "train",
+        eval_split: str = "valid",
+        test_split: str = "test",
+        train_tasks: int | None = None,
+        eval_tasks: int = 100,
+    ) -> None:
+        super().__init__()
+        if min(update_epochs, num_minibatches, max_tokens_per_microbatch, eval_tasks) < 1:
+            raise ConfigError(
+                "StepDataModule: update_epochs, num_minibatches, max_tokens_per_microbatch and eval_tasks must be at least 1"
+            )
+        self.source = source
+        self.sampler = sampler or ShuffledSampler()
+        self.buffer = StepBuffer(packer or PaddedPacker(), max_tokens_per_microbatch)
+        self.update_epochs = update_epochs
+        self.num_minibatches = num_minibatches
+        self.splits = {"train": train_split, "validate": eval_split, "test": test_split}
+        self.train_tasks = train_tasks
+        self.eval_tasks = eval_tasks
+        self.global_steps: GlobalSteps | None = None
+
+    @property
+    def updates_per_iteration(self) -> int:
+        """Optimizer steps per rollout."""
+        return self.update_epochs * self.num_minibatches
+
+    def tasks(self) -> list[Task]:
+        """The tasks to learn from."""
+        return self._split("train", self.train_tasks)
+
+    def panel(self, stage: str) -> list[Task]:
+        """The tasks that ``validate`` or ``test`` plays."""
+        return self._split(stage, self.eval_tasks)
+
+    def next_groups(self, num_tasks: int, group_size: int) -> list[Group]:
+        """This rank's share of the next iteration's groups; their ids count over all ranks."""
+        rank, world = rank_and_world()
+        drawn = self.sampler.next(self.tasks(), num_tasks, run_seed())
+        return [Group(index, task, group_size) for index, task in enumerate(drawn)][rank::world]
+
+    def corpus(self) -> list[str]:
+        """Texts of the training environment."""
+        return self.source.corpus(self.tasks())
+
+    def prepare_data(self) -> None:
+        """Has the environment make what the tasks need, once per machine."""
+        tasks = [*self.tasks(), *self.panel("test" if self._testing else "validate")]
+        with phase(self.trainer, "preparing tasks") as advance:
+            self.source.prepare(tasks, advance)
+
+    @property
+    def _testing(self) -> bool:
+        return self.trainer is not None and bool(self.trainer.testing)
+
+    def train_dataloader(self) -> DataLoader:
+        return DataLoader(_Replay(self), batch_size=None)
+
+    def val_dataloader(self) -> DataLoader:
+        """One empty item: the evaluation callback plays the panel, so that Lightning's schedule is the schedule."""
+        return DataLoader([0], batch_size=None)
+
+    def test_dataloader(self) -> DataLoader:
+        return self.val_dataloader()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"cursor": self.sampler.cursor, "source": self.source.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.sampler.cursor = state_dict["cursor"]
+        self.source.load_state_dict(state_dict["source"])
+
+    def teardown(self, stage: str) -> None:
+        self.source.close()
+
+    def updates(self) -> Iterator[list[Microbatch]]:
+        """This rank's part of each update. An update is the same set of steps whatever the number of ranks."""
+        steps = self.global_steps
+        assert steps is not None, "credit comes first"
+        total = len(steps.lengths_N)
+        if total < self.num_minibatches:
+            raise RunError(f"the iteration gave {total} steps, too few for {self.num_minibatches} minibatches")
+        local = np.full(total, -1)
+        local[steps.mine_N] = np.arange(len(steps.mine_N))
+        assert self.trainer is not None
+        for epoch in range(self.update_epochs):
+            shuffle = np.random.default_rng([run_seed(), self.trainer.current_epoch, epoch]).permutation(total)
+            for chosen in np.array_split(shuffle, self.num_minibatches):
+                mine = np.sort(local[chosen][local[chosen] >= 0])
+                sizes = len(chosen), int(steps.lengths_N[chosen].sum())
+                yield self._in_step(self.buffer.microbatches(mine, *sizes), *sizes)
+
+    def _in_step(self, microbatches: list[Microbatch], update_steps: int, update_tokens: int) -> list[Microbatch]:
+        """Adds microbatches of weight 0, so that all ranks make the same number of passes."""
+        wanted = max(gather(len(microbatches)))
+        while len(microbatches) < wanted:
+            if not self.buffer.steps:
+                raise RunError("one process has no step to learn from; give it more tasks per iteration")
+            filler = self.buffer.microbatches(np.zeros(1, dtype=np.int64), update_steps, update_tokens)[0]
+            filler.scale = 0.0
+            microbatches.append(filler)
+        return microbatches
+
+    def _split(self, stage: str, count: int | None) -> list[Task]:
+        tasks = self.source.tasks(self.splits[stage])[:count]
+        if not tasks:
+            raise ConfigError(
+                f"split {self.splits[stage]!r} of the environment is empty; give it tasks or name another split"
+            )
+        return tasks
+
+
+class _Replay(IterableDataset):
+    """The buffer's updates. Its length is fixed by the config, as Lightning asks for it before the first rollout."""
+
+    def __init__(self, data: StepDataModule) -> None:
+        self._data = data
+
+    def __len__(self) -> int:
+        return self._data.updates_per_iteration
+
+    def __iter__(self) -> Iterator[list[Microbatch]]:
+        return self._data.updates()

@@ -1,0 +1,321 @@
+"""Where episodes come from: environment + context + engine, many at a time."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from steppo.contexts import ContextPolicy
+from steppo.engines import Engine
+from steppo.envs import Env
+from steppo.envs.pool import EnvPool, EnvReply
+from steppo.errors import ConfigError
+from steppo.parsers import ActionParser, CommandParser, ParsedAction
+from steppo.types import Completion, Episode, Group, Observation, Request, RolloutPlan, Sampling, Step, StopReason, Task
+
+if TYPE_CHECKING:
+    from steppo.models.policy import Policy
+
+
+class EpisodeSource(ABC):
+    """Gives whole groups of episodes."""
+
+    @abstractmethod
+    def tasks(self, split: str) -> list[Task]:
+        """Tasks of a split."""
+
+    @abstractmethod
+    def bind(self, policy: Policy) -> None:
+        """Takes the policy before the first episode."""
+
+    @abstractmethod
+    def collect(self, groups: Sequence[Group], plan: RolloutPlan) -> Iterator[list[Episode]]:
+        """Plays the groups; each comes out whole, in the order in which they are finished."""
+
+    def prepare(self, tasks: Sequence[Task], progress: Callable[[int, int], None]) -> None:
+        """Makes what the tasks need on disk; ``progress`` gets (done, total)."""
+
+    def corpus(self, tasks: Sequence[Task]) -> list[str]:
+        """Texts of the environment, for a policy that makes its own tokenizer."""
+        raise ConfigError(f"{type(self).__name__} has no text to train a tokenizer on; use a pretrained policy")
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes up a ``state_dict``."""
+
+    def close(self) -> None:
+        """Ends processes."""
+
+
+@dataclass
+class _Playing:
+    """An episode under way."""
+
+    group: Group
+    sample: int
+    id: str
+    observations: list[Observation] = field(default_factory=list)
+    steps: list[Step] = field(default_factory=list)
+    prompt_ids: np.ndarray | None = None
+    completion: Completion | None = None
+    parsed: ParsedAction | None = None
+    waits_for_env: bool = True
+    success: bool | None = None
+
+
+class EnvSource(EpisodeSource):
+    """Plays an environment with the engine's policy.
+
+    Slots hold one episode each and are refilled as episodes end. They take turns in two halves: while the engine generates
+    for one, worker processes step the other's environments. What is played does not depend on slots or workers.
+
+    Args:
+        env: The environment.
+        context: History -> prompt.
+        engine: Samples the actions.
+        parser: Action text -> command.
+        max_steps: Most steps in an episode. A task with a shorter limit of its own ends there; one that is cut here is
+            truncated.
+        max_prompt_tokens: An episode whose prompt grows past this ends (context_overflow).
+        max_new_tokens: Most tokens in one action.
+        invalid_penalty: Taken off the reward of an action that was refused.
+        on_invalid: Go on after a refused action, with feedback in the next prompt, or end the episode as failed. Refused
+            actions that cost nothing are an invitation to do nothing.
+        num_slots: Episodes played at the same time.
+        num_workers: Processes that step environments.
+        env_timeout: Seconds that one environment step may take before its episode is given up.
+    """
+
+    def __init__(
+        self,
+        env: Env,
+        context: ContextPolicy,
+        engine: Engine,
+        parser: ActionParser | None = None,
+        max_steps: int = 50,
+        max_prompt_tokens: int = 4096,
+        max_new_tokens: int = 16,
+        invalid_penalty: float = 0.1,
+        on_invalid: Literal["continue", "end"] = "continue",
+        num_slots: int = 32,
+        num_workers: int = 1,
+        env_timeout: float = 60.0,
+    ) -> None:
+        for name, value in (
+            ("max_steps", max_steps),
+            ("max_prompt_tokens", max_prompt_tokens),
+            ("max_new_tokens", max_new_tokens),
+            ("num_slots", num_slots),
+            ("num_workers", num_workers),
+        ):
+            if value < 1:
+                raise ConfigError(f"EnvSource: {name} must be at least 1, not {value}")
+        self.env = env
+        self.context = context
+        self.engine = engine
+        self.parser = parser or CommandParser()
+        self.max_steps = max_steps
+        self.max_prompt_tokens = max_prompt_tokens
+        self.max_new_tokens = max_new_tokens
+        self.invalid_penalty = invalid_penalty
+        self.on_invalid = on_invalid
+        self.num_slots = num_slots
+        self.num_workers = num_workers
+        self.env_timeout = env_timeout
+        self._pool: EnvPool | None = None
+
+    @property
+    def pool(self) -> EnvPool:
+        """The worker processes, started when first needed."""
+        if self._pool is None:
+            self._pool = EnvPool(self.env, self.num_slots, self.num_workers, self.env_timeout)
+        return self._pool
+
+    def tasks(self, split: str) -> list[Task]:
+        return self.env.tasks(split)
+
+    def prepare(self, tasks: Sequence[Task], progress: Callable[[int, int], None]) -> None:
+        self.env.prepare(tasks, progress)
+
+    def bind(self, policy: Policy) -> None:
+        longest = self.max_prompt_tokens + self.max_new_tokens
+        if longest > policy.max_positions:
+            raise ConfigError(
+                f"max_prompt_tokens + max_new_tokens = {longest} is more than the model's {policy.max_positions} positions"
+            )
+        self.context.bind(policy.tokenizer, policy.stop_ids)
+        self.engine.bind(policy)
+
+    def close(self) -> None:
+        if self._pool is not None:
+            self._pool.close()
+            self._pool = None
+        self.engine.close()
+
+    def corpus(self, tasks: Sequence[Task]) -> list[str]:
+        """Plays each task once by random admissible actions (or the expert's) and gives all that was to be read."""
+        texts: list[str] = []
+        rng = random.Random(0)
+        for first in range(0, len(tasks), self.num_slots):
+            active = list(enumerate(tasks[first : first + self.num_slots]))
+            for slot, task in active:
+                self.pool.reset(slot, task, want_expert=True)
+            for _ in range(self.max_steps):
+                going = []
+                for slot, task in active:
+                    reply = self.pool.receive(slot)
+                    if reply.observation is None:
+                        raise ConfigError(f"task {task.id} failed: {reply.error}")
+                    texts.append(self.context.describe(reply.observation))
+                    options = reply.observation.admissible_commands or (reply.observation.expert_action,)
+                    action = rng.choice(options)
+                    if not (reply.terminated or reply.truncated) and action is not None:
+                        texts.append("Done: " + action)
+                        self.pool.step(slot, action)
+                        going.append((slot, task))
+                active = going
+            for slot, _ in active:
+                self.pool.receive(slot)
+        return texts
+
+    def collect(self, groups: Sequence[Group], plan: RolloutPlan, engine: Engine | None = None) -> Iterator[list[Episode]]:
+        """Plays the groups, with another engine than the policy's if one is given."""
+        engine = engine or self.engine
+        sampling = Sampling(plan.temperature, self.max_new_tokens)
+        wanted = deque((group, sample) for group in groups for sample in range(group.size))
+        playing: dict[int, _Playing] = {}
+        unfinished: dict[int, list[Episode]] = {group.id: [] for group in groups}
+        sizes = {group.id: group.size for group in groups}
+        halves = (range(0, self.num_slots, 2), range(1, self.num_slots, 2))
+
+        while wanted or playing:
+            for half in halves:
+                asked: list[tuple[int, _Playing]] = []
+                for slot in half:
+                    episode = self._listen(playing[slot], slot, plan) if slot in playing else None
+                    if episode is not None:
+                        del playing[slot]
+                        self.pool.release(slot)
+                        engine.release(episode.id)
+                        done = unfinished[episode.group_id]
+                        done.append(episode)
+                        if len(done) == sizes[episode.group_id]:
+                            yield sorted(done, key=lambda episode: episode.order)
+                    if slot in playing:
+                        asked.append((slot, playing[slot]))
+                    elif wanted:
+                        group, sample = wanted.popleft()
+                        playing[slot] = _Playing(group, sample, f"{plan.name}/{group.id}/{group.task.id}/{sample}")
+                        self.pool.reset(slot, group.task, plan.want_expert)
+                self._ask(engine, asked, plan, sampling)
+                for slot, current in asked:
+                    self._act(current, slot)
+
+    def _listen(self, playing: _Playing, slot: int, plan: RolloutPlan) -> Episode | None:
+        """Takes the environment's answer and makes the next prompt, or ends the episode."""
+        if playing.completion is not None and playing.completion.error:
+            return self._end(playing, StopReason.ENGINE_ERROR, error=playing.completion.error)
+        reply = self.pool.receive(slot) if playing.waits_for_env else self._refuse(playing)
+        if reply.observation is None:
+            return self._end(playing, StopReason.ENV_ERROR, error=reply.error)
+        observation = reply.observation
+        playing.success = reply.info.get("success", playing.success)
+        if playing.completion is not None:
+            self._record(playing, reply, plan)
+        if reply.terminated:
+            return self._end(playing, StopReason.TERMINATED)
+        playing.observations.append(observation)
+        playing.prompt_ids = self.context.prompt_ids(playing.observations, playing.steps)
+        overflow = len(playing.prompt_ids) > self.max_prompt_tokens
+        if reply.truncated or len(playing.steps) >= self.max_steps:
+            return self._end(playing, StopReason.STEP_LIMIT, None if overflow else playing.prompt_ids)
+        return self._end(playing, StopReason.CONTEXT_OVERFLOW) if overflow else None
+
+    def _refuse(self, playing: _Playing) -> EnvReply:
+        """What follows an action that did not parse: the environment stays as it is."""
+        assert playing.parsed is not None
+        ends = self.on_invalid == "end"
+        observation = replace(playing.observations[-1], feedback=playing.parsed.feedback)
+        return EnvReply(observation, -self.invalid_penalty, terminated=ends, info={"success": False} if ends else {})
+
+    def _record(self, playing: _Playing, reply: EnvReply, plan: RolloutPlan) -> None:
+        completion, parsed, prompt_ids = playing.completion, playing.parsed, playing.prompt_ids
+        assert completion is not None
+        assert parsed is not None
+        assert prompt_ids is not None
+        text = self.context.decode_action(completion.action_ids)
+        playing.steps.append(
+            Step(
+                prompt_ids=prompt_ids,
+                action_ids=completion.action_ids,
+                behaviour_logprobs=completion.logprobs,
+                reward=reply.reward,
+                index=len(playing.steps),
+                finish_reason=completion.finish_reason,
+                terminated=reply.terminated,
+                truncated=False,
+                action_valid=parsed.command is not None,
+                observation=playing.observations[-1].text,
+                action=text.strip() if parsed.command is None else parsed.command,
+                temperature=plan.temperature,
+                policy_version=plan.version,
+            )
+        )
+        playing.completion = None
+
+    def _ask(self, engine: Engine, asked: list[tuple[int, _Playing]], plan: RolloutPlan, sampling: Sampling) -> None:
+        """Has the engine answer all prompts of a half."""
+        waiting: dict[int, _Playing] = {}
+        for slot, playing in asked:
+            assert playing.prompt_ids is not None
+            seed = request_seed(plan, playing.group, playing.sample, len(playing.steps))
+            engine.submit(Request(slot, playing.id, playing.prompt_ids, sampling, seed, playing.observations[-1]))
+            waiting[slot] = playing
+        while waiting:
+            for completion in engine.poll():
+                waiting.pop(completion.request_id).completion = completion
+
+    def _act(self, playing: _Playing, slot: int) -> None:
+        """Sends a command to the environment, if the answer holds one."""
+        assert playing.completion is not None
+        if playing.completion.error:
+            return
+        text = self.context.decode_action(playing.completion.action_ids)
+        playing.parsed = self.parser.parse(text, playing.observations[-1])
+        playing.waits_for_env = playing.parsed.command is not None
+        if playing.parsed.command is not None:
+            self.pool.step(slot, playing.parsed.command)
+
+    def _end(
+        self, playing: _Playing, reason: StopReason, final_prompt_ids: np.ndarray | None = None, error: str = ""
+    ) -> Episode:
+        steps = playing.steps
+        if steps and reason != StopReason.TERMINATED:
+            steps[-1] = replace(steps[-1], truncated=True)
+        return Episode(
+            id=playing.id,
+            order=playing.group.id * playing.group.size + playing.sample,
+            group_id=playing.group.id,
+            task_id=playing.group.task.id,
+            steps=tuple(steps),
+            stop_reason=reason,
+            final_prompt_ids=final_prompt_ids,
+            success=playing.success,
+            error=error,
+        )
+
+
+def request_seed(plan: RolloutPlan, group: Group, sample: int, step: int) -> int:
+    """Seed of one action: the same wherever and beside whatever it is sampled."""
+    name = f"{plan.seed}|{plan.name}|{group.id}|{group.task.id}|{sample}|{step}"
+    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little")

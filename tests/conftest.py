@@ -1,0 +1,51 @@
+"""Fixtures that several test files share."""
+
+from __future__ import annotations
+
+import pytest
+
+from steppo.contexts import StateContext
+from steppo.envs import TextWorldEnv
+from steppo.models import TinyPolicy
+from tests.toy_env import CorridorEnv
+
+
+@pytest.fixture(scope="session")
+def textworld_env(tmp_path_factory: pytest.TempPathFactory) -> TextWorldEnv:
+    """A few coin_collector games, compiled. Play them in an ``EnvPool`` only."""
+    env = TextWorldEnv(
+        "coin_collector",
+        {"level": 2},
+        num_train=4,
+        num_valid=2,
+        num_test=2,
+        max_steps=6,
+        exclude_commands=["examine", "inventory", "look"],
+        description="brief",
+        cache_dir=str(tmp_path_factory.mktemp("games")),
+    )
+    tasks = [task for split in ("train", "valid", "test") for task in env.tasks(split)]
+    env.prepare(tasks, lambda done, total: None)
+    return env
+
+
+def corridor_texts() -> list[str]:
+    """What there is to read in a corridor: each task's opening and its expert's way."""
+    env, context = CorridorEnv(), StateContext()
+    texts = [context.instructions]
+    for task in env.tasks("train"):
+        observation, _ = env.reset(task)
+        done = False
+        while not done:
+            action = env.expert_action() or ""
+            texts += [context.describe(observation), "Done: " + action]
+            observation, _, done, _, _ = env.step(action)
+    return texts
+
+
+@pytest.fixture
+def tiny_policy() -> TinyPolicy:
+    """A float32 policy with random weights and a tokenizer of the corridor's words."""
+    policy = TinyPolicy(hidden_size=32)
+    policy.build(corridor_texts)
+    return policy

@@ -1,0 +1,300 @@
+"""Credit assignment against hand-worked numbers and a slow implementation in plain Python."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from steppo.advantages import StepGAE, TokenGAE
+from steppo.advantages.base import discounted_suffix_sums, whiten
+from steppo.types import Credit, CreditBatch
+from tests.numeric_helpers import FEW, close, near, normal, steps_of
+
+
+@dataclass
+class Turn:
+    """A step, in plain Python: where it is, and the rewards and values of its tokens."""
+
+    episode: int
+    index: int
+    rewards: list[float]
+    values: list[float]
+    value: float
+
+
+@dataclass
+class Ending:
+    """How an episode ended."""
+
+    terminated: bool
+    bootstrap: float
+
+
+def to_batch(turns: list[Turn], endings: list[Ending], dtype: torch.dtype = torch.float64) -> CreditBatch:
+    """The rows of a batch in the order given."""
+    return CreditBatch(
+        reward_N=torch.tensor([sum(turn.rewards) for turn in turns], dtype=dtype),
+        reward_A=torch.tensor([reward for turn in turns for reward in turn.rewards], dtype=dtype),
+        episode_N=torch.tensor([turn.episode for turn in turns]),
+        group_E=torch.arange(len(endings)),
+        index_N=torch.tensor([turn.index for turn in turns]),
+        step_of_A=steps_of([len(turn.rewards) for turn in turns]),
+        terminated_E=torch.tensor([ending.terminated for ending in endings]),
+        bootstrap_E=torch.tensor([ending.bootstrap for ending in endings], dtype=dtype),
+        value_N=torch.tensor([turn.value for turn in turns], dtype=dtype),
+        value_A=torch.tensor([value for turn in turns for value in turn.values], dtype=dtype),
+    )
+
+
+def random_turns(episodes: list[tuple[list[int], bool]], seed: int) -> tuple[list[Turn], list[Ending]]:
+    """Shuffled steps of episodes, each given as tokens per step and whether it terminated."""
+    rng = np.random.default_rng(seed)
+    turns = [
+        Turn(episode, index, normal(rng, tokens).tolist(), normal(rng, tokens).tolist(), float(rng.standard_normal()))
+        for episode, (lengths, _) in enumerate(episodes)
+        for index, tokens in enumerate(lengths)
+    ]
+    # A terminated episode with a stray value after it: the value must be ignored.
+    endings = [Ending(terminated, float(rng.standard_normal())) for _, terminated in episodes]
+    return [turns[row] for row in rng.permutation(len(turns))], endings
+
+
+def slow_gae(rewards: list[float], values: list[float], final_value: float, gamma: float, gae_lambda: float) -> list[float]:
+    """Advantages of one episode, from its end to its start."""
+    advantages = [0.0] * len(rewards)
+    following_value, following_advantage = final_value, 0.0
+    for time in reversed(range(len(rewards))):
+        delta = rewards[time] + gamma * following_value - values[time]
+        advantages[time] = delta + gamma * gae_lambda * following_advantage
+        following_value, following_advantage = values[time], advantages[time]
+    return advantages
+
+
+def slow_whiten(numbers: list[float]) -> list[float]:
+    if len(numbers) < 2 or min(numbers) == max(numbers):
+        return [0.0] * len(numbers)
+    mean, deviation = statistics.fmean(numbers), statistics.stdev(numbers)
+    return [(number - mean) / (deviation + 1e-8) for number in numbers]
+
+
+def slow_credit(
+    turns: list[Turn], endings: list[Ending], gamma: float, gae_lambda: float, bootstrap: bool, by_token: bool
+) -> tuple[list[float], list[float]]:
+    """Whitened advantages and targets in the order of ``turns``."""
+    of_turn: dict[tuple[int, int], list[float]] = {}
+    for episode, ending in enumerate(endings):
+        own = sorted((turn for turn in turns if turn.episode == episode), key=lambda turn: turn.index)
+        final_value = ending.bootstrap if bootstrap and not ending.terminated else 0.0
+        if by_token:
+            rewards = [reward for turn in own for reward in turn.rewards]
+            values = [value for turn in own for value in turn.values]
+        else:
+            rewards = [sum(turn.rewards) for turn in own]
+            values = [turn.value for turn in own]
+        advantages = slow_gae(rewards, values, final_value, gamma, gae_lambda)
+        for turn in own:
+            taken = len(turn.rewards) if by_token else 1
+            of_turn[episode, turn.index], advantages = advantages[:taken], advantages[taken:]
+    in_order = [advantage for turn in turns for advantage in of_turn[turn.episode, turn.index]]
+    values = [value for turn in turns for value in (turn.values if by_token else [turn.value])]
+    return slow_whiten(in_order), [advantage + value for advantage, value in zip(in_order, values, strict=True)]
+
+
+def advantage_and_target(credit: Credit, by_token: bool) -> tuple[Tensor, Tensor]:
+    """Of the wanted kind, the other kind being absent."""
+    fields = [credit.advantage_N, credit.target_N, credit.advantage_A, credit.target_A]
+    wanted, absent = (fields[2:], fields[:2]) if by_token else (fields[:2], fields[2:])
+    assert absent == [None, None]
+    advantage, target = wanted
+    assert advantage is not None
+    assert target is not None
+    return advantage, target
+
+
+EPISODES = st.lists(st.tuples(st.lists(st.integers(1, 4), min_size=1, max_size=6), st.booleans()), min_size=1, max_size=6)
+DISCOUNTS = st.sampled_from([0.0, 0.3, 0.95, 1.0])
+SEEDS = st.integers(0, 2**16)
+BY_TOKEN = pytest.mark.parametrize("by_token", [False, True], ids=["step", "token"])
+
+
+@BY_TOKEN
+@FEW
+@given(EPISODES, SEEDS, DISCOUNTS, DISCOUNTS, st.booleans())
+def test_gae_equals_a_loop(by_token, episodes, seed, gamma, gae_lambda, bootstrap):
+    turns, endings = random_turns(episodes, seed)
+    scheme = (TokenGAE if by_token else StepGAE)(gamma, gae_lambda, bootstrap)
+    advantage, target = advantage_and_target(scheme(to_batch(turns, endings)), by_token)
+    expected_advantage, expected_target = slow_credit(turns, endings, gamma, gae_lambda, bootstrap, by_token)
+    close(advantage, expected_advantage)
+    close(target, expected_target)
+
+
+@BY_TOKEN
+@FEW
+@given(EPISODES, SEEDS, st.randoms(use_true_random=False))
+def test_gae_follows_the_rows(by_token, episodes, seed, random):
+    turns, endings = random_turns(episodes, seed)
+    rows = list(range(len(turns)))
+    random.shuffle(rows)
+    scheme = (TokenGAE if by_token else StepGAE)(0.9, 0.8, True)
+    straight = advantage_and_target(scheme(to_batch(turns, endings)), by_token)
+    shuffled = advantage_and_target(scheme(to_batch([turns[row] for row in rows], endings)), by_token)
+    lengths = [len(turn.rewards) if by_token else 1 for turn in turns]
+    for before, after in zip(straight, shuffled, strict=True):
+        pieces = before.split(lengths)
+        close(after, torch.cat([pieces[row] for row in rows]))
+
+
+@BY_TOKEN
+def test_gae_in_float32(by_token):
+    lengths = np.random.default_rng(1).integers(1, 30, size=(8, 40))
+    turns, endings = random_turns([(row.tolist(), bool(number % 2)) for number, row in enumerate(lengths)], seed=2)
+    scheme = (TokenGAE if by_token else StepGAE)(1.0, 0.95, True)
+    single = advantage_and_target(scheme(to_batch(turns, endings, torch.float32)), by_token)
+    double = advantage_and_target(scheme(to_batch(turns, endings)), by_token)
+    for actual, expected in zip(single, double, strict=True):
+        assert actual.dtype == torch.float32
+        near(actual, expected, 1e-5)
+
+
+@BY_TOKEN
+def test_bootstrap_only_after_truncation(by_token):
+    turns = [Turn(episode, 0, [1.0], [0.25], 0.25) for episode in range(2)]
+    batch = to_batch(turns, [Ending(True, 8.0), Ending(False, 8.0)])
+    scheme = TokenGAE if by_token else StepGAE
+    close(advantage_and_target(scheme(0.5, 1.0, False)(batch), by_token)[1], [1.0, 1.0])
+    close(advantage_and_target(scheme(0.5, 1.0, True)(batch), by_token)[1], [1.0, 5.0])
+
+
+def test_step_gae_by_hand():
+    """gamma = lambda = 1/2. The rows are out of order: second step, the other episode, first step.
+
+    Second step: A = 1 - 0.25 = 0.75. First: delta = 0 + 0.5 * 0.25 - 0.5 = -0.375, A = -0.375 + 0.25 * 0.75 = -0.1875.
+    Other episode: A = 2.6875 - 1 = 1.6875. Mean 0.75, sample std 0.9375.
+    """
+    turns = [
+        Turn(0, 1, [1.0], [0.0], 0.25),
+        Turn(1, 0, [0.0, 2.6875], [0.0, 0.0], 1.0),
+        Turn(0, 0, [0.0], [0.0], 0.5),
+    ]
+    batch = to_batch(turns, [Ending(True, 0.0), Ending(False, 2.0)])
+    credit = StepGAE(0.5, 0.5)(batch)
+    close(credit.advantage_N, [0.0, 1.0, -1.0], 1e-7)
+    close(credit.target_N, [1.0, 2.6875, 0.3125])
+    # The other episode was cut before a state of value 2: A = 2.6875 + 0.5 * 2 - 1.
+    credit = StepGAE(0.5, 0.5, bootstrap_truncated=True)(batch)
+    close(credit.target_N, [1.0, 3.6875, 0.3125])
+
+
+def test_token_gae_by_hand():
+    """gamma = lambda = 1/2, a step of two tokens and a last step of one, values 0.5, 0.25, 0.5, final reward 1.
+
+    From the end: A = 1 - 0.5 = 0.5; delta = 0.5 * 0.5 - 0.25 = 0, A = 0.25 * 0.5 = 0.125;
+    delta = 0.5 * 0.25 - 0.5 = -0.375, A = -0.375 + 0.25 * 0.125 = -0.34375. Mean 0.09375, sample variance 0.1787109375.
+    """
+    turns = [Turn(0, 1, [1.0], [0.5], 9.0), Turn(0, 0, [0.0, 0.0], [0.5, 0.25], 9.0)]
+    credit = TokenGAE(0.5, 0.5)(to_batch(turns, [Ending(True, 0.0)]))
+    deviations = torch.tensor([0.40625, -0.4375, 0.03125], dtype=torch.float64)
+    close(credit.advantage_A, deviations / 0.1787109375**0.5, 1e-7)
+    close(credit.target_A, [1.0, 0.15625, 0.375])
+
+
+def test_token_gae_crosses_steps():
+    """A final reward reaches the first step's tokens, one discount per token, and no other episode."""
+    lengths = [2, 3, 1]
+    turns = [Turn(0, index, [0.0] * tokens, [0.0] * tokens, 0.0) for index, tokens in enumerate(lengths)]
+    turns[-1].rewards[-1] = 1.0
+    turns.append(Turn(1, 0, [0.0, 0.0], [0.0, 0.0], 0.0))
+    credit = TokenGAE(0.5, 1.0)(to_batch(turns, [Ending(True, 0.0)] * 2))
+    close(credit.target_A, [1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1, 0, 0])
+
+
+def test_step_gae_discounts_by_step_not_by_token():
+    turns = [Turn(0, index, [0.0] * tokens, [0.0] * tokens, 0.0) for index, tokens in enumerate([7, 1, 4])]
+    turns[-1].rewards[-1] = 1.0
+    credit = StepGAE(0.5, 1.0)(to_batch(turns, [Ending(True, 0.0)]))
+    close(credit.target_N, [0.25, 0.5, 1.0])
+
+
+def test_long_actions_do_not_count_more():
+    """Step credit depends on the steps' rewards alone; token credit is whitened over tokens."""
+    short = [Turn(0, 0, [1.0], [0.0], 0.0), Turn(1, 0, [3.0], [0.0], 0.0)]
+    long = [Turn(0, 0, [1.0], [0.0], 0.0), Turn(1, 0, [0.0] * 5 + [3.0], [0.0] * 6, 0.0)]
+    endings = [Ending(True, 0.0)] * 2
+    close(StepGAE()(to_batch(short, endings)).advantage_N, StepGAE()(to_batch(long, endings)).advantage_N)
+    tokens = TokenGAE()(to_batch(long, endings)).advantage_A
+    close(tokens.sum(), 0.0)
+    assert tokens[0] < -2
+
+
+def test_one_step_alone():
+    """Nothing to whiten with: no advantage, but a target."""
+    batch = to_batch([Turn(0, 0, [3.0], [0.5], 0.5)], [Ending(False, 4.0)])
+    for scheme, by_token in ((StepGAE, False), (TokenGAE, True)):
+        advantage, target = advantage_and_target(scheme(0.5, 0.9, True)(batch), by_token)
+        assert advantage.tolist() == [0.0]
+        close(target, [5.0])
+
+
+def test_equal_advantages_become_zero():
+    turns = [Turn(episode, 0, [0.3], [0.1], 0.1) for episode in range(4)]
+    batch = to_batch(turns, [Ending(True, 0.0)] * 4)
+    for scheme, by_token in ((StepGAE, False), (TokenGAE, True)):
+        advantage, target = advantage_and_target(scheme()(batch), by_token)
+        assert advantage.tolist() == [0.0] * 4
+        close(target, [0.3] * 4)
+
+
+def test_the_batch_is_left_alone():
+    turns, endings = random_turns([([2, 1], True), ([3], False)], seed=3)
+    batch, untouched = to_batch(turns, endings), to_batch(turns, endings)
+    StepGAE(0.9, 0.9, True)(batch)
+    TokenGAE(0.9, 0.9, True)(batch)
+    for name in (field.name for field in dataclasses.fields(CreditBatch)):
+        before, after = getattr(untouched, name), getattr(batch, name)
+        assert (before is None and after is None) or torch.equal(before, after)
+
+
+@FEW
+@given(st.lists(st.integers(1, 20), max_size=6), st.floats(0, 1), SEEDS)
+def test_suffix_sums_equal_a_loop(runs, decay, seed):
+    numbers = normal(np.random.default_rng(seed), sum(runs))
+    is_last = torch.zeros(len(numbers), dtype=torch.bool)
+    is_last[torch.tensor(runs, dtype=torch.int64).cumsum(0) - 1] = True
+    expected, following = [0.0] * len(numbers), 0.0
+    for row in reversed(range(len(numbers))):
+        following = float(numbers[row]) + (0.0 if is_last[row] else decay * following)
+        expected[row] = following
+    close(discounted_suffix_sums(numbers, decay, is_last), expected)
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 4, 5, 1023, 1024, 1025])
+def test_suffix_sums_of_one_run(length):
+    is_last = torch.arange(length) == length - 1
+    ones = torch.ones(length, dtype=torch.float64)
+    close(discounted_suffix_sums(ones, 1.0, is_last), torch.arange(length, 0, -1))
+    close(discounted_suffix_sums(ones, 0.5, is_last)[0], 2 - 0.5 ** (length - 1))
+
+
+@FEW
+@given(st.integers(2, 50), SEEDS, st.floats(0.1, 100), st.floats(-100, 100))
+def test_whiten(size, seed, scale, shift):
+    numbers = normal(np.random.default_rng(seed), size)
+    white = whiten(numbers * scale + shift)
+    close(white, slow_whiten((numbers * scale + shift).tolist()))
+    close(white.sum(), 0.0)
+    # The sample standard deviation: n - 1.
+    close(white.square().sum(), float(size - 1), 1e-5)
+
+
+@pytest.mark.parametrize("numbers", [[], [7.0], [0.1] * 5])
+def test_whiten_without_spread_gives_zero(numbers):
+    assert whiten(torch.tensor(numbers)).tolist() == [0.0] * len(numbers)

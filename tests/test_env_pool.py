@@ -1,0 +1,225 @@
+"""EnvPool: what is played in worker processes is what would be played here, and only the broken episode is lost."""
+
+from __future__ import annotations
+
+import multiprocessing as mp
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from typing import Any
+
+import pytest
+
+from steppo.envs.pool import EnvPool, EnvReply
+from steppo.types import Observation, Task
+from tests.toy_env import CorridorEnv, FaultyEnv
+
+ACTIONS = ["right", "take", "left", "dance", "right", "right", "take", "left"]
+TASKS = CorridorEnv().tasks("train")
+
+
+@pytest.fixture
+def make_pool() -> Iterator[Callable[..., EnvPool]]:
+    """Makes pools whose processes end with the test, however it ends."""
+    pools: list[EnvPool] = []
+    others = set(mp.active_children())
+
+    def make(env: CorridorEnv, num_slots: int, num_workers: int, timeout_s: float = 30.0) -> EnvPool:
+        pools.append(EnvPool(env, num_slots, num_workers, timeout_s))
+        return pools[-1]
+
+    yield make
+    for child in set(mp.active_children()) - others:
+        child.kill()
+    for pool in pools:
+        pool.close()
+
+
+def play_here(task: Task, actions: Sequence[str]) -> list[EnvReply]:
+    """All replies of an episode, played in this process."""
+    env = CorridorEnv()
+    observation, info = env.reset(task)
+    replies = [EnvReply(observation, info=info)]
+    for action in actions:
+        if replies[-1].terminated:
+            break
+        replies.append(EnvReply(*env.step(action)))
+    return replies
+
+
+def play_slots(pool: EnvPool, tasks: Sequence[Task], actions: Sequence[str]) -> list[list[EnvReply]]:
+    """All replies of each slot's episode: all slots are asked before the first is listened to."""
+    replies: list[list[EnvReply]] = [[] for _ in tasks]
+    for slot, task in enumerate(tasks):
+        pool.reset(slot, task)
+    for action in [*actions, None]:
+        going = [slot for slot in range(len(tasks)) if not replies[slot] or is_going(replies[slot][-1])]
+        for slot in going:
+            replies[slot].append(pool.receive(slot))
+        for slot in going:
+            if action is not None and is_going(replies[slot][-1]):
+                pool.step(slot, action)
+    return replies
+
+
+def is_going(reply: EnvReply) -> bool:
+    return not (reply.error or reply.terminated or reply.truncated)
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_slots_play_as_a_single_environment_would(make_pool: Callable[..., EnvPool], num_workers: int) -> None:
+    pool = make_pool(CorridorEnv(), num_slots=5, num_workers=num_workers)
+    expected = [play_here(task, ACTIONS) for task in TASKS[:5]]
+    assert {len(replies) for replies in expected} != {len(ACTIONS) + 1}, "some episode should end early"
+    for _ in range(2):  # slots are used again
+        assert play_slots(pool, TASKS[:5], ACTIONS) == expected
+    assert pool.replaced_workers == 0
+
+
+def test_more_workers_than_slots(make_pool: Callable[..., EnvPool]) -> None:
+    pool = make_pool(CorridorEnv(), num_slots=1, num_workers=4)
+    assert play_slots(pool, TASKS[:1], ACTIONS) == [play_here(TASKS[0], ACTIONS)]
+
+
+def test_expert_actions_come_only_when_wanted(make_pool: Callable[..., EnvPool]) -> None:
+    pool = make_pool(CorridorEnv(), num_slots=2, num_workers=1)
+    pool.reset(0, TASKS[2], want_expert=True)
+    pool.reset(1, TASKS[2])
+    reply, plain = pool.receive(0), pool.receive(1)
+    assert plain.observation is not None
+    assert plain.observation.expert_action is None
+    taken = []
+    while is_going(reply):
+        assert reply.observation is not None
+        taken.append(reply.observation.expert_action)
+        pool.step(0, taken[-1])
+        reply = pool.receive(0)
+    assert taken == ["right", "right", "right", "take"]
+    assert reply.reward == 1.0
+    assert reply.info == {"success": True}
+    assert reply.observation is not None
+    assert reply.observation.expert_action is None, "there is nothing left to do"
+
+
+FAULTS = {
+    "raises": (FaultyEnv(fail_tasks=[TASKS[1].id]), "broken on purpose", 0),
+    "hangs": (FaultyEnv(hang_tasks=[TASKS[1].id]), "no answer within 3 s", 1),
+    "dies": (FaultyEnv(die_tasks=[TASKS[1].id]), "died", 1),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_costs_one_episode(make_pool: Callable[..., EnvPool], fault: str) -> None:
+    env, message, replaced = FAULTS[fault]
+    pool = make_pool(env, num_slots=3, num_workers=1, timeout_s=3.0)
+
+    replies = play_slots(pool, TASKS[:3], ACTIONS)
+
+    expected = [play_here(task, ACTIONS) for task in TASKS[:3]]
+    assert replies[0] == expected[0]
+    assert replies[2] == expected[2]
+    assert replies[1][:2] == expected[1][:2]
+    assert message in replies[1][2].error
+    assert replies[1][2].observation is None
+    assert pool.replaced_workers == replaced
+    # The slot is as good as new.
+    pool.reset(1, TASKS[3])
+    assert pool.receive(1) == play_here(TASKS[3], [])[0]
+    pool.step(1, "right")
+    assert pool.receive(1) == play_here(TASKS[3], ["right"])[-1]
+
+
+def test_other_workers_do_not_notice(make_pool: Callable[..., EnvPool]) -> None:
+    pool = make_pool(FaultyEnv(die_tasks=[TASKS[1].id]), num_slots=2, num_workers=2)
+    pool.reset(0, TASKS[0])
+    pool.reset(1, TASKS[1])
+    process_ids = {child.pid for child in mp.active_children()}
+    for slot in (0, 1):
+        pool.receive(slot)
+        pool.step(slot, "right")
+        pool.receive(slot)
+        pool.step(slot, "right")
+    assert pool.receive(1).error
+    assert pool.receive(0) == play_here(TASKS[0], ["right", "right"])[-1]
+    assert len(process_ids & {child.pid for child in mp.active_children()}) == 1
+
+
+def test_an_episode_in_its_pause_survives_two_deaths(make_pool: Callable[..., EnvPool]) -> None:
+    """Slot 2 waits for nothing while slots 0 and 1 kill the worker, one after the other."""
+    pool = make_pool(FaultyEnv(die_tasks=[TASKS[0].id, TASKS[1].id]), num_slots=3, num_workers=1)
+    for slot in range(3):
+        pool.reset(slot, TASKS[slot])
+        pool.receive(slot)
+        pool.step(slot, "right")
+        pool.receive(slot)
+    pool.step(0, "left")
+    pool.step(1, "left")
+    assert pool.receive(0).error
+    assert pool.receive(1).error
+    expected = play_here(TASKS[2], ["right", "take", "right", "left"])
+    for number, action in enumerate(["take", "right", "left"], start=2):
+        pool.step(2, action)
+        assert pool.receive(2) == expected[number]
+    assert pool.replaced_workers == 2
+
+
+@pytest.mark.timeout(20)
+def test_a_death_while_an_episode_is_played_again(make_pool: Callable[..., EnvPool]) -> None:
+    """Slot 1's episode is sent to a new worker, which dies too: the answer may be an error, but there is one."""
+    pool = make_pool(FaultyEnv(die_tasks=[TASKS[0].id]), num_slots=2, num_workers=1, timeout_s=3.0)
+    others = set(mp.active_children())
+    for slot in range(2):
+        pool.reset(slot, TASKS[slot])
+        pool.receive(slot)
+        pool.step(slot, "right")
+        pool.receive(slot)
+    pool.step(0, "left")
+    assert pool.receive(0).error
+    for child in set(mp.active_children()) - others:
+        child.kill()
+        child.join()
+    pool.step(1, "left")
+    reply = pool.receive(1)
+    assert reply.error or reply == play_here(TASKS[1], ["right", "left"])[-1]
+    pool.reset(1, TASKS[2])
+    assert pool.receive(1) == play_here(TASKS[2], [])[0]
+
+
+def test_released_episodes_are_not_played_again(make_pool: Callable[..., EnvPool]) -> None:
+    pool = make_pool(FaultyEnv(die_tasks=[TASKS[1].id]), num_slots=2, num_workers=1)
+    for slot in range(2):
+        pool.reset(slot, TASKS[slot])
+        pool.receive(slot)
+    pool.release(0)
+    pool.step(1, "right")
+    pool.receive(1)
+    pool.step(1, "right")
+    assert pool.receive(1).error
+    pool.step(0, "right")
+    assert "lost" in pool.receive(0).error
+
+
+class EchoEnv(CorridorEnv):
+    """Shows what the task holds."""
+
+    def reset(self, task: Task) -> tuple[Observation, dict[str, Any]]:
+        return Observation(task.data["text"]), {}
+
+
+@pytest.mark.timeout(20)
+def test_large_tasks_and_observations(make_pool: Callable[..., EnvPool]) -> None:
+    """More than a pipe holds, in both directions, before the first answer is listened to."""
+    pool = make_pool(EchoEnv(), num_slots=16, num_workers=1)
+    texts = [str(slot % 10) * 100_000 for slot in range(16)]
+    for slot, text in enumerate(texts):
+        pool.reset(slot, Task(str(slot), {"text": text}))
+    for slot, text in enumerate(texts):
+        assert pool.receive(slot).observation == Observation(text)
+
+
+def test_close_ends_the_workers() -> None:
+    before = set(mp.active_children())
+    with closing(EnvPool(CorridorEnv(), 2, 2, 30.0)) as pool:
+        pool.reset(0, TASKS[0])
+        pool.receive(0)
+        assert len(set(mp.active_children()) - before) == 2
+    assert set(mp.active_children()) <= before

@@ -1,0 +1,225 @@
+"""TextWorldEnv. Games are played in the workers of an EnvPool only: their interpreter must not share a process with torch."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from steppo.envs import TextWorldEnv
+from steppo.envs.pool import EnvPool, EnvReply
+from steppo.errors import ConfigError
+from steppo.types import Observation, Task
+
+Choose = Callable[[Observation], str]
+
+
+def expert(observation: Observation) -> str:
+    assert observation.expert_action is not None
+    return observation.expert_action
+
+
+def play(env: TextWorldEnv, tasks: Sequence[Task], choose: Choose = expert) -> list[list[EnvReply]]:
+    """Each task's replies until its end, one slot per task."""
+    replies: list[list[EnvReply]] = []
+    with closing(EnvPool(env, len(tasks), 1, timeout_s=60.0)) as pool:
+        for slot, task in enumerate(tasks):
+            pool.reset(slot, task, want_expert=True)
+        for slot in range(len(tasks)):
+            episode = [pool.receive(slot)]
+            while not (episode[-1].error or episode[-1].terminated or episode[-1].truncated):
+                pool.step(slot, choose(seen(episode[-1])))
+                episode.append(pool.receive(slot))
+            replies.append(episode)
+    return replies
+
+
+def seen(reply: EnvReply) -> Observation:
+    assert reply.observation is not None, reply.error
+    return reply.observation
+
+
+def variant(env: TextWorldEnv, **arguments: Any) -> TextWorldEnv:
+    """The same games with other arguments."""
+    folder = str(env._folder.parent)
+    return TextWorldEnv("coin_collector", {"level": 2}, num_train=4, num_valid=2, num_test=2, cache_dir=folder, **arguments)
+
+
+def no_progress(done: int, total: int) -> None:
+    pytest.fail(f"{total} games were generated")
+
+
+# --- tasks and settings: nothing is played ---
+
+
+def test_splits_share_no_game() -> None:
+    env = TextWorldEnv(num_train=50, num_valid=30, num_test=20)
+    splits = {split: env.tasks(split) for split in ("train", "valid", "test")}
+    assert {split: len(tasks) for split, tasks in splits.items()} == {"train": 50, "valid": 30, "test": 20}
+    assert len({task.id for tasks in splits.values() for task in tasks}) == 100
+    assert len({task.data["seed"] for tasks in splits.values() for task in tasks}) == 100
+
+
+def test_tasks_are_stable(tmp_path: Path) -> None:
+    env = TextWorldEnv(num_train=50, num_test=20)
+    assert env.tasks("test") == env.tasks("test")
+    smaller = TextWorldEnv(num_train=5, num_test=2, max_steps=7, description="brief", cache_dir=str(tmp_path))
+    for split, size in (("train", 5), ("test", 2)):
+        assert smaller.tasks(split) == env.tasks(split)[:size]
+    other_games = TextWorldEnv(settings={"level": 6})
+    assert not {task.id for task in other_games.tasks("train")} & {task.id for task in env.tasks("train")}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"settings": {"levels": 3}}, "levels"),
+        ({"challenge": "cooking", "settings": {"level": 3}}, "recipe"),
+        ({"max_steps": 0}, "max_steps"),
+        ({"num_valid": 1_000_001}, "1,000,000"),
+    ],
+)
+def test_mistakes_in_the_config(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        TextWorldEnv(**arguments)
+
+
+def test_unknown_split() -> None:
+    with pytest.raises(ConfigError, match="train, valid, test"):
+        TextWorldEnv().tasks("dev")
+
+
+def test_settings_that_make_no_game(tmp_path: Path) -> None:
+    env = TextWorldEnv("coin_collector", {"level": 0}, num_train=2, cache_dir=str(tmp_path), num_generators=1)
+    with pytest.raises(ConfigError, match="level"):
+        env.prepare(env.tasks("train"), lambda done, total: None)
+
+
+def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    env = TextWorldEnv(num_train=1, cache_dir=str(tmp_path / "file"))
+    with pytest.raises(ConfigError, match="cannot write"):
+        env.prepare(env.tasks("train"), no_progress)
+
+
+# --- what is shown ---
+
+
+def test_expert_wins_and_sees_clean_text(textworld_env: TextWorldEnv) -> None:
+    """Full texts: no banner, no status line, no score line, no route."""
+    env = variant(textworld_env, description="full", max_steps=6)
+    tasks = env.tasks("train") + env.tasks("test")
+    for episode in play(env, tasks):
+        assert len(episode) == 3
+        assert [reply.reward for reply in episode] == [0.0, 0.0, 1.0]
+        assert episode[-1].terminated
+        assert episode[-1].info == {"success": True}
+        for reply in episode:
+            observation = seen(reply)
+            assert not re.search(r"\$|TextWorld|Your score|\*\*\*|^>|=-.", observation.text, re.MULTILINE)
+            assert all(line.strip() == line != "" for line in observation.text.split("\n"))
+            assert observation.goal == "Find the coin and take it."
+            assert observation.feedback == ""
+        opening = seen(episode[0]).text
+        assert re.match(r"-= [\w ]+ =-\n\w", opening)
+        assert "coin" not in opening.lower(), "the coin lies elsewhere: only a route would name it"
+
+
+def test_brief_texts_are_room_names(textworld_env: TextWorldEnv) -> None:
+    tasks = textworld_env.tasks("valid")
+    brief = play(textworld_env, tasks)
+    full = play(variant(textworld_env, description="full"), tasks)
+    for brief_episode, full_episode in zip(brief, full, strict=True):
+        for short, long in zip(brief_episode[:-1], full_episode[:-1], strict=True):
+            assert f"-= {seen(short).text} =-" == seen(long).text.split("\n")[0]
+        assert seen(brief_episode[-1]).text == seen(full_episode[-1]).text == "You pick up the coin from the ground."
+
+
+def test_commands_are_shown_excluded_or_hidden(textworld_env: TextWorldEnv) -> None:
+    task = textworld_env.tasks("valid")[:1]
+    [some], [everything], [hidden] = (
+        play(env, task)
+        for env in (textworld_env, variant(textworld_env), variant(textworld_env, show_admissible_commands=False))
+    )
+    excluded = ("examine", "inventory", "look")
+    for few, full, none in zip(some, everything, hidden, strict=True):
+        shown = seen(full).admissible_commands
+        assert shown is not None
+        assert {"inventory", "look"} <= set(shown)
+        assert seen(few).admissible_commands == tuple(c for c in shown if not c.startswith(excluded))
+        assert seen(few).admissible_commands
+        assert seen(none).admissible_commands is None
+    for reply in some[:-1]:
+        assert seen(reply).expert_action in (seen(reply).admissible_commands or ())
+
+
+# --- how it ends ---
+
+
+def test_max_steps_ends_the_task_unsolved(textworld_env: TextWorldEnv) -> None:
+    [episode] = play(textworld_env, textworld_env.tasks("train")[:1], lambda observation: "look")
+    assert len(episode) == 1 + 6
+    assert [reply.terminated for reply in episode] == [False] * 6 + [True]
+    assert not any(reply.truncated or reply.reward for reply in episode)
+    assert episode[-1].info == {"success": False}
+
+
+def test_winning_with_the_last_step_counts(textworld_env: TextWorldEnv) -> None:
+    [episode] = play(variant(textworld_env, max_steps=2), textworld_env.tasks("train")[:1])
+    assert len(episode) == 1 + 2
+    assert episode[-1].info == {"success": True}
+    assert episode[-1].reward == 1.0
+
+
+def test_rewards_are_success_or_score(tmp_path: Path) -> None:
+    envs = [
+        TextWorldEnv("simple", {"rewards": "dense"}, num_train=1, reward=reward, cache_dir=str(tmp_path), num_generators=1)
+        for reward in ("success", "score")
+    ]
+    tasks = envs[0].tasks("train")
+    envs[0].prepare(tasks, lambda done, total: None)
+    [success], [score] = (play(env, tasks) for env in envs)
+    assert [reply.observation for reply in success] == [reply.observation for reply in score]
+    assert [reply.reward for reply in success] == [0.0] * (len(success) - 1) + [1.0]
+    assert len([reply for reply in score if reply.reward > 0]) > 2
+    assert sum(reply.reward for reply in score) == pytest.approx(1.0)
+    assert success[-1].info == score[-1].info == {"success": True}
+    assert not re.search("chest|key|east", seen(success[0]).goal), "the goal is brief, the way is to be found"
+
+
+# --- files ---
+
+
+def test_prepared_games_are_left_alone(textworld_env: TextWorldEnv) -> None:
+    before = {path: path.stat().st_mtime_ns for path in textworld_env._folder.iterdir()}
+    assert len([path for path in before if path.suffix == ".z8"]) == 8
+    tasks = textworld_env.tasks("train") + textworld_env.tasks("valid") + textworld_env.tasks("test")
+    textworld_env.prepare(tasks, no_progress)
+    assert {path: path.stat().st_mtime_ns for path in textworld_env._folder.iterdir()} == before
+
+
+def test_a_lost_game_comes_back_the_same(
+    textworld_env: TextWorldEnv, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In processes with another order of sets, too."""
+    shutil.copytree(textworld_env._folder, tmp_path / textworld_env._folder.name)
+    env = variant(textworld_env)
+    copied = TextWorldEnv("coin_collector", {"level": 2}, num_train=4, cache_dir=str(tmp_path), num_generators=1)
+    tasks = copied.tasks("train")
+    kept, lost = copied._path(tasks[0]), copied._path(tasks[1])
+    lost.unlink()
+    lost.with_suffix(".json").unlink()
+    kept_at = kept.stat().st_mtime_ns
+    calls: list[tuple[int, int]] = []
+    monkeypatch.setenv("PYTHONHASHSEED", "1")
+    copied.prepare(tasks, lambda done, total: calls.append((done, total)))
+    assert calls == [(0, 1), (1, 1)]
+    assert kept.stat().st_mtime_ns == kept_at
+    again = play(copied, tasks)
+    monkeypatch.setenv("PYTHONHASHSEED", "2")
+    assert again == play(env, tasks)

@@ -1,0 +1,114 @@
+"""Text environments without TextWorld, for tests: a corridor, and one that breaks on purpose."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import time
+from typing import Any
+
+from steppo.envs.base import Env
+from steppo.errors import ConfigError
+from steppo.types import Observation, Task
+
+_SPLITS = ("train", "valid", "test")
+
+
+class CorridorEnv(Env):
+    """A corridor of numbered rooms. Walk to the goal room and take the coin; ``take`` anywhere else does nothing.
+
+    Args:
+        length: Number of rooms.
+        num_tasks: Tasks in each split.
+        max_steps: Steps that a task allows; reaching them ends it unsolved.
+    """
+
+    def __init__(self, length: int = 4, num_tasks: int = 8, max_steps: int = 8) -> None:
+        if length < 2:
+            raise ConfigError(f"CorridorEnv: length must be at least 2, not {length}")
+        self.length = length
+        self.num_tasks = num_tasks
+        self.max_steps = max_steps
+        self._task = Task("")
+        self._room = 0
+        self._goal = 0
+        self._steps = 0
+
+    def tasks(self, split: str) -> list[Task]:
+        if split not in _SPLITS:
+            raise ConfigError(f"CorridorEnv has no split {split!r}; it has {', '.join(_SPLITS)}")
+        pairs = list(itertools.permutations(range(self.length), 2))
+        first = _SPLITS.index(split) * self.num_tasks
+        chosen = [pairs[number % len(pairs)] for number in range(first, first + self.num_tasks)]
+        return [
+            Task(f"corridor/{split}/{number}", {"start": start, "goal": goal})
+            for number, (start, goal) in enumerate(chosen)
+        ]
+
+    def reset(self, task: Task) -> tuple[Observation, dict[str, Any]]:
+        self._task = task
+        self._room, self._goal, self._steps = task.data["start"], task.data["goal"], 0
+        return self._observe(f"You are in room {self._room}."), {}
+
+    def step(self, action: str) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
+        self._steps += 1
+        success = False
+        if action not in self._commands():
+            text = "Nothing happens."
+        elif action == "take":
+            success = self._room == self._goal
+            text = "You take the coin." if success else "There is no coin here."
+        else:
+            self._room += 1 if action == "right" else -1
+            text = f"You are in room {self._room}."
+        terminated = success or self._steps >= self.max_steps
+        return self._observe(text), float(success), terminated, False, {"success": success}
+
+    def expert_action(self) -> str | None:
+        if self._room == self._goal:
+            return "take"
+        return "right" if self._room < self._goal else "left"
+
+    def _commands(self) -> tuple[str, ...]:
+        ways = {"left": self._room > 0, "right": self._room < self.length - 1, "take": True}
+        return tuple(command for command, possible in ways.items() if possible)
+
+    def _observe(self, text: str) -> Observation:
+        return Observation(text, f"Take the coin in room {self._goal}.", self._commands())
+
+
+class FaultyEnv(CorridorEnv):
+    """A corridor that breaks in the second step (index 1) of some tasks.
+
+    Args:
+        fail_tasks: Ids of tasks that raise.
+        hang_tasks: Ids of tasks that never answer.
+        die_tasks: Ids of tasks that end the process.
+        length: Number of rooms.
+        num_tasks: Tasks in each split.
+        max_steps: Steps that a task allows; reaching them ends it unsolved.
+    """
+
+    def __init__(
+        self,
+        fail_tasks: list[str] | None = None,
+        hang_tasks: list[str] | None = None,
+        die_tasks: list[str] | None = None,
+        length: int = 4,
+        num_tasks: int = 8,
+        max_steps: int = 8,
+    ) -> None:
+        super().__init__(length, num_tasks, max_steps)
+        self.fail_tasks = fail_tasks or []
+        self.hang_tasks = hang_tasks or []
+        self.die_tasks = die_tasks or []
+
+    def step(self, action: str) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
+        if self._steps == 1:
+            if self._task.id in self.fail_tasks:
+                raise RuntimeError("broken on purpose")
+            if self._task.id in self.hang_tasks:
+                time.sleep(3600)
+            if self._task.id in self.die_tasks:
+                os._exit(1)
+        return super().step(action)
