@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+import difflib
+import importlib
+import inspect
+import re
 import sys
+import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from jsonargparse import ArgumentError
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from omegaconf.errors import OmegaConfBaseException
 
 from callbacks import EvaluationCallback, RolloutCallback, StepProgressBar, WarmStartCallback
 from steppo.datamodule import StepDataModule
-from steppo.errors import SteppoError
+from steppo.errors import ConfigError, SteppoError
 from steppo.module import AgentModule
+
+_LONGEST_ERROR = 500
 
 
 class StepCLI(LightningCLI):
@@ -29,14 +39,27 @@ class StepCLI(LightningCLI):
         parser.add_lightning_class_args(EvaluationCallback, "evaluation")
         parser.add_lightning_class_args(StepProgressBar, "progress")
 
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """``fit``, ``validate`` and ``test``: nothing predicts."""
+        return {name: skip for name, skip in LightningCLI.subcommands().items() if name != "predict"}
+
     def before_instantiate_classes(self) -> None:
-        threads = self.config[self.subcommand].num_threads
-        if threads is not None:
-            torch.set_num_threads(threads)
+        config = self.config[self.subcommand]
+        if config.num_threads is not None:
+            torch.set_num_threads(config.num_threads)
+        path = config.get("ckpt_path")
+        if path and path not in ("best", "last", "hpc") and not Path(path).exists():
+            raise ConfigError(f"there is no checkpoint {path}")
 
 
 def main(args: Sequence[str] | None = None) -> StepCLI:
     """Runs a command line (the process's own unless given); a user's mistake is one line and exit status 2."""
+    warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
+    warnings.filterwarnings("ignore", message=".*IterableDataset. has .__len__. defined.*")
+    # An abbreviated option would be taken for another. omegaconf+ resolves ${...} when all files and options are merged, so
+    # that an override reaches every copy of a value.
+    strict = {"parser_mode": "omegaconf+", "allow_abbrev": False, "exit_on_error": False}
     try:
         return StepCLI(
             AgentModule,
@@ -45,16 +68,37 @@ def main(args: Sequence[str] | None = None) -> StepCLI:
             subclass_mode_data=True,
             seed_everything_default=0,
             save_config_kwargs={"overwrite": True},
-            parser_kwargs={"parser_mode": "omegaconf", "exit_on_error": False},
-            trainer_defaults={"num_sanity_val_steps": 0},
+            parser_kwargs={**strict, **{name: strict for name in StepCLI.subcommands()}},
+            trainer_defaults={"num_sanity_val_steps": 0, "enable_model_summary": False},
             args=list(args) if args is not None else None,
         )
-    except (SteppoError, ArgumentError, MisconfigurationException) as error:
-        print(f"error: {_one_line(error)}", file=sys.stderr)
+    except (SteppoError, ArgumentError, MisconfigurationException, OmegaConfBaseException, yaml.YAMLError) as error:
+        print(f"error: {explain(error)}", file=sys.stderr)
         raise SystemExit(2) from None
 
 
-def _one_line(error: Any) -> str:
-    """What went wrong, without the parser's lists of all that it tried."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return " ".join(lines)[:600]
+def explain(error: Exception) -> str:
+    """One line that says where and what, without the parser's lists of all that it tried."""
+    text = " ".join(str(error).split())
+    if not isinstance(error, ArgumentError):
+        return text[:_LONGEST_ERROR]
+    text, _, given = text.partition(" Given value type:")
+    *_, reason = re.split(r'Parser key "[^"]*": |Errors: - ', text)
+    reason = reason.removesuffix(" - Expected a <class 'NoneType'>")
+    reason = re.sub(r"<class '([\w.]+)'>", r"\1", reason).replace("typing.", "")
+    value = given.partition("Given value: ")[2]
+    if value and "NestedArg" not in value and "Got value" not in reason and len(value) < 80:
+        reason += f". Got value: {value}"
+    where = ".".join(re.findall(r'Parser key "([^"]*)"', text))
+    return f"{where + ': ' if where else ''}{reason}{_suggestion(reason)}"[:_LONGEST_ERROR]
+
+
+def _suggestion(reason: str) -> str:
+    """The parameter that was probably meant."""
+    match = re.search(r"class_path '([\w.]+)\.(\w+)'.*(?:Option '|Key ')([\w.]+)'", reason)
+    if match is None:
+        return ""
+    module, name, option = match.groups()
+    owner: Any = getattr(importlib.import_module(module), name)
+    near = difflib.get_close_matches(option, inspect.signature(owner).parameters, n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""

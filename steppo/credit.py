@@ -78,11 +78,13 @@ def assign_credit(buffer: StepBuffer, advantage: Advantage, kl_coef: float) -> G
     # Stable sorts keep a rank's steps in the order of its buffer.
     mine_N = torch.nonzero(rank_N[sort_N] == rank)[:, 0]
     mine_A = torch.nonzero((rank_N[sort_N] == rank)[batch.step_of_A])[:, 0]
+    assert buffer.scores is not None
+    dtype = buffer.scores.old_logprobs_A.dtype
     buffer.credit = Credit(
-        advantage_N=_pick(credit.advantage_N, mine_N),
-        advantage_A=_pick(credit.advantage_A, mine_A),
-        target_N=_pick(credit.target_N, mine_N),
-        target_A=_pick(credit.target_A, mine_A),
+        advantage_N=_pick(credit.advantage_N, mine_N, dtype),
+        advantage_A=_pick(credit.advantage_A, mine_A, dtype),
+        target_N=_pick(credit.target_N, mine_N, dtype),
+        target_A=_pick(credit.target_A, mine_A, dtype),
     )
     gap = max(float(part["gap"]) for part in parts)
     return GlobalSteps(batch, credit, steps["length_N"].numpy(), mine_N.numpy(), gap)
@@ -91,14 +93,14 @@ def assign_credit(buffer: StepBuffer, advantage: Advantage, kl_coef: float) -> G
 def _local_part(buffer: StepBuffer, kl_coef: float) -> dict[str, Tensor]:
     scores = buffer.scores
     assert scores is not None
-    dtype = scores.old_logprobs_A.dtype
+    dtype = torch.float64  # in float32 a perfect critic's advantages would be rounding noise, whitened to unit size
     length_N = torch.from_numpy(buffer.lengths_N)
     reward_N = torch.tensor([step.reward for step in buffer.steps], dtype=dtype)
     step_of_A = torch.repeat_interleave(torch.arange(len(length_N)), length_N)
     reward_A = torch.zeros(buffer.num_tokens, dtype=dtype)
     reward_A[length_N.cumsum(0) - 1] = reward_N
     if kl_coef and scores.ref_logprobs_A is not None:
-        reward_A -= kl_coef * (scores.old_logprobs_A - scores.ref_logprobs_A)
+        reward_A -= kl_coef * (scores.old_logprobs_A.to(dtype) - scores.ref_logprobs_A.to(dtype))
         reward_N = torch.zeros_like(reward_N).index_add(0, step_of_A, reward_A)
     ended = {e.order: e.stop_reason == StopReason.TERMINATED for e in buffer.episodes}
     difference = scores.old_logprobs_A - buffer.behaviour_logprobs() if buffer.steps else torch.zeros(1)
@@ -110,14 +112,14 @@ def _local_part(buffer: StepBuffer, kl_coef: float) -> dict[str, Tensor]:
         "reward_N": reward_N,
         "reward_A": reward_A,
         "terminated_N": torch.tensor([ended[order] for order in buffer.order_N.tolist()], dtype=torch.bool),
-        "bootstrap_N": scores.bootstrap_N,
+        "bootstrap_N": scores.bootstrap_N.to(dtype),
         "anchor_N": torch.tensor([_text_key(step.observation) for step in buffer.steps], dtype=torch.int64),
         "gap": difference.abs().max(),
     }
     if scores.value_N is not None:
-        part["value_N"] = scores.value_N
+        part["value_N"] = scores.value_N.to(dtype)
     if scores.value_A is not None:
-        part["value_A"] = scores.value_A
+        part["value_A"] = scores.value_A.to(dtype)
     return part
 
 
@@ -129,8 +131,8 @@ def _tokens_in_order(length_N: Tensor, sort_N: Tensor) -> Tensor:
     return torch.repeat_interleave(start_N[sort_N] - first, sorted_lengths) + torch.arange(int(length_N.sum()))
 
 
-def _pick(column: Tensor | None, rows: Tensor) -> Tensor | None:
-    return None if column is None else column[rows]
+def _pick(column: Tensor | None, rows: Tensor, dtype: torch.dtype) -> Tensor | None:
+    return None if column is None else column[rows].to(dtype)
 
 
 def _text_key(text: str) -> int:

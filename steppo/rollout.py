@@ -84,8 +84,8 @@ class EnvSource(EpisodeSource):
         context: History -> prompt.
         engine: Samples the actions.
         parser: Action text -> command.
-        max_steps: Most steps in an episode. A task with a shorter limit of its own ends there; one that is cut here is
-            truncated.
+        max_steps: Steps after which an episode is truncated; not needed where the environment has a limit of its own
+            (there the episode is over: terminated, not truncated).
         max_prompt_tokens: An episode whose prompt grows past this ends (context_overflow).
         max_new_tokens: Most tokens in one action.
         invalid_penalty: Taken off the reward of an action that was refused.
@@ -102,7 +102,7 @@ class EnvSource(EpisodeSource):
         context: ContextPolicy,
         engine: Engine,
         parser: ActionParser | None = None,
-        max_steps: int = 50,
+        max_steps: int | None = None,
         max_prompt_tokens: int = 4096,
         max_new_tokens: int = 16,
         invalid_penalty: float = 0.1,
@@ -112,7 +112,6 @@ class EnvSource(EpisodeSource):
         env_timeout: float = 60.0,
     ) -> None:
         for name, value in (
-            ("max_steps", max_steps),
             ("max_prompt_tokens", max_prompt_tokens),
             ("max_new_tokens", max_new_tokens),
             ("num_slots", num_slots),
@@ -120,6 +119,10 @@ class EnvSource(EpisodeSource):
         ):
             if value < 1:
                 raise ConfigError(f"EnvSource: {name} must be at least 1, not {value}")
+        if max_steps is None and env.max_steps is None:
+            raise ConfigError(f"EnvSource: {type(env).__name__} has no step limit, so max_steps must be given")
+        if max_steps is not None and max_steps < 1:
+            raise ConfigError(f"EnvSource: max_steps must be at least 1, not {max_steps}")
         self.env = env
         self.context = context
         self.engine = engine
@@ -170,7 +173,7 @@ class EnvSource(EpisodeSource):
             active = list(enumerate(tasks[first : first + self.num_slots]))
             for slot, task in active:
                 self.pool.reset(slot, task, want_expert=True)
-            for _ in range(self.max_steps):
+            for _ in range(min(limit for limit in (self.max_steps, self.env.max_steps) if limit is not None)):
                 going = []
                 for slot, task in active:
                     reply = self.pool.receive(slot)
@@ -231,13 +234,15 @@ class EnvSource(EpisodeSource):
         observation = reply.observation
         playing.success = reply.info.get("success", playing.success)
         if playing.completion is not None:
+            if len(playing.steps) + 1 == self.env.max_steps:
+                reply = replace(reply, terminated=True)
             self._record(playing, reply, plan)
         if reply.terminated:
             return self._end(playing, StopReason.TERMINATED)
         playing.observations.append(observation)
         playing.prompt_ids = self.context.prompt_ids(playing.observations, playing.steps)
         overflow = len(playing.prompt_ids) > self.max_prompt_tokens
-        if reply.truncated or len(playing.steps) >= self.max_steps:
+        if reply.truncated or len(playing.steps) == self.max_steps:
             return self._end(playing, StopReason.STEP_LIMIT, None if overflow else playing.prompt_ids)
         return self._end(playing, StopReason.CONTEXT_OVERFLOW) if overflow else None
 

@@ -8,7 +8,7 @@ from hypothesis import settings
 from torch import Tensor
 
 # Property tests: few examples, the same ones on every run, no time limit on one of them.
-FEW = settings(deadline=None, max_examples=40, derandomize=True)
+FEW = settings(deadline=None, max_examples=25, derandomize=True)
 
 
 def close(actual: Tensor, expected: object, tolerance: float = 1e-9) -> None:

@@ -127,9 +127,7 @@ def text_of(tokenizer: Any, ids: np.ndarray) -> str:
 @pytest.mark.parametrize("name", ["bare", "chatml", "thinking"])
 @pytest.mark.parametrize("context", [AppendContext(), StateContext()], ids=["append", "state"])
 @pytest.mark.parametrize("text", ["go west", " take  coin ,now .", "", "☂\n\tpièce", "<think>\nhm\n</think>\n\ngo"])
-def test_actions_come_back_as_they_were(
-    tokenizers: dict[str, Any], name: str, context: ContextPolicy, text: str
-) -> None:
+def test_actions_come_back_as_they_were(tokenizers: dict[str, Any], name: str, context: ContextPolicy, text: str) -> None:
     bound(context, tokenizers[name])
     ids = context.encode_action(text)
     assert ids.dtype == np.int32

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from steppo.parsers import CommandParser
@@ -60,6 +60,7 @@ def test_with_an_empty_list_nothing_goes() -> None:
 COMMANDS = st.lists(st.text(st.characters(codec="utf-8", exclude_categories=["Z", "C"]), min_size=1), max_size=4)
 
 
+@settings(deadline=None, derandomize=True)
 @given(text=st.text(), commands=st.none() | COMMANDS, data=st.data())
 def test_any_text_has_an_answer(text: str, commands: list[str] | None, data: st.DataObject) -> None:
     if commands:

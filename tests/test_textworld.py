@@ -1,4 +1,4 @@
-"""TextWorldEnv. Games are played in the workers of an EnvPool only: their interpreter must not share a process with torch."""
+"""TextWorldEnv. Games are played in an EnvPool's workers only: their interpreter must not share a process with torch."""
 
 from __future__ import annotations
 

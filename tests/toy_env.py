@@ -41,8 +41,7 @@ class CorridorEnv(Env):
         first = _SPLITS.index(split) * self.num_tasks
         chosen = [pairs[number % len(pairs)] for number in range(first, first + self.num_tasks)]
         return [
-            Task(f"corridor/{split}/{number}", {"start": start, "goal": goal})
-            for number, (start, goal) in enumerate(chosen)
+            Task(f"corridor/{split}/{number}", {"start": start, "goal": goal}) for number, (start, goal) in enumerate(chosen)
         ]
 
     def reset(self, task: Task) -> tuple[Observation, dict[str, Any]]:

@@ -14,7 +14,12 @@ class Env(ABC):
 
     The constructor only stores settings: the object is copied into worker processes (so it must pickle), one copy for each
     episode that is played at the same time. Acquire what is expensive in ``reset``.
+
+    Attributes:
+        max_steps: Steps that the task itself allows, if it has a limit. Refused actions use them up too.
     """
+
+    max_steps: int | None = None
 
     @abstractmethod
     def tasks(self, split: str) -> list[Task]:

@@ -88,7 +88,7 @@ class TextWorldEnv(Env):
         num_train: Number of training games.
         num_valid: Number of validation games.
         num_test: Number of test games.
-        max_steps: Steps that the task allows; reaching them ends it unsolved.
+        max_steps: Steps that the task allows; when they are used up it is over, unsolved.
         show_admissible_commands: Show the commands that would work, and refuse all others. Hidden, the game judges.
         exclude_commands: First words of commands to leave out of those shown, such as ``examine``.
         description: ``full`` room texts, or ``brief``: the room's name (exits and things show in the commands).
@@ -161,9 +161,9 @@ class TextWorldEnv(Env):
                 for done, job in enumerate(as_completed(jobs), start=1):
                     job.result()
                     progress(done, len(missing))
-            except (ValueError, AssertionError, BrokenProcessPool) as error:
+            except (ValueError, TypeError, AssertionError, BrokenProcessPool) as error:
                 pool.shutdown(cancel_futures=True)
-                raise ConfigError(f"TextWorldEnv: {self.challenge} {self.settings}: {error}") from error
+                raise ConfigError(f"TextWorldEnv: no {self.challenge} game from {self.settings}: {error}") from error
 
     def reset(self, task: Task) -> tuple[Observation, dict[str, Any]]:
         import textworld

@@ -102,7 +102,8 @@ class Policy(nn.Module, ABC):
         return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
 
     def _read(self, states_A: Tensor, target_A: Tensor, divisor_A: Tensor) -> tuple[Tensor, Tensor]:
-        logits = self.logits(states_A) / divisor_A[:, None].to(states_A.dtype)
+        logits = self.logits(states_A)
+        logits = logits / divisor_A[:, None].to(logits.dtype)
         log_normaliser = torch.logsumexp(logits, dim=-1)
         logprobs = logits.gather(1, target_A[:, None])[:, 0] - log_normaliser
         entropy = log_normaliser - ((logits - log_normaliser[:, None]).exp() * logits).sum(-1)
