@@ -76,7 +76,9 @@ class EvaluationCallback(pl.Callback):
     def _log(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str, prefix: str) -> None:
         assert isinstance(pl_module, AgentModule)
         metrics = self._evaluate(trainer, pl_module, stage)
-        pl_module.log_dict({f"{prefix}/{name}": value for name, value in metrics.items()}, on_step=False, on_epoch=True)
+        metrics = {f"{prefix}/{name}": value for name, value in metrics.items()}
+        metrics["step"] = float(pl_module.counters.updates)  # the loggers' x axis
+        pl_module.log_dict(metrics, batch_size=1, sync_dist=True)
 
     def _evaluate(self, trainer: pl.Trainer, module: AgentModule, stage: str) -> dict[str, float]:
         """Plays the panel, each rank its share, and writes the record."""
@@ -86,6 +88,7 @@ class EvaluationCallback(pl.Callback):
         plan = RolloutPlan(name=stage, seed=run_seed(), temperature=self.temperature, version=module.counters.updates)
         statistics = EpisodeStatistics().to(module.device)
         start, done = time.perf_counter(), 0
+        module.data.source.load_weights(module.policy.named_parameters(), plan.version)
         with module.timed("evaluation"), phase(trainer, "evaluation", len(groups) * self.samples) as advance:
             for group in module.data.source.collect(groups, plan):
                 for episode in group:
@@ -109,8 +112,8 @@ class EvaluationCallback(pl.Callback):
             "seconds": max(gather(time.perf_counter() - start)),
         }
         self.history.append(record)
+        folder = Path(trainer.log_dir or trainer.default_root_dir)  # asks all ranks
         if trainer.is_global_zero:
-            folder = Path(trainer.log_dir or trainer.default_root_dir)
             folder.mkdir(parents=True, exist_ok=True)
             with open(folder / "evaluation.jsonl", "a") as file:
                 file.write(json.dumps(record) + "\n")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import ProgressBar
@@ -10,6 +11,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from torch import nn
 
 from callbacks.evaluation import EvaluationCallback
 from steppo.module import AgentModule
@@ -87,25 +89,23 @@ class StepProgressBar(ProgressBar):
     ) -> None:
         self.advance_phase(batch_idx + 1, int(self.total_train_batches))
 
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        assert isinstance(pl_module, AgentModule)
+        if not self._enabled:
+            return
+        parts = [("policy", pl_module.policy), ("critic", pl_module.critic)]
+        sizes = [
+            f"{name} {type(part).__name__}, {_parameters(part):,} parameters" for name, part in parts if part is not None
+        ]
+        self._console.print("; ".join([*sizes, f"credit {type(pl_module.advantage).__name__}"]), soft_wrap=True)
+
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.end_phase()
+        assert isinstance(pl_module, AgentModule)
         if not self._enabled or (trainer.current_epoch + 1) % self.every_n_iterations:
             return
-        seen = trainer.callback_metrics
-        parts = [f"iteration {trainer.current_epoch + 1:>4}"]
-        for label, name, form in (
-            ("success", "rollout/success_rate", "{:.2f}"),
-            ("steps", "rollout/steps_per_episode", "{:.1f}"),
-            ("invalid", "rollout/invalid_action_rate", "{:.3f}"),
-            ("entropy", "train/entropy", "{:.2f}"),
-            ("kl", "train/approx_kl", "{:.4f}"),
-            ("explained var", "train/explained_variance", "{:.2f}"),
-            ("seconds", "seconds/rollout", "{:.1f}"),
-            ("+", "seconds/update", "{:.1f}"),
-        ):
-            if name in seen:
-                parts.append(f"{label} {form.format(float(seen[name]))}")
-        self._console.print("  ".join(parts))
+        figures = [form.format(pl_module.latest[name]) for name, form in _LINE if name in pl_module.latest]
+        self._console.print(f"iteration {trainer.current_epoch + 1:>4}  " + "  ".join(figures), soft_wrap=True)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.end_phase()
@@ -113,23 +113,26 @@ class StepProgressBar(ProgressBar):
             record = _evaluations(trainer)[-1]
             low, high = record["success_ci95"]
             self._console.print(
-                f"[bold]evaluation[/] on {record['split']}: success {record['success_rate']:.2f} [{low:.2f}, {high:.2f}]"
+                f"evaluation on {record['split']}: success {record['success_rate']:.2f} [{low:.2f}, {high:.2f}]"
             )
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._stop()
-        if self._enabled and isinstance(pl_module, AgentModule):
-            self._console.print(_result_table(_evaluations(trainer)))
+        assert isinstance(pl_module, AgentModule)
+        history = _evaluations(trainer)
+        folder = Path(trainer.log_dir or trainer.default_root_dir)  # asks all ranks
+        self._finish(trainer, [history[0], history[-1]])
+        if self._enabled:
             self._console.print(_seconds_table(pl_module))
-            self._say_where(trainer)
+            self._console.print(f"Results: {folder / 'evaluation.jsonl'}", soft_wrap=True)
+            for logger in trainer.loggers:
+                if isinstance(logger, TensorBoardLogger):
+                    self._console.print(f"Curves:  tensorboard --logdir {logger.save_dir}", soft_wrap=True)
 
     def on_validate_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._on_evaluated(trainer)
+        self._finish(trainer, _evaluations(trainer)[-1:])
 
     def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._stop()
-        if self._enabled:
-            self._console.print(_result_table(_evaluations(trainer)))
+        self._finish(trainer, _evaluations(trainer)[-1:])
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         self._stop()
@@ -137,37 +140,44 @@ class StepProgressBar(ProgressBar):
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self._stop()
 
-    def _on_evaluated(self, trainer: pl.Trainer) -> None:
+    def _finish(self, trainer: pl.Trainer, records: list[dict[str, Any]]) -> None:
         self._stop()
         if self._enabled:
-            self._console.print(_result_table(_evaluations(trainer)))
+            self._console.print(_result_table(records))
 
-    def _say_where(self, trainer: pl.Trainer) -> None:
-        if trainer.log_dir:
-            self._console.print(f"Results: {trainer.log_dir}/evaluation.jsonl")
-        for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger):
-                self._console.print(f"Curves:  tensorboard --logdir {logger.save_dir}")
+
+_LINE = (
+    ("rollout/success_rate", "success {:.2f}"),
+    ("rollout/steps_per_episode", "steps {:.1f}"),
+    ("rollout/invalid_action_rate", "invalid {:.3f}"),
+    ("train/entropy", "entropy {:.3f}"),
+    ("train/approx_kl", "kl {:.4f}"),
+    ("train/clip_fraction", "clipped {:.3f}"),
+    ("train/explained_variance", "explained {:.2f}"),
+    ("seconds/rollout", "rollout {:.1f} s"),
+    ("seconds/update", "update {:.1f} s"),
+)
+
+
+def _parameters(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def _evaluations(trainer: pl.Trainer) -> list[dict[str, Any]]:
-    return next((c.history for c in trainer.callbacks if isinstance(c, EvaluationCallback)), [])
+    callbacks: list[pl.Callback] = cast(Any, trainer).callbacks
+    return next((callback.history for callback in callbacks if isinstance(callback, EvaluationCallback)), [])
 
 
-def _result_table(history: list[dict[str, Any]]) -> Table:
-    """Before and after, or the one evaluation there is."""
-    table = Table(title="Evaluation")
-    for name in ("", "iteration", "environment steps", "split", "episodes", "success", "95 % interval", "return", "steps"):
-        table.add_column(name, justify="left" if name in ("", "split") else "right")
-    rows = [("before", history[0]), ("after", history[-1])] if len(history) > 1 else [("", record) for record in history]
-    for label, record in rows:
+def _result_table(records: list[dict[str, Any]]) -> Table:
+    """One evaluation, or the first and the last."""
+    table = Table(title=f"Evaluation on {records[0]['split']}, {records[0]['episodes']} episodes")
+    for name in ("iteration", "environment steps", "success", "95 % interval", "return", "steps"):
+        table.add_column(name, justify="right")
+    for record in records:
         low, high = record["success_ci95"]
         table.add_row(
-            label,
             str(record["iteration"]),
             f"{record['environment_steps']:,}",
-            record["split"],
-            str(record["episodes"]),
             f"{record['success_rate']:.3f}",
             f"{low:.3f} - {high:.3f}",
             f"{record['return_mean']:.3f}",

@@ -54,6 +54,7 @@ class RolloutCallback(pl.Callback):
         episodes: list[Episode] = []
         statistics = EpisodeStatistics().to(pl_module.device)
         before = pl_module.seconds.get("rollout", 0.0)
+        data.source.load_weights(pl_module.policy.named_parameters(), plan.version)
         with pl_module.timed("rollout"), phase(trainer, "rollout", len(groups) * self.group_size) as advance:
             for group in data.source.collect(groups, plan):
                 episodes += group
@@ -67,13 +68,13 @@ class RolloutCallback(pl.Callback):
             raise RunError(f"every episode of the iteration failed; most often: {errors.most_common(1)[0][0]}")
         seconds = pl_module.seconds["rollout"] - before
         figures["degenerate_groups"] = self._degenerate_groups(episodes) if self.group_size > 1 else 0.0
-        figures["env_errors"] = figures.pop("errors")
+        figures["failed_episodes"] = figures.pop("errors")
         figures["steps_per_episode"] = figures.pop("steps_mean")
         figures["steps_per_second"] = figures.pop("steps") / seconds
         figures["tokens_per_second"] = (figures.pop("prompt_tokens") + figures.pop("action_tokens")) / seconds
         for name in ("success_low", "success_high"):
             del figures[name]
-        pl_module.log_dict({f"rollout/{name}": value for name, value in figures.items()})
+        pl_module.report({f"rollout/{name}": value for name, value in figures.items()})
 
     @staticmethod
     def _degenerate_groups(episodes: list[Episode]) -> float:

@@ -125,7 +125,7 @@ class WarmStartCallback(pl.Callback):
             digest.update(name.encode())
             digest.update(weight.detach().cpu().view(torch.uint8).numpy().tobytes())
         for segment in segments:
-            digest.update(np.int64([len(segment.prompt_ids), len(segment.action_ids)]).tobytes())
+            digest.update(np.asarray([len(segment.prompt_ids), len(segment.action_ids)]).tobytes())
             digest.update(segment.prompt_ids.tobytes() + segment.action_ids.tobytes())
         return digest.hexdigest()[:32]
 

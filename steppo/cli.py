@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import inspect
+import logging
 import re
 import sys
 import warnings
@@ -48,6 +49,8 @@ class StepCLI(LightningCLI):
         config = self.config[self.subcommand]
         if config.num_threads is not None:
             torch.set_num_threads(config.num_threads)
+        if "verbose" in config:
+            config.verbose = False  # the progress bar prints the table
         path = config.get("ckpt_path")
         if path and path not in ("best", "last", "hpc") and not Path(path).exists():
             raise ConfigError(f"there is no checkpoint {path}")
@@ -56,7 +59,11 @@ class StepCLI(LightningCLI):
 def main(args: Sequence[str] | None = None) -> StepCLI:
     """Runs a command line (the process's own unless given); a user's mistake is one line and exit status 2."""
     warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
+    warnings.filterwarnings("ignore", message="LightningCLI's args parameter.*")
     warnings.filterwarnings("ignore", message=".*IterableDataset. has .__len__. defined.*")
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
+        lambda record: "litlogger" not in record.getMessage()
+    )
     # An abbreviated option would be taken for another. omegaconf+ resolves ${...} when all files and options are merged, so
     # that an override reaches every copy of a value.
     strict = {"parser_mode": "omegaconf+", "allow_abbrev": False, "exit_on_error": False}
@@ -68,7 +75,7 @@ def main(args: Sequence[str] | None = None) -> StepCLI:
             subclass_mode_data=True,
             seed_everything_default=0,
             save_config_kwargs={"overwrite": True},
-            parser_kwargs={**strict, **{name: strict for name in StepCLI.subcommands()}},
+            parser_kwargs={**strict, **dict.fromkeys(StepCLI.subcommands(), strict)},
             trainer_defaults={"num_sanity_val_steps": 0, "enable_model_summary": False},
             args=list(args) if args is not None else None,
         )

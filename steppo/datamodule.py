@@ -9,7 +9,7 @@ from typing import Any
 import lightning.pytorch as pl
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from steppo.buffer import StepBuffer
 from steppo.credit import GlobalSteps
@@ -111,7 +111,7 @@ class StepDataModule(pl.LightningDataModule):
 
     def val_dataloader(self) -> DataLoader:
         """One empty item: the evaluation callback plays the panel, so that Lightning's schedule is the schedule."""
-        return DataLoader([0], batch_size=None)
+        return DataLoader(TensorDataset(torch.zeros(1)), batch_size=None)
 
     def test_dataloader(self) -> DataLoader:
         return self.val_dataloader()

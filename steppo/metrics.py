@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 import torch
+from torch import Tensor
 from torchmetrics import Metric
 
 from steppo.types import Episode, StopReason
@@ -27,13 +28,21 @@ def wilson_interval(successes: float, trials: float, z: float = 1.959964) -> tup
 class EpisodeStatistics(Metric):
     """Counts and means over episodes. Episodes that broke count as such and in nothing else.
 
-    ``compute`` gives a dict of floats: ``episodes``, ``errors``, ``success_rate``, ``success_low``, ``success_high``
+    ``compute`` gives a dict of floats: ``episodes``, ``env_errors``, ``errors``, ``success_rate``, ``success_low``, ``success_high``
     (Wilson 95 %), ``return_mean``, ``steps_mean``, ``steps``, ``invalid_action_rate``, ``prompt_tokens_mean``,
     ``action_tokens_mean``, ``prompt_tokens``, ``action_tokens``, and ``stop_<reason>``, the share of each stop reason among
     all episodes.
     """
 
     full_state_update = False
+    episodes: Tensor
+    successes: Tensor
+    returns: Tensor
+    steps: Tensor
+    invalid: Tensor
+    prompt_tokens: Tensor
+    action_tokens: Tensor
+    reasons: Tensor
     _SUMS = ("episodes", "successes", "returns", "steps", "invalid", "prompt_tokens", "action_tokens")
 
     def __init__(self, **kwargs: Any) -> None:
@@ -64,6 +73,7 @@ class EpisodeStatistics(Metric):
         played = max(sum(reasons.values()), 1.0)
         return {
             "episodes": total["episodes"],
+            "env_errors": reasons[StopReason.ENV_ERROR],
             "errors": sum(count for reason, count in reasons.items() if reason.failed),
             "success_rate": total["successes"] / episodes,
             "success_low": low,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
-import random
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -13,8 +12,8 @@ from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 import lightning.pytorch as pl
-import numpy as np
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from steppo.advantages import Advantage
@@ -24,6 +23,8 @@ from steppo.datamodule import StepDataModule
 from steppo.errors import ConfigError, RunError
 from steppo.losses import Aggregation, KLEstimator, Ratio, kl_penalty, policy_loss, token_weights, value_loss
 from steppo.models import Critic, Policy
+from steppo.optim import OptimizerSettings, learning_rate_factor
+from steppo.rng import rng_state, set_rng_state
 from steppo.types import Microbatch, TokenBatch
 
 
@@ -37,7 +38,7 @@ class LossSettings:
         clip_high: Trust region of the ratio above 1.
         aggregation: Mean over the tokens of a step, then over steps; or over all tokens alike.
         vf_coef: Weight of the value loss.
-        value_clip: Largest change of a value that counts in one iteration; null for plain squared error.
+        value_clip: Largest change of a value that counts in one iteration; 0 for plain squared error.
         ent_coef: Weight of the entropy bonus.
         kl: Keep close to the policy as it was before training: not at all, by a loss, or by a penalty in the reward.
         kl_coef: Weight of that.
@@ -49,30 +50,11 @@ class LossSettings:
     clip_high: float = 0.2
     aggregation: Aggregation = "step-mean"
     vf_coef: float = 1.0
-    value_clip: float | None = 0.5
+    value_clip: float = 0.5
     ent_coef: float = 0.0
     kl: Literal["none", "loss", "reward"] = "none"
     kl_coef: float = 0.001
     kl_estimator: KLEstimator = "k3"
-
-
-@dataclass
-class OptimizerSettings:
-    """One parameter group of the AdamW.
-
-    Attributes:
-        lr: Learning rate after warm-up.
-        weight_decay: AdamW's.
-        max_grad_norm: Gradients are scaled down to this norm, this group's by themselves.
-        warmup_updates: Updates over which the learning rate rises from 0.
-        schedule: What it does after that, until the last update.
-    """
-
-    lr: float = 1e-6
-    weight_decay: float = 0.0
-    max_grad_norm: float = 1.0
-    warmup_updates: int = 0
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
 
 
 @dataclass
@@ -128,6 +110,7 @@ class AgentModule(pl.LightningModule):
         self.critic_warmup_updates = critic_warmup_updates
         self.max_skipped_updates = max_skipped_updates
         self.counters = Counters()
+        self.latest: dict[str, float] = {}
         self.seconds: dict[str, float] = {}
         self._phase_seconds: dict[str, float] = {}
         self._sums: dict[str, Tensor] = {}
@@ -158,7 +141,7 @@ class AgentModule(pl.LightningModule):
             self.critic.follow(self.policy)
 
     def configure_optimizers(self) -> Any:
-        groups = [("policy", self.policy, self.policy_optimizer)]
+        groups: list[tuple[str, nn.Module, OptimizerSettings]] = [("policy", self.policy, self.policy_optimizer)]
         if self.critic is not None:
             groups.append(("critic", self.critic, self.critic_optimizer))
         optimizer = torch.optim.AdamW(
@@ -172,7 +155,7 @@ class AgentModule(pl.LightningModule):
                 for name, module, settings in groups
             ]
         )
-        schedules = [_schedule(settings, self._total_updates()) for _, _, settings in groups]
+        schedules = [learning_rate_factor(settings, self._total_updates()) for _, _, settings in groups]
         return [optimizer], [torch.optim.lr_scheduler.LambdaLR(optimizer, schedules)]
 
     def _total_updates(self) -> float:
@@ -191,12 +174,17 @@ class AgentModule(pl.LightningModule):
             except ValueError as error:
                 failures = [episode.error for episode in buffer.episodes if episode.error]
                 raise RunError(f"{error}: every episode failed{', last: ' + failures[-1] if failures else ''}") from error
+        if steps.gap > self.data.source.logprob_tolerance:
+            rank_zero_warn(
+                f"the sampler's log-probabilities are up to {steps.gap:.2g} off the learner's, more than its tolerance of "
+                f"{self.data.source.logprob_tolerance:.2g}: what is sampled is not quite what is learned"
+            )
         self.data.global_steps = steps
         self._sums = {}
         self.counters.iterations += 1
         self.counters.environment_steps += len(steps.lengths_N)
         self.counters.episodes += len(steps.batch.terminated_E)
-        self.log_dict(_credit_statistics(steps))
+        self.report(_credit_statistics(steps))
 
     @torch.no_grad()
     def _score(self, buffer: StepBuffer) -> Scores:
@@ -292,7 +280,8 @@ class AgentModule(pl.LightningModule):
             by_step = self.advantage.needs_values == "step"
             weights = torch.ones_like(batch.target) if by_step else weights_A
             values = self._values(tokens, hidden)
-            critic_loss = value_loss(values, batch.old_value, batch.target, weights, settings.value_clip)
+            clip = settings.value_clip or None
+            critic_loss = value_loss(values, batch.old_value, batch.target, weights, clip)
             # One value per step: its mean is over steps, however tokens are aggregated.
             critic_loss = critic_loss / (batch.update_steps if by_step else total)
             parts["value_loss"] = critic_loss.detach()
@@ -340,23 +329,21 @@ class AgentModule(pl.LightningModule):
     def test_step(self, batch: Any, batch_idx: int) -> None:
         """Nothing, likewise."""
 
-    def on_train_epoch_end(self) -> None:
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if not self.trainer.is_last_batch:
+            return
         updates = self.data.updates_per_iteration
-        metrics = {}
+        metrics: dict[str, float] = {}
         for name, value in self._sums.items():
             if name in ("ratio_min", "ratio_max"):
                 metrics[name] = self._reduce(value, name.removeprefix("ratio_"))
             else:
                 metrics[name] = self._reduce(value, "sum") / updates
-        metrics |= {
-            "learning_rate": self.trainer.optimizers[0].param_groups[0]["lr"],
-            "updates": self.counters.updates,
-            "iterations": self.counters.iterations,
-            "environment_steps": self.counters.environment_steps,
-            "skipped_updates": self.counters.skipped_updates,
-        }
-        self.log_dict({f"train/{name}": float(value) for name, value in metrics.items()})
-        self.log_dict({f"seconds/{name}": spent for name, spent in self._phase_seconds.items()})
+        metrics["learning_rate"] = self.trainer.optimizers[0].param_groups[0]["lr"]
+        counters = {name: float(count) for name, count in vars(self.counters).items()}
+        self.report({f"train/{name}": value for name, value in (metrics | counters).items()})
+        self.report({f"seconds/{name}": spent for name, spent in self._phase_seconds.items()})
+        self.log("step", float(self.counters.updates), on_step=False, on_epoch=True, batch_size=1, sync_dist=True)  # x axis
         self._phase_seconds = {}
 
     @property
@@ -364,6 +351,11 @@ class AgentModule(pl.LightningModule):
         return self.critic is not None and self.counters.updates < self.critic_warmup_updates
 
     # ---- helpers ----
+
+    def report(self, metrics: dict[str, float]) -> None:
+        """Logs figures of this iteration, already added up over ranks, and keeps them for whoever shows them."""
+        self.log_dict(metrics, on_step=False, on_epoch=True, batch_size=1, sync_dist=True)
+        self.latest |= metrics
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:
@@ -395,15 +387,11 @@ class AgentModule(pl.LightningModule):
     # ---- checkpoints ----
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        numpy_state = cast(dict[str, Any], np.random.get_state(legacy=False))
-        version, internal, gauss = random.getstate()
         checkpoint["steppo"] = {
             "counters": dict(vars(self.counters)),
             "seconds": dict(self.seconds),
             "tokenizer": self.policy.tokenizer_state(),
-            "torch_rng": torch.get_rng_state(),
-            "numpy_rng": [numpy_state["state"]["key"].tolist(), int(numpy_state["state"]["pos"])],
-            "python_rng": [version, list(internal), gauss],
+            "rng": rng_state(),
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -415,29 +403,7 @@ class AgentModule(pl.LightningModule):
         if state["tokenizer"]:
             self.policy.load_tokenizer_state(state["tokenizer"])
             self.data.source.bind(self.policy)
-        torch.set_rng_state(state["torch_rng"])
-        key, position = state["numpy_rng"]
-        numpy_state = cast(dict[str, Any], np.random.get_state(legacy=False))
-        numpy_state["state"] = {"key": np.asarray(key, dtype=np.uint32), "pos": position}
-        np.random.set_state(numpy_state)
-        version, internal, gauss = state["python_rng"]
-        random.setstate((version, tuple(internal), gauss))
-
-
-def _schedule(settings: OptimizerSettings, total: float) -> Callable[[int], float]:
-    """Update number -> factor of the learning rate."""
-    if settings.schedule != "constant" and math.isinf(total):
-        raise ConfigError(f"the {settings.schedule} schedule needs trainer.max_epochs")
-
-    def factor(update: int) -> float:
-        if update < settings.warmup_updates:
-            return (update + 1) / (settings.warmup_updates + 1)
-        if settings.schedule == "constant":
-            return 1.0
-        done = min(1.0, (update - settings.warmup_updates) / max(1.0, total - settings.warmup_updates))
-        return 1 - done if settings.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
-
-    return factor
+        set_rng_state(state["rng"])
 
 
 def _credit_statistics(steps: GlobalSteps) -> dict[str, float]:

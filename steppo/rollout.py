@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import random
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -21,6 +22,8 @@ from steppo.parsers import ActionParser, CommandParser, ParsedAction
 from steppo.types import Completion, Episode, Group, Observation, Request, RolloutPlan, Sampling, Step, StopReason, Task
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from steppo.models.policy import Policy
 
 
@@ -38,6 +41,14 @@ class EpisodeSource(ABC):
     @abstractmethod
     def collect(self, groups: Sequence[Group], plan: RolloutPlan) -> Iterator[list[Episode]]:
         """Plays the groups; each comes out whole, in the order in which they are finished."""
+
+    @property
+    def logprob_tolerance(self) -> float:
+        """Largest difference between sampler and learner that is no cause for worry."""
+        return math.inf
+
+    def load_weights(self, named_parameters: Iterable[tuple[str, Tensor]], version: int) -> None:
+        """Takes the learner's weights, before the episodes of an iteration or an evaluation."""
 
     def prepare(self, tasks: Sequence[Task], progress: Callable[[int, int], None]) -> None:
         """Makes what the tasks need on disk; ``progress`` gets (done, total)."""
@@ -159,6 +170,13 @@ class EnvSource(EpisodeSource):
         self.context.bind(policy.tokenizer, policy.stop_ids)
         self.engine.bind(policy)
 
+    @property
+    def logprob_tolerance(self) -> float:
+        return self.engine.logprob_tolerance
+
+    def load_weights(self, named_parameters: Iterable[tuple[str, Tensor]], version: int) -> None:
+        self.engine.load_weights(named_parameters, version)
+
     def close(self) -> None:
         if self._pool is not None:
             self._pool.close()
@@ -178,7 +196,7 @@ class EnvSource(EpisodeSource):
                 for slot, task in active:
                     reply = self.pool.receive(slot)
                     if reply.observation is None:
-                        raise ConfigError(f"task {task.id} failed: {reply.error}")
+                        continue
                     texts.append(self.context.describe(reply.observation))
                     options = reply.observation.admissible_commands or (reply.observation.expert_action,)
                     action = rng.choice(options)

@@ -14,8 +14,8 @@ ROOT = Path(__file__).parent.parent
 
 # From left to right; left never imports right. Names of modules or packages in steppo/, and "callbacks".
 LAYERS: list[set[str]] = [
-    {"steppo", "types", "errors", "distributed"},
-    {"envs", "contexts", "packing", "advantages", "losses", "parsers"},
+    {"steppo", "types", "errors", "distributed", "rng"},
+    {"envs", "contexts", "packing", "advantages", "losses", "parsers", "optim"},
     {"models"},
     {"engines"},
     {"rollout", "buffer", "samplers"},

@@ -158,6 +158,18 @@ def test_commands_are_shown_excluded_or_hidden(textworld_env: TextWorldEnv) -> N
         assert seen(reply).expert_action in (seen(reply).admissible_commands or ())
 
 
+def test_goals_do_not_spell_out_the_way(tmp_path: Path) -> None:
+    env = TextWorldEnv("treasure_hunter", {"level": 5}, num_train=1, cache_dir=str(tmp_path), num_generators=1)
+    tasks = env.tasks("train")
+    env.prepare(tasks, lambda done, total: None)
+    [episode] = play(env, tasks)
+    assert len(episode) > 3, "there should be a way to go"
+    goal = seen(episode[0]).goal
+    assert expert(seen(episode[-2])).split()[-1] in goal, "it names the thing to take"
+    assert not re.search(r"north|south|east|west|TextWorld", goal)
+    assert goal == seen(episode[-1]).goal
+
+
 # --- how it ends ---
 
 

@@ -69,6 +69,7 @@ class ContextPolicy(ABC):
 
     def first_turn(self, text: str) -> np.ndarray:
         """Ids of a prompt that holds the instructions and one user turn, ready for the answer."""
+        text = self._defuse(text)
         if not self._tokenizer.chat_template:
             return self._encode("\n".join(part for part in (self.instructions, text) if part) + "\n>")
         messages = [{"role": "system", "content": self.instructions}] if self.instructions else []
@@ -80,6 +81,7 @@ class ContextPolicy(ABC):
         Only this turn is rendered, never the history, so that what was sampled stays what it was, and templates that
         rewrite earlier answers (dropping their thinking) change nothing.
         """
+        text = self._defuse(text)
         if not self._tokenizer.chat_template:
             ids = self._encode("\n" + text + "\n>")
             return ids if stopped else np.concatenate([[self._tokenizer.eos_token_id], ids]).astype(np.int32)
@@ -92,6 +94,12 @@ class ContextPolicy(ABC):
                 "token by token; use StateContext with this model"
             )
         return ids[1:] if stopped else ids
+
+    def _defuse(self, text: str) -> str:
+        """Takes special tokens out of what an environment says: it must not be able to end a turn or begin another."""
+        for token in self._tokenizer.all_special_tokens:
+            text = text.replace(token, "")
+        return text
 
     def _template(self, messages: list[dict[str, str]]) -> str:
         return self._tokenizer.apply_chat_template(

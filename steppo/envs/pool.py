@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import copy
 import multiprocessing as mp
+import queue
 import signal
+import threading
 import traceback
 from collections import deque
 from dataclasses import dataclass, field, replace
@@ -42,17 +44,24 @@ def _play(env: Env, task: Task | None, actions: list[str], want_expert: bool) ->
     return reply
 
 
+def _read(connection: Connection, messages: queue.SimpleQueue[Any]) -> None:
+    """Takes all that is sent at once, so that the sender never waits for a worker that waits to be listened to."""
+    message: Any = ()
+    while message is not None:
+        try:
+            message = connection.recv()
+        except (EOFError, OSError):
+            message = None
+        messages.put(message)
+
+
 def _worker(connection: Connection, prototype: Env) -> None:
     """Serves slots until the pipe closes. An environment that raises is closed and made anew at its next reset."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     envs: dict[int, Env] = {}
-    while True:
-        try:
-            message = connection.recv()
-        except (EOFError, OSError):
-            break
-        if message is None:
-            break
+    messages: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    threading.Thread(target=_read, args=(connection, messages), daemon=True).start()
+    while (message := messages.get()) is not None:
         slot, task, actions, want_expert = message
         try:
             if slot not in envs:
@@ -80,7 +89,7 @@ class _Slot:
 
 
 class _Process:
-    """One worker process, with the slots that wait for its answers in the order they were asked."""
+    """One worker process. ``waiting``: what it was asked, in order: slots, and whether anyone wants to hear the answer."""
 
     def __init__(self, prototype: Env) -> None:
         context = mp.get_context("spawn")  # a fork would copy torch's threads and locks
@@ -88,8 +97,7 @@ class _Process:
         self.process = context.Process(target=_worker, args=(child, prototype), daemon=True)
         self.process.start()
         child.close()
-        self.waiting: deque[int] = deque()
-        self.discard: set[int] = set()
+        self.waiting: deque[tuple[int, bool]] = deque()
 
     def kill(self) -> None:
         self.process.kill()
@@ -141,10 +149,8 @@ class EnvPool:
             except (EOFError, OSError):
                 self._replace(worker, "the environment's process died")
                 continue
-            process.waiting.popleft()
-            if answered in process.discard:
-                process.discard.remove(answered)
-            else:
+            _, wanted = process.waiting.popleft()
+            if wanted:
                 self._replies[answered] = reply
         reply = self._replies.pop(slot)
         if reply.error:
@@ -168,10 +174,10 @@ class EnvPool:
     def _worker_of(self, slot: int) -> int:
         return slot % len(self._processes)
 
-    def _send(self, slot: int, task: Task | None, actions: list[str]) -> None:
+    def _send(self, slot: int, task: Task | None, actions: list[str], wanted: bool = True) -> None:
         worker = self._worker_of(slot)
         process = self._processes[worker]
-        process.waiting.append(slot)
+        process.waiting.append((slot, wanted))
         # A dead process is found, and its slots are played again, when an answer is waited for.
         with contextlib.suppress(OSError):
             process.connection.send((slot, task, actions, self._slots[slot].want_expert))
@@ -181,15 +187,13 @@ class EnvPool:
         old = self._processes[worker]
         old.kill()
         self.replaced_workers += 1
-        self._processes[worker] = fresh = _Process(self._env)
-        waiting = list(old.waiting)
-        if waiting:
-            failed = waiting.pop(0)
-            self._slots[failed] = _Slot()
-            if failed not in old.discard:
-                self._replies[failed] = EnvReply(error=reason)
+        self._processes[worker] = _Process(self._env)
+        wanted = {slot for slot, wanted in old.waiting if wanted}
+        if old.waiting:
+            self._slots[old.waiting[0][0]] = _Slot()
+        for slot in wanted:
+            if self._slots[slot].task is None:
+                self._replies[slot] = EnvReply(error=reason)
         for slot, state in enumerate(self._slots):
             if self._worker_of(slot) == worker and state.task is not None:
-                if slot not in waiting:
-                    fresh.discard.add(slot)
-                self._send(slot, state.task, list(state.actions))
+                self._send(slot, state.task, list(state.actions), slot in wanted)

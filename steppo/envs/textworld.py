@@ -112,6 +112,8 @@ class TextWorldEnv(Env):
         cache_dir: str | None = None,
         num_generators: int | None = None,
     ) -> None:
+        if challenge not in _DEFAULT_SETTINGS:
+            raise ConfigError(f"TextWorldEnv: there is no challenge {challenge!r}, only {', '.join(_DEFAULT_SETTINGS)}")
         defaults = _DEFAULT_SETTINGS[challenge]
         unknown = sorted(set(settings or {}) - set(defaults))
         if unknown:
@@ -200,7 +202,7 @@ class TextWorldEnv(Env):
             reward = float(won)
         else:
             reward = ((self._state.score or 0) - score_before) / (self._state.max_score or 1)
-        terminated = bool(done) or self._steps >= self.max_steps
+        terminated = bool(done) or self._steps == self.max_steps
         return self._observe(), reward, terminated, False, {"success": won}
 
     def expert_action(self) -> str | None:

@@ -1,0 +1,35 @@
+"""Runs of the real command line in process."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from steppo.cli import StepCLI, main
+
+TOY = Path(__file__).parent / "toy.yaml"
+
+
+def run(folder: Path, *args: str, command: str = "fit", config: Path = TOY) -> StepCLI:
+    """Runs ``config`` with its results and caches under ``folder``."""
+    where = [f"--trainer.logger.init_args.save_dir={folder}", f"--warm_start.cache_dir={folder}/cache"]
+    return main([command, "--config", str(config), *where, *args])
+
+
+def evaluations(folder: Path) -> list[dict[str, Any]]:
+    """The lines of ``evaluation.jsonl``."""
+    return [json.loads(line) for line in (folder / "evaluation.jsonl").read_text().splitlines()]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    """Weights of the last checkpoint, which holds nothing that could run code."""
+    checkpoint = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
+    return checkpoint["state_dict"]
+
+
+def same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
+    """Bit for bit."""
+    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)

@@ -1,0 +1,548 @@
+"""EnvSource: what is recorded, how episodes end, and that slots, workers and batches change nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from steppo.contexts import AppendContext, ContextPolicy, StateContext
+from steppo.engines import Engine, HFEngine, ScriptedEngine
+from steppo.envs.pool import EnvPool, EnvReply
+from steppo.errors import ConfigError
+from steppo.metrics import EpisodeStatistics
+from steppo.models import TinyPolicy
+from steppo.parsers import ActionParser, ParsedAction
+from steppo.rollout import EnvSource
+from steppo.types import Completion, Episode, Group, Observation, Request, RolloutPlan, StopReason
+from tests.toy_env import CorridorEnv, FaultyEnv
+
+TASKS = CorridorEnv().tasks("train")
+ENV_LIMIT = 8
+PLAN = RolloutPlan("train/0", seed=3, version=7)
+DEMONSTRATE = replace(PLAN, want_expert=True)
+
+SourceMaker = Callable[..., EnvSource]
+
+
+class AnyTextParser(ActionParser):
+    """Reads a command into any text, and refuses about one text in five: random weights play, too."""
+
+    def parse(self, text: str, observation: Observation) -> ParsedAction:
+        number, commands = sum(text.encode()), observation.admissible_commands
+        assert commands
+        return ParsedAction(None, "Not now.") if number % 5 == 0 else ParsedAction(commands[number % len(commands)])
+
+
+class ListeningEngine(Engine):
+    """Passes everything on and keeps what was asked and answered, by session."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._in_flight: dict[int, Request] = {}
+        self.heard: dict[str, list[tuple[Request, Completion]]] = {}
+        self.released: list[str] = []
+
+    def bind(self, policy: Any) -> None:
+        self._engine.bind(policy)
+
+    def submit(self, request: Request) -> None:
+        assert request.id not in self._in_flight
+        self._in_flight[request.id] = request
+        self._engine.submit(request)
+
+    def poll(self) -> list[Completion]:
+        completions = self._engine.poll()
+        for completion in completions:
+            request = self._in_flight.pop(completion.request_id)
+            self.heard.setdefault(request.session_id, []).append((request, completion))
+        return completions
+
+    def release(self, session_id: str) -> None:
+        self.released.append(session_id)
+
+
+def seen(request: Request) -> Observation:
+    assert request.observation is not None
+    return request.observation
+
+
+def expert(request: Request) -> str:
+    action = seen(request).expert_action
+    assert action is not None
+    return action
+
+
+def wander(request: Request) -> str:
+    """Walks up and down at the left end and never takes anything."""
+    commands = seen(request).admissible_commands
+    assert commands
+    return commands[0]
+
+
+def dance(request: Request) -> str:
+    return "dance"
+
+
+def first_dance(then: Callable[[Request], str]) -> Callable[[Request], str]:
+    """One refused action in each episode, then another rule."""
+    danced: set[str] = set()
+
+    def choose(request: Request) -> str:
+        if request.session_id in danced:
+            return then(request)
+        danced.add(request.session_id)
+        return "dance"
+
+    return choose
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Matrices are small here: more threads only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def pool() -> Iterator[EnvPool]:
+    """Corridors in eight slots of one process."""
+    pool = EnvPool(CorridorEnv(max_steps=ENV_LIMIT), num_slots=8, num_workers=1, timeout_s=60.0)
+    yield pool
+    pool.close()
+
+
+@pytest.fixture
+def sharp_policy(tiny_policy: TinyPolicy) -> TinyPolicy:
+    """In float64 and far from uniform: fresh weights hardly look at their prompt."""
+    with torch.no_grad():
+        tiny_policy.model.get_input_embeddings().weight.mul_(8)
+    return tiny_policy.double()
+
+
+@pytest.fixture
+def make_source(pool: EnvPool, sharp_policy: TinyPolicy) -> Iterator[SourceMaker]:
+    """Makes bound sources: scripted by a rule, or else the policy's own. They share ``pool`` unless sizes are given."""
+    own: list[EnvSource] = []
+
+    def make(
+        choose: Callable[[Request], str] | None = None,
+        context: ContextPolicy | None = None,
+        env: CorridorEnv | None = None,
+        **settings: Any,
+    ) -> EnvSource:
+        context = context or StateContext()
+        engine = settings.pop("engine", None) or (ScriptedEngine(choose, context.encode_action) if choose else HFEngine())
+        parser = settings.pop("parser", None if choose else AnyTextParser())
+        shares = env is None and "num_slots" not in settings
+        settings = {"max_prompt_tokens": 512, "max_new_tokens": 3, "num_slots": 8} | settings
+        source = EnvSource(env or CorridorEnv(max_steps=ENV_LIMIT), context, engine, parser, **settings)
+        if shares:
+            source._pool = pool
+        else:
+            own.append(source)
+        source.bind(sharp_policy)
+        return source
+
+    yield make
+    for source in own:
+        source.close()
+
+
+def groups_of(size: int, tasks: int = len(TASKS)) -> list[Group]:
+    return [Group(number, task, size) for number, task in enumerate(TASKS[:tasks])]
+
+
+def play(source: EnvSource, groups: Sequence[Group], plan: RolloutPlan = PLAN) -> list[Episode]:
+    """All episodes in logical order."""
+    episodes = [episode for group in source.collect(groups, plan) for episode in group]
+    return sorted(episodes, key=lambda episode: episode.order)
+
+
+def play_one(source: EnvSource, plan: RolloutPlan = PLAN) -> Episode:
+    [episode] = play(source, groups_of(1, tasks=1), plan)
+    return episode
+
+
+def told(episode: Episode) -> dict[str, Any]:
+    """All that an episode says, but for the numbers of its log-probabilities."""
+    final = None if episode.final_prompt_ids is None else episode.final_prompt_ids.tolist()
+    steps = [
+        vars(step)
+        | {"prompt_ids": step.prompt_ids.tolist(), "action_ids": step.action_ids.tolist(), "behaviour_logprobs": None}
+        for step in episode.steps
+    ]
+    return vars(episode) | {"final_prompt_ids": final, "steps": steps}
+
+
+def assert_same(episodes: Sequence[Episode], others: Sequence[Episode]) -> None:
+    assert len(episodes) == len(others)
+    for episode, other in zip(episodes, others, strict=True):
+        assert told(episode) == told(other)
+        for step, like in zip(episode.steps, other.steps, strict=True):
+            np.testing.assert_allclose(step.behaviour_logprobs, like.behaviour_logprobs, atol=1e-5, rtol=0)
+
+
+def text_of(source: EnvSource, ids: np.ndarray) -> str:
+    return source.context.decode_action(ids)
+
+
+# --- what is recorded ---
+
+
+@pytest.mark.parametrize("context", [StateContext(max_past_actions=2), AppendContext()], ids=["state", "append"])
+def test_steps_are_what_the_engine_saw_and_sampled(make_source: SourceMaker, context: ContextPolicy) -> None:
+    engine = ListeningEngine(HFEngine())
+    plan = replace(PLAN, temperature=0.7)
+    episodes = play(make_source(context=context, engine=engine), groups_of(2), plan)
+    assert {episode.id for episode in episodes} == set(engine.heard)
+    assert sorted(engine.released) == sorted(engine.heard)
+    for episode in episodes:
+        heard = engine.heard[episode.id]
+        assert [step.index for step in episode.steps] == list(range(len(heard)))
+        for step, (request, completion) in zip(episode.steps, heard, strict=True):
+            np.testing.assert_array_equal(step.prompt_ids, request.prompt_ids)
+            np.testing.assert_array_equal(step.action_ids, completion.action_ids)
+            np.testing.assert_array_equal(step.behaviour_logprobs, completion.logprobs)
+            assert step.finish_reason == completion.finish_reason
+            assert step.observation == seen(request).text
+            assert step.temperature == request.sampling.temperature == 0.7
+            assert request.sampling.max_new_tokens == 3
+            assert step.policy_version == 7
+    requests = [request for heard in engine.heard.values() for request, _ in heard]
+    assert len({request.seed for request in requests}) == len(requests)
+    assert {step.finish_reason for episode in episodes for step in episode.steps} >= {"length"}
+
+
+def test_the_winning_step_is_recorded_once_with_its_reward(make_source: SourceMaker) -> None:
+    for task, episode in zip(TASKS, play(make_source(expert), groups_of(1), DEMONSTRATE), strict=True):
+        way = abs(task.data["goal"] - task.data["start"])
+        assert [step.action for step in episode.steps[:way]] == [episode.steps[0].action] * way
+        assert episode.steps[0].action in ("left", "right")
+        assert [step.action for step in episode.steps[way:]] == ["take"]
+        assert [step.reward for step in episode.steps] == [0.0] * way + [1.0]
+        assert [step.terminated for step in episode.steps] == [False] * way + [True]
+        assert not any(step.truncated for step in episode.steps)
+        assert all(step.action_valid for step in episode.steps)
+        assert (episode.stop_reason, episode.success) == (StopReason.TERMINATED, True)
+        assert episode.final_prompt_ids is None
+        assert episode.steps[0].observation == f"You are in room {task.data['start']}."
+        assert episode.steps[-1].observation == f"You are in room {task.data['goal']}."
+
+
+# --- how episodes end ---
+
+
+@pytest.mark.parametrize("max_steps", [None, ENV_LIMIT, ENV_LIMIT + 1])
+def test_the_limit_of_the_task_terminates(make_source: SourceMaker, max_steps: int | None) -> None:
+    episode = play_one(make_source(wander, max_steps=max_steps))
+    assert (episode.stop_reason, episode.success) == (StopReason.TERMINATED, False)
+    assert episode.final_prompt_ids is None
+    assert [step.terminated for step in episode.steps] == [False] * (ENV_LIMIT - 1) + [True]
+    assert not any(step.truncated for step in episode.steps)
+
+
+def test_the_limit_of_the_rollout_truncates(make_source: SourceMaker) -> None:
+    cut, longer = (play_one(make_source(wander, max_steps=limit)) for limit in (3, 4))
+    assert (cut.stop_reason, cut.success) == (StopReason.STEP_LIMIT, False)
+    assert [step.truncated for step in cut.steps] == [False, False, True]
+    assert not any(step.terminated for step in cut.steps)
+    assert cut.final_prompt_ids is not None
+    np.testing.assert_array_equal(cut.final_prompt_ids, longer.steps[3].prompt_ids)
+
+
+def test_winning_with_the_last_step_terminates(make_source: SourceMaker) -> None:
+    steps = len(play_one(make_source(expert), DEMONSTRATE).steps)
+    episode = play_one(make_source(expert, max_steps=steps), DEMONSTRATE)
+    assert (episode.stop_reason, episode.success) == (StopReason.TERMINATED, True)
+    assert episode.final_prompt_ids is None
+    assert not episode.steps[-1].truncated
+
+
+def test_an_environment_may_truncate(make_source: SourceMaker, pool: EnvPool, monkeypatch: pytest.MonkeyPatch) -> None:
+    receive, received = pool.receive, []
+
+    def cut_the_third(slot: int) -> EnvReply:
+        received.append(receive(slot))
+        return replace(received[-1], truncated=len(received) == 3)  # the first answers the reset
+
+    monkeypatch.setattr(pool, "receive", cut_the_third)
+    cut = play_one(make_source(wander))
+    monkeypatch.undo()
+    assert cut.stop_reason == StopReason.STEP_LIMIT
+    assert [step.truncated for step in cut.steps] == [False, True]
+    assert cut.final_prompt_ids is not None
+    np.testing.assert_array_equal(cut.final_prompt_ids, play_one(make_source(wander)).steps[2].prompt_ids)
+
+
+def test_a_context_that_overflows_ends_the_episode(make_source: SourceMaker) -> None:
+    whole = play_one(make_source(wander, AppendContext()))
+    third = len(whole.steps[2].prompt_ids)
+    assert len(whole.steps[1].prompt_ids) < third < len(whole.steps[3].prompt_ids)
+
+    cut = play_one(make_source(wander, AppendContext(), max_prompt_tokens=third - 1))
+    assert cut.stop_reason == StopReason.CONTEXT_OVERFLOW
+    assert [step.truncated for step in cut.steps] == [False, True]
+    assert not any(step.terminated for step in cut.steps)
+    assert cut.final_prompt_ids is None
+    assert len(play_one(make_source(wander, AppendContext(), max_prompt_tokens=third)).steps) == 3
+
+    limited = play_one(make_source(wander, AppendContext(), max_prompt_tokens=third - 1, max_steps=2))
+    assert (limited.stop_reason, limited.final_prompt_ids) == (StopReason.STEP_LIMIT, None)
+
+
+def test_a_first_prompt_that_overflows_gives_no_step(make_source: SourceMaker) -> None:
+    engine = ListeningEngine(HFEngine())
+    source = make_source(engine=engine, max_prompt_tokens=5)
+    groups = list(source.collect(groups_of(2), PLAN))
+    assert [len(group) for group in groups] == [2] * len(TASKS)
+    for episode in (episode for group in groups for episode in group):
+        assert (episode.stop_reason, episode.steps) == (StopReason.CONTEXT_OVERFLOW, ())
+        assert (episode.final_prompt_ids, episode.success) == (None, None)
+    assert engine.heard == {}
+
+
+# --- refused actions ---
+
+
+def test_refused_actions_cost_and_are_explained(make_source: SourceMaker) -> None:
+    source = make_source(first_dance(expert), invalid_penalty=0.25)
+    why = "'dance' is not possible here."
+    for episode in play(source, groups_of(1), DEMONSTRATE):
+        refused, *others = episode.steps
+        assert (refused.action, refused.action_valid, refused.reward) == ("dance", False, -0.25)
+        assert others[0].observation == refused.observation, "the environment stays as it is"
+        assert [why in text_of(source, step.prompt_ids) for step in episode.steps] == [
+            False,
+            True,
+            *[False] * (len(others) - 1),
+        ]
+        assert [step.reward for step in others] == [0.0] * (len(others) - 1) + [1.0]
+        assert all(step.action_valid for step in others)
+        assert episode.success
+
+
+def test_a_refused_action_may_end_the_episode(make_source: SourceMaker) -> None:
+    source = make_source(dance, invalid_penalty=0.25, on_invalid="end")
+    for episode in play(source, groups_of(1)):
+        [step] = episode.steps
+        assert (step.action, step.action_valid, step.reward) == ("dance", False, -0.25)
+        assert (step.terminated, step.truncated) == (True, False)
+        assert (episode.stop_reason, episode.success) == (StopReason.TERMINATED, False)
+        assert episode.final_prompt_ids is None
+    assert all(episode.success for episode in play(make_source(expert, on_invalid="end"), groups_of(1), DEMONSTRATE))
+
+
+@pytest.mark.parametrize(("choose", "refused"), [(dance, ENV_LIMIT), (first_dance(wander), 1)], ids=["all", "one"])
+def test_refused_actions_use_up_the_limit_of_the_task(
+    make_source: SourceMaker, choose: Callable[[Request], str], refused: int
+) -> None:
+    episode = play_one(make_source(choose, invalid_penalty=0.25))
+    assert [step.action_valid for step in episode.steps] == [False] * refused + [True] * (ENV_LIMIT - refused)
+    assert [step.terminated for step in episode.steps] == [False] * (ENV_LIMIT - 1) + [True]
+    assert (episode.stop_reason, bool(episode.success)) == (StopReason.TERMINATED, False)
+    assert episode.final_prompt_ids is None
+    assert episode.episode_return == -0.25 * refused
+
+
+def test_refused_actions_use_up_the_limit_of_the_rollout(make_source: SourceMaker) -> None:
+    episode = play_one(make_source(dance, max_steps=2))
+    assert (len(episode.steps), episode.stop_reason) == (2, StopReason.STEP_LIMIT)
+    assert episode.final_prompt_ids is not None
+
+
+# --- groups ---
+
+
+def test_groups_come_out_whole_and_sorted(make_source: SourceMaker) -> None:
+    groups = [Group(number, TASKS[number], 3) for number in (1, 4, 6, 7)]  # one rank's share
+    found = list(make_source().collect(groups, PLAN))
+    assert sorted(episodes[0].group_id for episodes in found) == [1, 4, 6, 7]
+    for episodes in found:
+        number = episodes[0].group_id
+        assert [episode.order for episode in episodes] == [3 * number, 3 * number + 1, 3 * number + 2]
+        assert {episode.group_id for episode in episodes} == {number}
+        assert {episode.task_id for episode in episodes} == {TASKS[number].id}
+        sampled = {tuple(step.action_ids.tolist()) for episode in episodes for step in episode.steps[:1]}
+        assert len(sampled) == 3, "samples differ from the first action on"
+        assert len({tuple(episode.steps[0].prompt_ids.tolist()) for episode in episodes}) == 1
+    ids = [episode.id for episodes in found for episode in episodes]
+    assert len(set(ids)) == len(ids) == 12
+
+
+# --- what does not matter, and what does ---
+
+
+def test_slots_workers_and_batches_do_not_matter(make_source: SourceMaker) -> None:
+    groups = groups_of(5)
+    expected = play(make_source(), groups)
+    assert {episode.success for episode in expected} == {True, False}
+    assert {step.action_valid for episode in expected for step in episode.steps} == {True, False}
+    assert len({len(episode.steps) for episode in expected}) > 3, "slots should be refilled at different times"
+    assert_same(play(make_source(engine=HFEngine(max_batch_size=3)), groups), expected)
+    assert_same(play(make_source(num_slots=32, num_workers=2), groups), expected)
+    assert_same(play(make_source(num_slots=3, num_workers=2, engine=HFEngine(max_batch_size=1)), groups), expected)
+    assert_same(play(make_source(), groups[::-1]), expected)
+
+
+def test_the_seed_and_the_name_of_the_round_matter(make_source: SourceMaker) -> None:
+    source = make_source()
+    first, again, seeded, named = (
+        play(source, groups_of(1), plan) for plan in (PLAN, PLAN, replace(PLAN, seed=4), replace(PLAN, name="train/1"))
+    )
+    assert_same(first, again)
+    for others in (seeded, named):
+        for episode, other in zip(first, others, strict=True):
+            assert [step.action_ids.tolist() for step in episode.steps] != [step.action_ids.tolist() for step in other.steps]
+
+
+def test_greedy_episodes_do_not_depend_on_the_seed(make_source: SourceMaker) -> None:
+    greedy = replace(PLAN, temperature=0.0)
+    source = make_source()
+    assert_same(play(source, groups_of(1), greedy), play(source, groups_of(1), replace(greedy, seed=4)))
+
+
+def test_an_abandoned_round_leaves_nothing_behind(make_source: SourceMaker) -> None:
+    """Who stops listening (an exception, an interrupt) may play again with the same source."""
+    source = make_source(wander, num_slots=4)
+    expected = play(source, groups_of(1))
+    abandoned = source.collect(groups_of(2), PLAN)
+    next(abandoned)
+    abandoned.close()  # type: ignore[attr-defined]
+    assert_same(play(source, groups_of(1)), expected)
+
+
+# --- failures are data ---
+
+
+def test_environments_that_break_cost_their_own_episodes_only(make_source: SourceMaker) -> None:
+    raises, dies = TASKS[2].id, TASKS[5].id
+    groups = groups_of(2)
+    healthy = play(make_source(), groups)
+    source = make_source(env=FaultyEnv(fail_tasks=[raises], die_tasks=[dies]))
+    found = list(source.collect(groups, PLAN))
+    assert [len(group) for group in found] == [2] * len(groups)
+    episodes = sorted((episode for group in found for episode in group), key=lambda episode: episode.order)
+
+    broken = [episode for episode in episodes if episode.task_id in (raises, dies)]
+    assert {episode.stop_reason for episode in broken} == {StopReason.ENV_ERROR}
+    for episode in broken:
+        assert ("broken on purpose" if episode.task_id == raises else "died") in episode.error
+        assert episode.final_prompt_ids is None
+        assert not any(step.terminated for step in episode.steps)
+    others = [[episode for episode in run if episode.task_id not in (raises, dies)] for run in (episodes, healthy)]
+    assert len(others[0]) == 2 * (len(TASKS) - 2)
+    assert_same(*others)
+
+    statistics = EpisodeStatistics()
+    for episode in episodes:
+        statistics.update(episode)
+    assert (statistics.compute()["errors"], statistics.compute()["episodes"]) == (4, len(episodes) - 4)
+
+
+def test_engine_errors_cost_their_own_episode_only(make_source: SourceMaker) -> None:
+    groups = groups_of(3)
+    healthy = play(make_source(wander), groups)
+    victim = healthy[4]
+    third_prompt = victim.steps[2].prompt_ids.tolist()
+
+    def choose(request: Request) -> str:
+        if request.session_id == victim.id and request.prompt_ids.tolist() == third_prompt:
+            raise MemoryError("no room for the cache")
+        return wander(request)
+
+    episodes = play(make_source(choose), groups)
+    failed = episodes.pop(4)
+    assert (failed.id, failed.stop_reason) == (victim.id, StopReason.ENGINE_ERROR)
+    assert failed.error == "MemoryError: no room for the cache"
+    assert [step.action for step in failed.steps] == [step.action for step in victim.steps[:2]]
+    assert [step.truncated for step in failed.steps] == [False, True]
+    assert failed.final_prompt_ids is None
+    del healthy[4]
+    assert_same(episodes, healthy)
+
+
+# --- mistakes in the config ---
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"max_steps": 0}, {"max_prompt_tokens": 0}, {"max_new_tokens": 0}, {"num_slots": 0}, {"num_workers": -1}],
+    ids=lambda settings: next(iter(settings)),
+)
+def test_sizes_must_be_positive(settings: dict[str, int]) -> None:
+    [(name, value)] = settings.items()
+    with pytest.raises(ConfigError, match=f"{name} must be at least 1, not {value}"):
+        EnvSource(CorridorEnv(), StateContext(), HFEngine(), **settings)  # type: ignore[arg-type]
+
+
+def test_some_step_limit_is_needed() -> None:
+    env = CorridorEnv()
+    env.max_steps = None
+    with pytest.raises(ConfigError, match="CorridorEnv has no step limit, so max_steps must be given"):
+        EnvSource(env, StateContext(), HFEngine())
+    EnvSource(env, StateContext(), HFEngine(), max_steps=5)
+
+
+def test_prompt_and_action_must_fit_the_model(tiny_policy: TinyPolicy) -> None:
+    room = tiny_policy.max_positions - 6
+    EnvSource(CorridorEnv(), StateContext(), HFEngine(), max_prompt_tokens=room, max_new_tokens=6).bind(tiny_policy)
+    source = EnvSource(CorridorEnv(), StateContext(), HFEngine(), max_prompt_tokens=room, max_new_tokens=7)
+    with pytest.raises(ConfigError, match="= 1025 is more than the model's 1024 positions"):
+        source.bind(tiny_policy)
+
+
+# --- demonstrations and texts ---
+
+
+def test_demonstrations_are_played_by_another_engine(make_source: SourceMaker) -> None:
+    """Prompts are those of play without an expert, whose advice no prompt shows."""
+    source = make_source(parser=None)
+    played = {}
+    for want_expert in (True, False):
+        engine = ListeningEngine(ScriptedEngine(expert if want_expert else wander, source.context.encode_action))
+        plan = replace(PLAN, want_expert=want_expert)
+        played[want_expert] = [group[0] for group in source.collect(groups_of(1), plan, engine)]
+        requests = [request for heard in engine.heard.values() for request, _ in heard]
+        assert {seen(request).expert_action is not None for request in requests} == {want_expert}
+    assert all(episode.success for episode in played[True])
+    assert all(episode.episode_return == 1.0 for episode in played[True])
+    first_prompts = [
+        {episode.task_id: episode.steps[0].prompt_ids.tolist() for episode in episodes} for episodes in played.values()
+    ]
+    assert first_prompts[0] == first_prompts[1]
+
+
+def test_corpus_is_what_there_is_to_read(make_source: SourceMaker) -> None:
+    source = make_source()
+    before = play(source, groups_of(1))
+    texts = source.corpus(TASKS)
+    assert texts == source.corpus(TASKS)
+    everything = "\n".join(texts)
+    for task in TASKS:
+        assert f"Take the coin in room {task.data['goal']}." in everything
+        assert f"You are in room {task.data['start']}." in everything
+    for commands in ("left, take", "right, take", "left, right, take"):
+        assert f"Commands: {commands}" in everything
+    assert {text for text in texts if text.startswith("Done: ")} == {"Done: left", "Done: right", "Done: take"}
+    assert len(texts) <= 2 * ENV_LIMIT * len(TASKS)
+    assert_same(play(source, groups_of(1)), before)
+
+
+def test_corpus_keeps_to_the_limit_of_the_rollout(make_source: SourceMaker) -> None:
+    assert len(make_source(max_steps=1).corpus(TASKS[:3])) == 2 * 3
+
+
+def test_a_task_that_breaks_adds_what_could_be_read(make_source: SourceMaker) -> None:
+    source = make_source(env=FaultyEnv(fail_tasks=[TASKS[1].id]))
+    healthy, broken = (f"Take the coin in room {task.data['goal']}." for task in TASKS[:2])
+    texts = source.corpus(TASKS[:2])
+    assert len([text for text in texts if text.startswith(broken)]) == 2, "the opening, and what the first step showed"
+    assert len([text for text in texts if text.startswith(healthy)]) > 2
+    assert_same(play(source, groups_of(1, tasks=1)), play(make_source(), groups_of(1, tasks=1)))

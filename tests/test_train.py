@@ -1,0 +1,246 @@
+"""Whole runs through the command line, in process, on a toy environment."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from steppo.advantages import StepGAE
+from steppo.types import Credit, CreditBatch
+from tests.cli_helpers import evaluations, run, same, weights
+from tests.toy_env import CorridorEnv
+
+RECORD = {
+    "iteration",
+    "updates",
+    "environment_steps",
+    "split",
+    "panel_sha256",
+    "episodes",
+    "errors",
+    "success_rate",
+    "success_ci95",
+    "return_mean",
+    "steps_mean",
+    "invalid_action_rate",
+    "seconds",
+}
+TAGS = {
+    "rollout/success_rate",
+    "rollout/return_mean",
+    "rollout/steps_per_episode",
+    "rollout/prompt_tokens_mean",
+    "rollout/action_tokens_mean",
+    "rollout/invalid_action_rate",
+    "rollout/env_errors",
+    "rollout/stop_terminated",
+    "rollout/stop_env_error",
+    "rollout/degenerate_groups",
+    "rollout/steps_per_second",
+    "rollout/tokens_per_second",
+    "train/policy_loss",
+    "train/value_loss",
+    "train/approx_kl",
+    "train/clip_fraction",
+    "train/ratio_min",
+    "train/ratio_mean",
+    "train/ratio_max",
+    "train/entropy",
+    "train/explained_variance",
+    "train/grad_norm_policy",
+    "train/grad_norm_critic",
+    "train/skipped_updates",
+    "train/sampler_logprob_gap",
+    "train/updates",
+    "train/environment_steps",
+    "seconds/rollout",
+    "seconds/score",
+    "seconds/update",
+    "val/success_rate",
+}
+
+
+class NaNAdvantage(StepGAE):
+    """Credit that nothing can be learned from."""
+
+    def __call__(self, batch: CreditBatch) -> Credit:
+        credit = super().__call__(batch)
+        assert credit.advantage_N is not None
+        return Credit(advantage_N=credit.advantage_N * float("nan"), target_N=credit.target_N)
+
+
+class KeepWeights(Callback):
+    """Copies of the weights before training and after each update."""
+
+    def __init__(self) -> None:
+        self.seen: list[dict[str, torch.Tensor]] = []
+
+    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        self._copy(pl_module)
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
+        self._copy(pl_module)
+
+    def _copy(self, module: Any) -> None:
+        self.seen.append({name: weight.detach().clone() for name, weight in module.state_dict().items()})
+
+
+KEEP = ["--trainer.callbacks+=tests.test_train.KeepWeights"]
+
+
+def kept(cli: Any) -> list[dict[str, torch.Tensor]]:
+    return next(callback.seen for callback in cli.trainer.callbacks if isinstance(callback, KeepWeights))
+
+
+def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    events = EventAccumulator(str(folder)).Reload()
+    return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+def test_fit_records_what_it_did(tmp_path: Path) -> None:
+    cli = run(tmp_path, "--trainer.max_epochs=3", "--trainer.check_val_every_n_epoch=2")
+    records = evaluations(tmp_path)
+    assert [record["iteration"] for record in records] == [0, 2, 3]  # before, every second, at the end
+    assert [record["updates"] for record in records] == [0, 4, 6]
+    assert set(records[0]) == RECORD
+    ids = "\n".join(task.id for task in CorridorEnv().tasks("valid"))
+    assert records[0]["panel_sha256"] == hashlib.sha256(ids.encode()).hexdigest()
+    assert all(record["episodes"] == 8 and record["split"] == "valid" for record in records)
+    assert cli.trainer.global_step == 6
+    curves = scalars(tmp_path)
+    assert set(curves) >= TAGS
+    assert [step for step, _ in curves["val/success_rate"]] == [0, 4, 6]
+    assert max(gap for _, gap in curves["train/sampler_logprob_gap"]) < 1e-4
+    assert curves["train/environment_steps"][-1][1] == records[-1]["environment_steps"]
+
+
+def test_append_context_samples_what_it_learns(tmp_path: Path) -> None:
+    context = "--data.source.context.class_path=steppo.contexts.AppendContext"
+    run(tmp_path, context, "--trainer.max_epochs=1", "--data.source.max_prompt_tokens=500")
+    gaps = scalars(tmp_path)["train/sampler_logprob_gap"]
+    assert 0 < max(gap for _, gap in gaps) < 1e-4
+
+
+def test_it_learns(tmp_path: Path) -> None:
+    corridor = [f"--data.source.env.{name}=2" for name in ("length", "num_tasks")]
+    run(
+        tmp_path,
+        *corridor,
+        "--data.source.env.max_steps=4",
+        "--data.source.on_invalid=end",
+        "--data.eval_split=train",
+        "--data.update_epochs=2",
+        "--data.source.num_slots=32",
+        "--model.policy.hidden_size=64",
+        "--model.policy_optimizer.lr=1e-3",
+        "--rollout.tasks_per_iteration=64",
+        "--warm_start.updates=200",
+        "--trainer.max_epochs=17",
+    )
+    assert evaluations(tmp_path)[-1]["success_rate"] == 1
+    rollouts = [value for _, value in scalars(tmp_path)["rollout/success_rate"]]
+    assert rollouts[0] <= 0.5
+    assert rollouts[-1] >= 0.9
+
+
+def test_same_seed_same_weights(tmp_path: Path) -> None:
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        run(tmp_path / name, f"--seed_everything={seed}")
+    assert same(weights(tmp_path / "a"), weights(tmp_path / "b"))
+    assert not same(weights(tmp_path / "a"), weights(tmp_path / "c"))
+
+
+def test_validate_repeats_the_recorded_evaluation(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(tmp_path / "fit")
+    checkpoint = f"--ckpt_path={tmp_path}/fit/checkpoints/last.ckpt"
+    run(tmp_path / "again", checkpoint, command="validate")
+    expected, found = evaluations(tmp_path / "fit")[-1], evaluations(tmp_path / "again")[-1]
+    same_figures = RECORD - {"seconds"}
+    assert {name: found[name] for name in same_figures} == {name: expected[name] for name in same_figures}
+    capsys.readouterr()
+    run(tmp_path / "test", checkpoint, "--data.test_split=train", command="test")
+    assert evaluations(tmp_path / "test")[-1]["split"] == "train"
+    assert "Evaluation on train, 8 episodes" in capsys.readouterr().out
+
+
+def test_resume_continues_as_if_never_stopped(tmp_path: Path) -> None:
+    run(tmp_path / "whole", "--trainer.max_epochs=3")
+    run(tmp_path / "part", "--trainer.max_epochs=2")
+    checkpoint = f"--ckpt_path={tmp_path}/part/checkpoints/last.ckpt"
+    run(tmp_path / "rest", checkpoint, "--trainer.max_epochs=3", "--warm_start.lr=1.0")  # must not warm-start again
+    assert same(weights(tmp_path / "whole"), weights(tmp_path / "rest"))
+    assert [record["iteration"] for record in evaluations(tmp_path / "rest")] == [3]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--model.critic=steppo.models.SeparateCritic", "--model.loss.kl=loss"],
+        ["--model.critic.detach=true", "--model.loss.kl=reward", "--model.loss.aggregation=token-mean"],
+        ["--model.advantage=steppo.advantages.TokenGAE", "--model.loss.ratio=token", "--model.loss.value_clip=0"],
+        ["--model.advantage=steppo.advantages.TokenGAE", "--rollout.group_size=2", "--model.loss.kl=loss"],
+        ["--model.advantage.bootstrap_truncated=true", "--data.source.max_steps=3", "--model.loss.kl_estimator=k2"],
+        ["--data.max_tokens_per_microbatch=100", "--model.policy_optimizer.schedule=cosine", "--data.update_epochs=2"],
+        ["--data.source.parser=steppo.parsers.CommandParser", "--data.sampler=steppo.samplers.SequentialSampler"],
+    ],
+)
+def test_components_are_swapped_by_options(tmp_path: Path, options: list[str]) -> None:
+    cli = run(tmp_path, "--trainer.max_epochs=1", "--warm_start.updates=5", *options, *KEEP)
+    first, *_, last = kept(cli)
+    assert not same(first, last)
+    assert all(torch.isfinite(weight).all() for weight in last.values())
+
+
+def test_microbatch_size_does_not_matter(tmp_path: Path) -> None:
+    options = ["--trainer.max_epochs=1", "--warm_start.updates=5", "--trainer.precision=64-true"]
+    for size in (100, 100_000):
+        run(tmp_path / str(size), f"--data.max_tokens_per_microbatch={size}", *options)
+    small, large = weights(tmp_path / "100"), weights(tmp_path / "100000")
+    assert all(torch.allclose(small[name], large[name], rtol=0, atol=1e-6) for name in small)
+
+
+def test_critic_warms_up_alone(tmp_path: Path) -> None:
+    first, *after = kept(run(tmp_path, "--model.critic_warmup_updates=2", "--trainer.max_epochs=1", *KEEP))
+    policy = [name for name in first if name.startswith("policy.")]
+    for state in after[:2]:
+        assert all(torch.equal(state[name], first[name]) for name in policy)
+        assert not torch.equal(state["critic.head.weight"], first["critic.head.weight"])
+
+
+def test_warm_start_is_cached_by_what_it_depends_on(tmp_path: Path) -> None:
+    found = []
+    for options in ([], [], ["--warm_start.updates=31"], ["--warm_start.actions=expert"]):
+        start = kept(run(tmp_path, "--trainer.max_epochs=1", "--warm_start.updates=30", *options, *KEEP))[0]
+        found.append((start, len(list((tmp_path / "cache").iterdir()))))
+    assert [count for _, count in found] == [1, 1, 2, 3]
+    assert same(found[0][0], found[1][0])
+    assert not same(found[0][0], found[3][0])
+
+
+def test_updates_that_are_not_finite_are_skipped_then_stop_the_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--model.advantage=tests.test_train.NaNAdvantage", "--warm_start.updates=0"]
+    first, *after = kept(run(tmp_path / "skip", *options, "--trainer.max_epochs=2", "--model.max_skipped_updates=9", *KEEP))
+    assert all(same(first, state) for state in after)
+    assert scalars(tmp_path / "skip")["train/skipped_updates"][-1][1] == 4
+    with pytest.raises(SystemExit):
+        run(tmp_path / "stop", *options, "--model.max_skipped_updates=3")
+    assert "3 updates in a row had non-finite gradients" in capsys.readouterr().err
+
+
+def test_broken_episodes_are_counted_and_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    faulty = ["--data.source.env=tests.toy_env.FaultyEnv", "--trainer.max_epochs=1"]
+    broken = [f"corridor/train/{number}" for number in (1, 4)]
+    run(tmp_path, *faulty, f"--data.source.env.fail_tasks={broken}")
+    assert scalars(tmp_path)["rollout/env_errors"][0][1] == 2
+    everything = [f"corridor/train/{number}" for number in range(8)]
+    with pytest.raises(SystemExit):
+        run(tmp_path / "none", *faulty, f"--data.source.env.fail_tasks={everything}")
+    assert "broken on purpose" in capsys.readouterr().err
