@@ -145,10 +145,11 @@ class StepDataModule(pl.LightningDataModule):
 
     def _in_step(self, microbatches: list[Microbatch], update_steps: int, update_tokens: int) -> list[Microbatch]:
         """Adds microbatches of weight 0, so that all ranks make the same number of passes."""
-        wanted = max(gather(len(microbatches)))
+        counts = gather((len(microbatches), len(self.buffer.steps)))
+        if min(steps for _, steps in counts) == 0:
+            raise RunError("one process has no step to learn from; give it more tasks per iteration")
+        wanted = max(passes for passes, _ in counts)
         while len(microbatches) < wanted:
-            if not self.buffer.steps:
-                raise RunError("one process has no step to learn from; give it more tasks per iteration")
             filler = self.buffer.microbatches(np.zeros(1, dtype=np.int64), update_steps, update_tokens)[0]
             filler.scale = 0.0
             microbatches.append(filler)

@@ -5,9 +5,9 @@ class SteppoError(Exception):
     """Ends a run for a reason that its message explains."""
 
 
-class ConfigError(SteppoError, ValueError):
+class ConfigError(SteppoError):
     """A mistake in a config, a path or the data. The message says what to do."""
 
 
-class RunError(SteppoError, RuntimeError):
+class RunError(SteppoError):
     """The run cannot go on: nothing finite to learn from, no healthy episode."""

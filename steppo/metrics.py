@@ -28,10 +28,10 @@ def wilson_interval(successes: float, trials: float, z: float = 1.959964) -> tup
 class EpisodeStatistics(Metric):
     """Counts and means over episodes. Episodes that broke count as such and in nothing else.
 
-    ``compute`` gives a dict of floats: ``episodes``, ``env_errors``, ``errors``, ``success_rate``, ``success_low``, ``success_high``
-    (Wilson 95 %), ``return_mean``, ``steps_mean``, ``steps``, ``invalid_action_rate``, ``prompt_tokens_mean``,
-    ``action_tokens_mean``, ``prompt_tokens``, ``action_tokens``, and ``stop_<reason>``, the share of each stop reason among
-    all episodes.
+    ``compute`` gives a dict of floats: ``episodes``, ``env_errors``, ``errors`` (of any kind), ``success_rate``,
+    ``success_low``, ``success_high`` (Wilson 95 %), ``return_mean``, ``steps_mean``, ``steps``, ``invalid_action_rate``,
+    ``prompt_tokens_mean``, ``action_tokens_mean``, ``prompt_tokens``, ``action_tokens``, and ``stop_<reason>``, the share
+    of each stop reason among all episodes.
     """
 
     full_state_update = False

@@ -28,7 +28,7 @@ from steppo.rng import rng_state, set_rng_state
 from steppo.types import Microbatch, TokenBatch
 
 
-@dataclass
+@dataclass(frozen=True)
 class LossSettings:
     """The objective.
 
@@ -90,9 +90,9 @@ class AgentModule(pl.LightningModule):
         policy: Policy,
         advantage: Advantage,
         critic: Critic | None = None,
-        loss: LossSettings | None = None,
-        policy_optimizer: OptimizerSettings | None = None,
-        critic_optimizer: OptimizerSettings | None = None,
+        loss: LossSettings = LossSettings(),
+        policy_optimizer: OptimizerSettings = OptimizerSettings(),
+        critic_optimizer: OptimizerSettings = OptimizerSettings(lr=1e-5),
         critic_warmup_updates: int = 0,
         max_skipped_updates: int = 5,
     ) -> None:
@@ -104,9 +104,9 @@ class AgentModule(pl.LightningModule):
         self.advantage = advantage
         self.critic = critic if advantage.needs_values != "none" else None
         self.reference: Policy | None = None
-        self.loss = loss or LossSettings()
-        self.policy_optimizer = policy_optimizer or OptimizerSettings()
-        self.critic_optimizer = critic_optimizer or OptimizerSettings(lr=1e-5)
+        self.loss = loss
+        self.policy_optimizer = policy_optimizer
+        self.critic_optimizer = critic_optimizer
         self.critic_warmup_updates = critic_warmup_updates
         self.max_skipped_updates = max_skipped_updates
         self.counters = Counters()

@@ -10,7 +10,7 @@ from typing import Literal
 from steppo.errors import ConfigError
 
 
-@dataclass
+@dataclass(frozen=True)
 class OptimizerSettings:
     """One parameter group of the AdamW.
 

@@ -178,10 +178,13 @@ class EnvSource(EpisodeSource):
         self.engine.load_weights(named_parameters, version)
 
     def close(self) -> None:
+        self._close_pool()
+        self.engine.close()
+
+    def _close_pool(self) -> None:
         if self._pool is not None:
             self._pool.close()
             self._pool = None
-        self.engine.close()
 
     def corpus(self, tasks: Sequence[Task]) -> list[str]:
         """Plays each task once by random admissible actions (or the expert's) and gives all that was to be read."""
@@ -219,33 +222,40 @@ class EnvSource(EpisodeSource):
         sizes = {group.id: group.size for group in groups}
         halves = (range(0, self.num_slots, 2), range(1, self.num_slots, 2))
 
-        while wanted or playing:
-            for half in halves:
-                asked: list[tuple[int, _Playing]] = []
-                for slot in half:
-                    episode = self._listen(playing[slot], slot, plan) if slot in playing else None
-                    if episode is not None:
-                        del playing[slot]
-                        self.pool.release(slot)
-                        engine.release(episode.id)
-                        done = unfinished[episode.group_id]
-                        done.append(episode)
-                        if len(done) == sizes[episode.group_id]:
-                            yield sorted(done, key=lambda episode: episode.order)
-                    if slot in playing:
-                        asked.append((slot, playing[slot]))
-                    elif wanted:
-                        group, sample = wanted.popleft()
-                        playing[slot] = _Playing(group, sample, f"{plan.name}/{group.id}/{group.task.id}/{sample}")
-                        self.pool.reset(slot, group.task, plan.want_expert)
-                self._ask(engine, asked, plan, sampling)
-                for slot, current in asked:
-                    self._act(current, slot)
+        try:
+            while wanted or playing:
+                for half in halves:
+                    asked: list[tuple[int, _Playing]] = []
+                    for slot in half:
+                        episode = self._listen(playing[slot], slot, plan) if slot in playing else None
+                        if episode is not None:
+                            del playing[slot]
+                            self.pool.release(slot)
+                            engine.release(episode.id)
+                            done = unfinished[episode.group_id]
+                            done.append(episode)
+                            if len(done) == sizes[episode.group_id]:
+                                yield sorted(done, key=lambda episode: episode.order)
+                        if slot in playing:
+                            asked.append((slot, playing[slot]))
+                        elif wanted:
+                            group, sample = wanted.popleft()
+                            playing[slot] = _Playing(group, sample, f"{plan.name}/{group.id}/{group.task.id}/{sample}")
+                            self.pool.reset(slot, group.task, plan.want_expert)
+                    self._ask(engine, asked, plan, sampling)
+                    for slot, current in asked:
+                        self._act(current, slot)
+        finally:
+            if playing:  # left early: answers that are still to come belong to nobody
+                for current in playing.values():
+                    engine.release(current.id)
+                self._close_pool()
 
     def _listen(self, playing: _Playing, slot: int, plan: RolloutPlan) -> Episode | None:
         """Takes the environment's answer and makes the next prompt, or ends the episode."""
-        if playing.completion is not None and playing.completion.error:
-            return self._end(playing, StopReason.ENGINE_ERROR, error=playing.completion.error)
+        if playing.completion is not None and not len(playing.completion.action_ids):
+            error = playing.completion.error or "the engine gave an action without a token"
+            return self._end(playing, StopReason.ENGINE_ERROR, error=error)
         reply = self.pool.receive(slot) if playing.waits_for_env else self._refuse(playing)
         if reply.observation is None:
             return self._end(playing, StopReason.ENV_ERROR, error=reply.error)
@@ -269,7 +279,7 @@ class EnvSource(EpisodeSource):
         assert playing.parsed is not None
         ends = self.on_invalid == "end"
         observation = replace(playing.observations[-1], feedback=playing.parsed.feedback)
-        return EnvReply(observation, -self.invalid_penalty, terminated=ends, info={"success": False} if ends else {})
+        return EnvReply(observation, -self.invalid_penalty, terminated=ends, info={"success": False})
 
     def _record(self, playing: _Playing, reply: EnvReply, plan: RolloutPlan) -> None:
         completion, parsed, prompt_ids = playing.completion, playing.parsed, playing.prompt_ids
@@ -311,7 +321,7 @@ class EnvSource(EpisodeSource):
     def _act(self, playing: _Playing, slot: int) -> None:
         """Sends a command to the environment, if the answer holds one."""
         assert playing.completion is not None
-        if playing.completion.error:
+        if not len(playing.completion.action_ids):
             return
         text = self.context.decode_action(playing.completion.action_ids)
         playing.parsed = self.parser.parse(text, playing.observations[-1])

@@ -62,16 +62,17 @@ class WeightedSampler(TaskSampler):
         if any(weight < 0 for weight in weights.values()):
             raise ConfigError("WeightedSampler: weights must not be negative")
         self.weights = weights
-        self._cumulative: tuple[int, np.ndarray] | None = None
+        self._cumulative: tuple[tuple[str, ...], np.ndarray] | None = None
 
     def choose(self, tasks: Sequence[Task], position: int, seed: int) -> int:
-        if self._cumulative is None or self._cumulative[0] != len(tasks):
-            self._cumulative = len(tasks), np.cumsum([self._weight(task) for task in tasks])
+        ids = tuple(task.id for task in tasks)
+        if self._cumulative is None or self._cumulative[0] != ids:
+            self._cumulative = ids, np.cumsum([self._weight(name) for name in ids])
         cumulative = self._cumulative[1]
         if cumulative[-1] == 0:
             raise ConfigError("WeightedSampler: every task has weight 0")
         draw = np.random.default_rng([seed, position]).random() * cumulative[-1]
         return int(np.searchsorted(cumulative, draw, side="right"))
 
-    def _weight(self, task: Task) -> float:
-        return next((weight for pattern, weight in self.weights.items() if fnmatch.fnmatch(task.id, pattern)), 1.0)
+    def _weight(self, task_id: str) -> float:
+        return next((weight for pattern, weight in self.weights.items() if fnmatch.fnmatch(task_id, pattern)), 1.0)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from steppo.contexts import StateContext
 from steppo.envs import TextWorldEnv
 from steppo.models import TinyPolicy
 from tests.toy_env import CorridorEnv
+
+torch.set_num_threads(1)  # small models; and the number is part of what makes results repeatable
 
 
 @pytest.fixture(scope="session")

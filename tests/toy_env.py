@@ -60,7 +60,7 @@ class CorridorEnv(Env):
         else:
             self._room += 1 if action == "right" else -1
             text = f"You are in room {self._room}."
-        terminated = success or self._steps >= self.max_steps
+        terminated = success or self._steps == self.max_steps
         return self._observe(text), float(success), terminated, False, {"success": success}
 
     def expert_action(self) -> str | None:

@@ -1,0 +1,96 @@
+"""Every shipped config parses and instantiates; overrides reach every copy of a value."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from lightning.pytorch.cli import LightningCLI
+
+from steppo.advantages import StepGAE, TokenGAE
+from steppo.cli import main
+from steppo.models import SeparateCritic
+from tests.cli_helpers import TOY
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+WHOLE = sorted(CONFIGS.glob("*.yaml"))
+OVERLAYS = sorted(CONFIGS.glob("*/*.yaml"))
+
+
+@pytest.fixture
+def build(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    """Parses and instantiates a command line without running it."""
+    monkeypatch.setattr(LightningCLI, "_run_subcommand", lambda self, subcommand: None)
+    monkeypatch.chdir(tmp_path)
+    return lambda *args: main(["fit", *(str(arg) for arg in args)])
+
+
+@pytest.mark.parametrize("path", WHOLE, ids=lambda path: path.stem)
+def test_complete_configs_instantiate(build: Any, path: Path) -> None:
+    cli = build("--config", path)
+    assert cli.datamodule.tasks()
+    assert cli.model.policy is not None
+
+
+@pytest.mark.parametrize("base", WHOLE, ids=lambda path: path.stem)
+@pytest.mark.parametrize("overlay", OVERLAYS, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_overlays_instantiate_on_every_config(build: Any, base: Path, overlay: Path) -> None:
+    cli = build("--config", base, "--config", overlay)
+    assert cli.config.fit.rollout.tasks_per_iteration == 64
+
+
+@pytest.mark.parametrize("path", WHOLE + OVERLAYS, ids=lambda path: path.stem)
+def test_configs_open_with_their_command(path: Path) -> None:
+    comment = "".join(line for line in path.read_text().splitlines(keepends=True) if line.startswith("#"))
+    name = path.relative_to(CONFIGS.parent).as_posix()
+    assert "python train.py fit --config" in comment
+    assert f"--config {name}" in comment
+    assert "Tried on: " in comment
+    assert "verride" in comment
+
+
+def test_algorithms_are_what_they_are_called(build: Any) -> None:
+    expected = {
+        "steppo": (StepGAE, "step"),
+        "ppo": (TokenGAE, "token"),
+        "steppo_no_step_gae": (TokenGAE, "step"),
+        "steppo_no_step_is": (StepGAE, "token"),
+    }
+    for name, (credit, ratio) in expected.items():
+        cli = build("--config", CONFIGS / "textworld.yaml", "--config", CONFIGS / "algorithm" / f"{name}.yaml")
+        assert type(cli.model.advantage) is credit
+        assert cli.model.loss.ratio == ratio
+        assert type(cli.model.critic) is SeparateCritic
+        # Per generated token the step-level discount would leave no credit.
+        assert cli.model.advantage.gamma == (1.0 if credit is TokenGAE else 0.99)
+
+
+def test_later_files_and_options_win(build: Any, tmp_path: Path) -> None:
+    overlay = tmp_path / "overlay.yaml"
+    overlay.write_text("rollout: {group_size: 3}\ndata: {init_args: {source: {init_args: {max_new_tokens: 5}}}}\n")
+    cli = build("--config", TOY, "--config", overlay, "--rollout.group_size=2", "--data.source.env.max_steps=6")
+    assert cli.config.fit.rollout.group_size == 2
+    assert cli.datamodule.source.max_new_tokens == 5
+    assert cli.datamodule.source.env.max_steps == 6
+    assert cli.datamodule.source.max_prompt_tokens == 400  # the rest of the section stays
+
+
+def test_overrides_reach_every_copy_of_a_value(build: Any, tmp_path: Path) -> None:
+    copies = tmp_path / "copies.yaml"
+    copies.write_text(
+        "rollout: {group_size: '${.tasks_per_iteration}'}\n"
+        "data: {init_args: {source: {init_args: {num_slots: '${.max_new_tokens}'}}}}\n"
+        "model: {init_args: {critic_optimizer: {lr: '${..policy_optimizer.lr}'}}}\n"
+    )
+    second = tmp_path / "second.yaml"
+    second.write_text("rollout: {tasks_per_iteration: 11}\nmodel: {init_args: {policy_optimizer: {lr: 0.25}}}\n")
+    cli = build("--config", TOY, "--config", copies, "--config", second, "--data.source.max_new_tokens=7")
+    assert cli.config.fit.rollout.group_size == 11
+    assert cli.datamodule.source.num_slots == 7
+    assert cli.model.critic_optimizer.lr == 0.25
+
+
+def test_critic_is_built_only_where_the_credit_wants_one(build: Any) -> None:
+    assert build("--config", TOY, "--model.advantage=tests.test_extend.ReturnOnly").model.critic is None
+    assert build("--config", TOY).model.critic is not None
