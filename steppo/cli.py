@@ -45,6 +45,16 @@ class StepCLI(LightningCLI):
         """``fit``, ``validate`` and ``test``: nothing predicts."""
         return {name: skip for name, skip in LightningCLI.subcommands().items() if name != "predict"}
 
+    def instantiate_classes(self) -> None:
+        """As Lightning's; what a component refuses is said in its own words, not the parser's."""
+        try:
+            super().instantiate_classes()
+        except (ValueError, TypeError) as error:
+            cause: BaseException | None = error
+            while cause is not None and not isinstance(cause, SteppoError):
+                cause = cause.__cause__ or cause.__context__
+            raise cause or ArgumentError(None, str(error)) from None
+
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
         if config.num_threads is not None:
