@@ -59,6 +59,8 @@ class StepProgressBar(ProgressBar):
         self.end_phase()
         fitting = self._trainer is not None and self._trainer.training
         where = f"iteration {self.trainer.current_epoch + 1} " if fitting else ""
+        if not self._console.is_terminal and not fitting:
+            self._console.print(f"{name} ...")
         self._task = self._progress.add_task(where + name, total=total)
 
     def advance_phase(self, done: int, total: int | None) -> None:
