@@ -57,7 +57,7 @@ class StepProgressBar(ProgressBar):
             )
             self._progress.start()
         self.end_phase()
-        fitting = self._trainer is not None and self._trainer.training
+        fitting = self._trainer is not None and self._trainer.fit_loop.epoch_progress.current.ready > 0
         where = f"iteration {self.trainer.current_epoch + 1} " if fitting else ""
         if not self._console.is_terminal and not fitting:
             self._console.print(f"{name} ...")
@@ -101,6 +101,10 @@ class StepProgressBar(ProgressBar):
         ]
         self._console.print("; ".join([*sizes, f"credit {type(pl_module.advantage).__name__}"]), soft_wrap=True)
 
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.end_phase()
+        self._say_evaluation(trainer)
+
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.end_phase()
         assert isinstance(pl_module, AgentModule)
@@ -111,12 +115,15 @@ class StepProgressBar(ProgressBar):
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.end_phase()
-        if self._enabled and trainer.training:
-            record = _evaluations(trainer)[-1]
-            low, high = record["success_ci95"]
-            self._console.print(
-                f"evaluation on {record['split']}: success {record['success_rate']:.2f} [{low:.2f}, {high:.2f}]"
-            )
+        if trainer.training:
+            self._say_evaluation(trainer)
+
+    def _say_evaluation(self, trainer: pl.Trainer) -> None:
+        history = _evaluations(trainer)
+        if self._enabled and history:
+            low, high = history[-1]["success_ci95"]
+            rate = history[-1]["success_rate"]
+            self._console.print(f"evaluation on {history[-1]['split']}: success {rate:.2f} [{low:.2f}, {high:.2f}]")
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert isinstance(pl_module, AgentModule)

@@ -22,6 +22,9 @@ from steppo.samplers import ShuffledSampler, TaskSampler
 from steppo.types import Group, Microbatch, Task
 
 
+_CORPUS_TASKS = 256
+
+
 def run_seed() -> int:
     """The seed that ``seed_everything`` set."""
     return int(os.environ.get("PL_GLOBAL_SEED", torch.initial_seed() % 2**32))
@@ -93,8 +96,8 @@ class StepDataModule(pl.LightningDataModule):
         return [Group(index, task, group_size) for index, task in enumerate(drawn)][rank::world]
 
     def corpus(self) -> list[str]:
-        """Texts of the training environment."""
-        return self.source.corpus(self.tasks())
+        """Texts of the training environment: of its first tasks, which is enough for a tokenizer."""
+        return self.source.corpus(self.tasks()[:_CORPUS_TASKS])
 
     def prepare_data(self) -> None:
         """Has the environment make what the tasks need, once per machine."""

@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import Callback
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from steppo.advantages import StepGAE
+from steppo.models import TinyPolicy
 from steppo.types import Credit, CreditBatch
 from tests.cli_helpers import evaluations, run, same, weights
 from tests.toy_env import CorridorEnv
@@ -244,3 +245,30 @@ def test_broken_episodes_are_counted_and_left_out(tmp_path: Path, capsys: pytest
     with pytest.raises(SystemExit):
         run(tmp_path / "none", *faulty, f"--data.source.env.fail_tasks={everything}")
     assert "broken on purpose" in capsys.readouterr().err
+
+
+CHAT = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize("context", ["StateContext", "AppendContext"])
+def test_a_pretrained_model_of_a_folder_trains(context: str, tiny_policy: TinyPolicy, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    tiny_policy.model.save_pretrained(folder)
+    tiny_policy.tokenizer.chat_template = CHAT
+    tiny_policy.tokenizer.save_pretrained(folder)
+    tiny_policy.tokenizer.chat_template = None
+    cli = run(
+        tmp_path / "run",
+        "--model.policy=steppo.models.HFPolicy",
+        f"--model.policy.name_or_path={folder}",
+        "--model.critic=steppo.models.SeparateCritic",
+        f"--data.source.context=steppo.contexts.{context}",
+        "--data.source.max_prompt_tokens=900",
+        "--trainer.max_epochs=1",
+    )
+    assert cli.model.policy.tokenizer.chat_template == CHAT
+    assert scalars(tmp_path / "run")["train/sampler_logprob_gap"][0][1] < 1e-4
+    assert [record["iteration"] for record in evaluations(tmp_path / "run")] == [0, 1]

@@ -1,0 +1,65 @@
+"""The examples of the documentation run as they stand there."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.cli_helpers import evaluations, run
+
+ROOT = Path(__file__).parent.parent
+
+
+def code(page: str, language: str, after: str) -> str:
+    """The first block of a language after some words."""
+    text = (ROOT / page).read_text().partition(after)[2]
+    block = re.search(rf"```{language}\n(.*?)```", text, re.DOTALL)
+    assert block is not None
+    return block.group(1)
+
+
+@pytest.fixture
+def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Writes a module that can be imported by name, and by worker processes."""
+    written = []
+
+    def write(name: str, source: str) -> None:
+        (tmp_path / f"{name}.py").write_text(source)
+        written.append(name)
+
+    monkeypatch.syspath_prepend(tmp_path)
+    yield write
+    for name in written:
+        sys.modules.pop(name, None)
+
+
+@pytest.mark.parametrize(
+    ("page", "after", "name", "options"),
+    [
+        ("README.md", "Your own environment", "echo", ["--data.source.env=echo.Echo"]),
+        ("docs/add_an_environment.md", "`grid_env.py`", "grid_env", ["--data.source.env=grid_env.GridEnv"]),
+        (
+            "docs/add_an_algorithm.md",
+            "`step_loo.py`",
+            "step_loo",
+            ["--model.advantage=step_loo.StepLeaveOneOut", "--rollout.group_size=2", "--model.critic=null"],
+        ),
+    ],
+)
+def test_an_example_trains(page: str, after: str, name: str, options: list[str], module, tmp_path: Path) -> None:
+    module(name, code(page, "python", after))
+    run(tmp_path / "run", "--trainer.max_epochs=1", "--data.train_tasks=8", *options)
+    assert [record["iteration"] for record in evaluations(tmp_path / "run")] == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("page", "name"), [("docs/add_an_environment.md", "grid_env"), ("docs/add_an_algorithm.md", "step_loo")]
+)
+def test_the_test_of_an_example_passes(page: str, name: str, module, tmp_path: Path) -> None:
+    module(name, code(page, "python", f"`{name}.py`"))
+    test = tmp_path / f"test_{name}.py"
+    test.write_text(code(page, "python", "## A test to write"))
+    assert pytest.main(["-q", "-p", "no:cacheprovider", "--rootdir", str(tmp_path), str(test)]) == 0
