@@ -22,15 +22,16 @@ class StepProgressBar(ProgressBar):
 
     Args:
         every_n_iterations: Print a line for every n-th iteration.
+        enabled: Show anything at all.
     """
 
-    def __init__(self, every_n_iterations: int = 1) -> None:
+    def __init__(self, every_n_iterations: int = 1, enabled: bool = True) -> None:
         super().__init__()
         self.every_n_iterations = max(1, every_n_iterations)
         self._console = Console(highlight=False)
         self._progress: Progress | None = None
         self._task: TaskID | None = None
-        self._enabled = True
+        self._enabled = enabled
 
     def disable(self) -> None:
         self._enabled = False
@@ -129,7 +130,7 @@ class StepProgressBar(ProgressBar):
         assert isinstance(pl_module, AgentModule)
         history = _evaluations(trainer)
         folder = Path(trainer.log_dir or trainer.default_root_dir)  # asks all ranks
-        self._finish(trainer, [history[0], history[-1]])
+        self._finish(trainer, history[:1] + history[1:][-1:])
         if self._enabled:
             self._console.print(_seconds_table(pl_module))
             self._console.print(f"Results: {folder / 'evaluation.jsonl'}", soft_wrap=True)
@@ -151,7 +152,7 @@ class StepProgressBar(ProgressBar):
 
     def _finish(self, trainer: pl.Trainer, records: list[dict[str, Any]]) -> None:
         self._stop()
-        if self._enabled:
+        if self._enabled and records:
             self._console.print(_result_table(records))
 
 

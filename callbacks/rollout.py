@@ -38,7 +38,7 @@ class RolloutCallback(pl.Callback):
         if stage == "fit" and pl_module.advantage.needs_groups and self.group_size < 2:
             scheme = type(pl_module.advantage).__name__
             raise ConfigError(f"{scheme} compares episodes of a group: set rollout.group_size to 2 or more")
-        if trainer.world_size > self.tasks_per_iteration:
+        if stage == "fit" and trainer.world_size > self.tasks_per_iteration:
             raise ConfigError(f"rollout.tasks_per_iteration must be at least the number of processes, {trainer.world_size}")
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -55,7 +55,8 @@ class RolloutCallback(pl.Callback):
         statistics = EpisodeStatistics().to(pl_module.device)
         before = pl_module.seconds.get("rollout", 0.0)
         data.source.load_weights(pl_module.policy.named_parameters(), plan.version)
-        with pl_module.timed("rollout"), phase(trainer, "rollout", len(groups) * self.group_size) as advance:
+        precision = trainer.precision_plugin.forward_context()
+        with pl_module.timed("rollout"), precision, phase(trainer, "rollout", len(groups) * self.group_size) as advance:
             for group in data.source.collect(groups, plan):
                 episodes += group
                 advance(len(episodes))

@@ -16,6 +16,7 @@ import numpy as np
 import platformdirs
 import torch
 
+from steppo.credit import why_nothing
 from steppo.datamodule import run_seed
 from steppo.engines import ScriptedEngine
 from steppo.errors import ConfigError, RunError
@@ -83,7 +84,8 @@ class WarmStartCallback(pl.Callback):
             return
         with pl_module.timed("warm_start"):
             segments = self._demonstrations(trainer, pl_module)
-            path = self.cache / f"{self._key(pl_module, segments)}.pt"
+            key = trainer.strategy.broadcast(self._key(trainer, pl_module, segments))
+            path = self.cache / f"{key}.pt"
             if trainer.is_global_zero and not path.exists():
                 self._clone(trainer, pl_module, segments)
                 self._save(pl_module, path)
@@ -115,12 +117,12 @@ class WarmStartCallback(pl.Callback):
             for step in episode.steps
         ]
         if not segments:
-            raise RunError(f"warm_start: no demonstration could be played: {played[0].error}")
+            raise RunError(f"warm_start: there is no demonstration: {why_nothing(played)}")
         return segments
 
-    def _key(self, module: AgentModule, segments: list[Segment]) -> str:
+    def _key(self, trainer: pl.Trainer, module: AgentModule, segments: list[Segment]) -> str:
         settings = [self.updates, self.batch_size, self.lr, run_seed(), torch.__version__, torch.get_num_threads()]
-        digest = hashlib.sha256(json.dumps([*settings, str(module.device), str(module.policy.dtype)]).encode())
+        digest = hashlib.sha256(json.dumps([*settings, module.device.type, trainer.precision]).encode())
         for name, weight in module.policy.state_dict().items():
             digest.update(name.encode())
             digest.update(weight.detach().cpu().view(torch.uint8).numpy().tobytes())

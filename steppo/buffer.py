@@ -140,6 +140,27 @@ class StepBuffer:
             )
         return found
 
+    def filler(self, update_steps: int, update_tokens: int) -> Microbatch:
+        """A pass of weight 0, so that all ranks make the same number, also one that has no step of its own."""
+        assert self.scores is not None
+        one = np.zeros(1, dtype=np.int32)
+        [(_, tokens)] = self._packer.pack([Segment(one, one)], self.max_tokens)
+        zero = torch.zeros(1, dtype=self.scores.old_logprobs_A.dtype)
+        valued = self.scores.value_N is not None or self.scores.value_A is not None
+        return Microbatch(
+            tokens=tokens,
+            temperature_A=torch.ones(1),
+            old_logprobs_A=zero,
+            ref_logprobs_A=None if self.scores.ref_logprobs_A is None else zero,
+            advantage_A=zero,
+            weight_N=zero,
+            old_value=zero if valued else None,
+            target=zero if valued else None,
+            update_steps=update_steps,
+            update_tokens=update_tokens,
+            scale=0.0,
+        )
+
     def _tokens_of(self, steps: np.ndarray) -> Tensor:
         """Indices of the action tokens of steps, step by step."""
         lengths = self.lengths_N[steps]

@@ -11,11 +11,13 @@ import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
 import yaml
 from jsonargparse import ArgumentError
+from jsonargparse.typing import PositiveInt
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from omegaconf.errors import OmegaConfBaseException
@@ -33,7 +35,10 @@ class StepCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument(
-            "--num_threads", type=int | None, default=None, help="CPU threads of torch; part of what makes a run repeatable."
+            "--num_threads",
+            type=PositiveInt | None,
+            default=None,
+            help="CPU threads of torch; part of what makes a run repeatable.",
         )
         parser.add_lightning_class_args(RolloutCallback, "rollout")
         parser.add_lightning_class_args(WarmStartCallback, "warm_start")
@@ -59,6 +64,8 @@ class StepCLI(LightningCLI):
         config = self.config[self.subcommand]
         if config.num_threads is not None:
             torch.set_num_threads(config.num_threads)
+        if config.trainer.enable_progress_bar is False:
+            config.trainer.enable_progress_bar, config.progress.enabled = None, False
         if "verbose" in config:
             config.verbose = False  # the progress bar prints the table
         path = config.get("ckpt_path")
@@ -89,7 +96,14 @@ def main(args: Sequence[str] | None = None) -> StepCLI:
             trainer_defaults={"num_sanity_val_steps": 0, "enable_model_summary": False},
             args=list(args) if args is not None else None,
         )
-    except (SteppoError, ArgumentError, MisconfigurationException, OmegaConfBaseException, yaml.YAMLError) as error:
+    except (
+        SteppoError,
+        ArgumentError,
+        MisconfigurationException,
+        OmegaConfBaseException,
+        yaml.YAMLError,
+        UnpicklingError,
+    ) as error:
         print(f"error: {explain(error)}", file=sys.stderr)
         raise SystemExit(2) from None
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,9 +12,11 @@ import torch
 from torch import Tensor
 
 from steppo.advantages import Advantage
+from steppo.advantages.base import time_order
 from steppo.buffer import StepBuffer
 from steppo.distributed import gather, rank_and_world
-from steppo.types import Credit, CreditBatch, StopReason
+from steppo.errors import ConfigError, RunError
+from steppo.types import Credit, CreditBatch, Episode, StopReason
 
 
 @dataclass
@@ -43,17 +47,17 @@ def assign_credit(buffer: StepBuffer, advantage: Advantage, kl_coef: float) -> G
         kl_coef: Of the KL penalty in the reward; 0 leaves rewards as they are.
 
     Raises:
-        ValueError: There is not one step on any rank.
+        RunError: There is not one step on any rank.
+        ConfigError: The scheme gave credit of the wrong kind or shape.
     """
     parts = gather(_local_part(buffer, kl_coef))
     joined = {name: torch.cat([part[name] for part in parts]) for name in parts[0] if name != "gap"}
     if joined["order_N"].numel() == 0:
-        raise ValueError("no step to learn from")
+        raise RunError(f"the iteration gave no step to learn from: {why_nothing(buffer.episodes)}")
     rank, _ = rank_and_world()
     rank_N = torch.cat([torch.full_like(part["order_N"], index) for index, part in enumerate(parts)])
 
-    by_time = torch.argsort(joined["index_N"], stable=True)
-    sort_N = by_time[torch.argsort(joined["order_N"][by_time], stable=True)]
+    sort_N = time_order(joined["order_N"], joined["index_N"])
     sort_A = _tokens_in_order(joined["length_N"], sort_N)
     steps = {name: column[sort_N] for name, column in joined.items() if name.endswith("_N")}
     tokens = {name: column[sort_A] for name, column in joined.items() if name.endswith("_A")}
@@ -74,6 +78,7 @@ def assign_credit(buffer: StepBuffer, advantage: Advantage, kl_coef: float) -> G
         anchor_N=steps["anchor_N"],
     )
     credit = advantage(batch)
+    _check(credit, batch, advantage)
 
     # Stable sorts keep a rank's steps in the order of its buffer.
     mine_N = torch.nonzero(rank_N[sort_N] == rank)[:, 0]
@@ -88,6 +93,30 @@ def assign_credit(buffer: StepBuffer, advantage: Advantage, kl_coef: float) -> G
     )
     gap = max(float(part["gap"]) for part in parts)
     return GlobalSteps(batch, credit, steps["length_N"].numpy(), mine_N.numpy(), gap)
+
+
+def why_nothing(episodes: Sequence[Episode]) -> str:
+    """How episodes ended that left nothing to learn from, and what may help."""
+    if not episodes:
+        return "no episode was played"
+    ends = Counter(f"{e.stop_reason}: {e.error}" if e.error else str(e.stop_reason) for e in episodes)
+    end, count = ends.most_common(1)[0]
+    overflow = "; raise max_prompt_tokens" if end == StopReason.CONTEXT_OVERFLOW else ""
+    return f"{count} of {len(episodes)} episodes ended as {end}{overflow}"
+
+
+def _check(credit: Credit, batch: CreditBatch, advantage: Advantage) -> None:
+    """The scheme may be a user's: what it gave is named if it cannot be right."""
+    name, steps, tokens = type(advantage).__name__, len(batch.reward_N), len(batch.reward_A)
+    if (credit.advantage_N is None) == (credit.advantage_A is None):
+        raise ConfigError(f"{name} must give advantage_N or advantage_A, and only one of them")
+    wanted = {"none": None, "step": "target_N", "token": "target_A"}[advantage.needs_values]
+    if wanted is not None and getattr(credit, wanted) is None:
+        raise ConfigError(f"{name} has needs_values = {advantage.needs_values!r}, so it must give {wanted}")
+    for column, length in (("advantage_N", steps), ("target_N", steps), ("advantage_A", tokens), ("target_A", tokens)):
+        found = getattr(credit, column)
+        if found is not None and found.shape != (length,):
+            raise ConfigError(f"{name} gave {column} of shape {tuple(found.shape)}, not {(length,)}")
 
 
 def _local_part(buffer: StepBuffer, kl_coef: float) -> dict[str, Tensor]:

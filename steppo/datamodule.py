@@ -21,7 +21,6 @@ from steppo.rollout import EpisodeSource
 from steppo.samplers import ShuffledSampler, TaskSampler
 from steppo.types import Group, Microbatch, Task
 
-
 _CORPUS_TASKS = 256
 
 
@@ -132,7 +131,8 @@ class StepDataModule(pl.LightningDataModule):
     def updates(self) -> Iterator[list[Microbatch]]:
         """This rank's part of each update. An update is the same set of steps whatever the number of ranks."""
         steps = self.global_steps
-        assert steps is not None, "credit comes first"
+        if steps is None:
+            raise ConfigError("the checkpoint was written within an iteration; resume from one of an iteration's end")
         total = len(steps.lengths_N)
         if total < self.num_minibatches:
             raise RunError(f"the iteration gave {total} steps, too few for {self.num_minibatches} minibatches")
@@ -148,14 +148,9 @@ class StepDataModule(pl.LightningDataModule):
 
     def _in_step(self, microbatches: list[Microbatch], update_steps: int, update_tokens: int) -> list[Microbatch]:
         """Adds microbatches of weight 0, so that all ranks make the same number of passes."""
-        counts = gather((len(microbatches), len(self.buffer.steps)))
-        if min(steps for _, steps in counts) == 0:
-            raise RunError("one process has no step to learn from; give it more tasks per iteration")
-        wanted = max(passes for passes, _ in counts)
+        wanted = max(gather(len(microbatches)))
         while len(microbatches) < wanted:
-            filler = self.buffer.microbatches(np.zeros(1, dtype=np.int64), update_steps, update_tokens)[0]
-            filler.scale = 0.0
-            microbatches.append(filler)
+            microbatches.append(self.buffer.filler(update_steps, update_tokens))
         return microbatches
 
     def _split(self, stage: str, count: int | None) -> list[Task]:

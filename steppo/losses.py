@@ -11,12 +11,48 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from steppo.errors import ConfigError
+
 Ratio = Literal["step", "token"]
 Aggregation = Literal["step-mean", "token-mean"]
 KLEstimator = Literal["k3", "k2"]
 
 # Larger log-ratios are clipped long before they matter; exp() of them must not overflow.
 _MAX_LOG_RATIO = 10.0
+
+
+@dataclass(frozen=True)
+class LossSettings:
+    """The objective.
+
+    Attributes:
+        ratio: One length-normalised importance ratio per step (StepPO, GSPO), or one per token (PPO).
+        clip_low: Trust region of the ratio below 1.
+        clip_high: Trust region of the ratio above 1.
+        aggregation: Mean over the tokens of a step, then over steps; or over all tokens alike.
+        vf_coef: Weight of the value loss.
+        value_clip: Largest change of a value that counts in one iteration; 0 for plain squared error.
+        ent_coef: Weight of the entropy bonus.
+        kl: Keep close to the policy as it was before training: not at all, by a loss, or by a penalty in the reward.
+        kl_coef: Weight of that.
+        kl_estimator: k3 (low variance) or k2 (unbiased gradient); of the loss only.
+    """
+
+    ratio: Ratio = "step"
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    aggregation: Aggregation = "step-mean"
+    vf_coef: float = 1.0
+    value_clip: float = 0.5
+    ent_coef: float = 0.0
+    kl: Literal["none", "loss", "reward"] = "none"
+    kl_coef: float = 0.001
+    kl_estimator: KLEstimator = "k3"
+
+    def __post_init__(self) -> None:
+        for name in ("clip_low", "clip_high", "vf_coef", "value_clip", "ent_coef", "kl_coef"):
+            if not getattr(self, name) >= 0:
+                raise ConfigError(f"loss.{name} must be at least 0, not {getattr(self, name)}")
 
 
 def token_weights(step_of_A: Tensor, weight_N: Tensor, aggregation: Aggregation) -> Tensor:

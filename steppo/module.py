@@ -6,10 +6,10 @@ import contextlib
 import copy
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import lightning.pytorch as pl
 import torch
@@ -21,40 +21,11 @@ from steppo.buffer import Scores, StepBuffer
 from steppo.credit import GlobalSteps, assign_credit
 from steppo.datamodule import StepDataModule
 from steppo.errors import ConfigError, RunError
-from steppo.losses import Aggregation, KLEstimator, Ratio, kl_penalty, policy_loss, token_weights, value_loss
+from steppo.losses import LossSettings, kl_penalty, policy_loss, token_weights, value_loss
 from steppo.models import Critic, Policy
 from steppo.optim import OptimizerSettings, learning_rate_factor
 from steppo.rng import rng_state, set_rng_state
 from steppo.types import Microbatch, TokenBatch
-
-
-@dataclass(frozen=True)
-class LossSettings:
-    """The objective.
-
-    Attributes:
-        ratio: One length-normalised importance ratio per step (StepPO, GSPO), or one per token (PPO).
-        clip_low: Trust region of the ratio below 1.
-        clip_high: Trust region of the ratio above 1.
-        aggregation: Mean over the tokens of a step, then over steps; or over all tokens alike.
-        vf_coef: Weight of the value loss.
-        value_clip: Largest change of a value that counts in one iteration; 0 for plain squared error.
-        ent_coef: Weight of the entropy bonus.
-        kl: Keep close to the policy as it was before training: not at all, by a loss, or by a penalty in the reward.
-        kl_coef: Weight of that.
-        kl_estimator: k3 (low variance) or k2 (unbiased gradient); of the loss only.
-    """
-
-    ratio: Ratio = "step"
-    clip_low: float = 0.2
-    clip_high: float = 0.2
-    aggregation: Aggregation = "step-mean"
-    vf_coef: float = 1.0
-    value_clip: float = 0.5
-    ent_coef: float = 0.0
-    kl: Literal["none", "loss", "reward"] = "none"
-    kl_coef: float = 0.001
-    kl_estimator: KLEstimator = "k3"
 
 
 @dataclass
@@ -123,6 +94,13 @@ class AgentModule(pl.LightningModule):
         """The run's datamodule."""
         return cast(StepDataModule, cast(Any, self.trainer).datamodule)
 
+    def setup(self, stage: str) -> None:
+        if self.trainer.precision not in ("32-true", "64-true", "bf16-mixed"):
+            raise ConfigError(
+                f"trainer.precision {self.trainer.precision} would round log-probabilities and advantages; "
+                "use 32-true, 64-true or bf16-mixed"
+            )
+
     def configure_model(self) -> None:
         """Builds the models (once) and hands the policy to the episode source."""
         if self.policy.model is None:
@@ -162,6 +140,16 @@ class AgentModule(pl.LightningModule):
         epochs = self.trainer.max_epochs
         return math.inf if epochs is None or epochs < 0 else epochs * self.data.updates_per_iteration
 
+    def on_train_start(self) -> None:
+        """Settings win over what a checkpoint brought back: a resumed run takes its learning rates from the config."""
+        optimizer, schedule = self.trainer.optimizers[0], cast(Any, self.lr_schedulers())
+        groups = list(zip(optimizer.param_groups, (self.policy_optimizer, self.critic_optimizer), strict=False))
+        schedule.base_lrs = [settings.lr for _, settings in groups]
+        for (group, settings), factor in zip(groups, schedule.lr_lambdas, strict=True):
+            group["initial_lr"] = settings.lr
+            group["lr"] = settings.lr * factor(schedule.last_epoch)
+            group["weight_decay"] = settings.weight_decay
+
     # ---- the start of an iteration: scores and credit ----
 
     def on_train_epoch_start(self) -> None:
@@ -169,18 +157,15 @@ class AgentModule(pl.LightningModule):
         with self.timed("score"):
             buffer.scores = self._score(buffer)
             kl_coef = self.loss.kl_coef if self.loss.kl == "reward" else 0.0
-            try:
-                steps = assign_credit(buffer, self.advantage, kl_coef)
-            except ValueError as error:
-                failures = [episode.error for episode in buffer.episodes if episode.error]
-                raise RunError(f"{error}: every episode failed{', last: ' + failures[-1] if failures else ''}") from error
+            steps = assign_credit(buffer, self.advantage, kl_coef)
         if steps.gap > self.data.source.logprob_tolerance:
             rank_zero_warn(
                 f"the sampler's log-probabilities are up to {steps.gap:.2g} off the learner's, more than its tolerance of "
                 f"{self.data.source.logprob_tolerance:.2g}: what is sampled is not quite what is learned"
             )
         self.data.global_steps = steps
-        self._sums = {}
+        infinity = torch.tensor(math.inf, device=self.device)
+        self._sums = {"ratio_min": infinity, "ratio_max": -infinity}
         self.counters.iterations += 1
         self.counters.environment_steps += len(steps.lengths_N)
         self.counters.episodes += len(steps.batch.terminated_E)
@@ -291,8 +276,8 @@ class AgentModule(pl.LightningModule):
         for name, value in parts.items():
             self._add(name, value * batch.scale)
         if batch.scale:
-            self._extreme("ratio_min", surrogate.ratio_A.min(), torch.minimum)
-            self._extreme("ratio_max", surrogate.ratio_A.max(), torch.maximum)
+            self._sums["ratio_min"] = torch.minimum(self._sums["ratio_min"], surrogate.ratio_A.min())
+            self._sums["ratio_max"] = torch.maximum(self._sums["ratio_max"], surrogate.ratio_A.max())
         return loss * (batch.scale * self.trainer.world_size)
 
     def _step(self, optimizer: torch.optim.Optimizer) -> None:
@@ -302,7 +287,7 @@ class AgentModule(pl.LightningModule):
             if group["name"] == "policy" and self._critic_warmup:
                 for parameter in group["params"]:
                     parameter.grad = None
-            norms[group["name"]] = nn.utils.clip_grad_norm_(group["params"], settings.max_grad_norm)
+            norms[group["name"]] = nn.utils.clip_grad_norm_(group["params"], settings.max_grad_norm or math.inf)
         finite = all(bool(torch.isfinite(norm)) for norm in norms.values())
         if finite:
             optimizer.step()
@@ -334,7 +319,7 @@ class AgentModule(pl.LightningModule):
             return
         updates = self.data.updates_per_iteration
         metrics: dict[str, float] = {}
-        for name, value in self._sums.items():
+        for name, value in sorted(self._sums.items()):  # the same order on all ranks
             if name in ("ratio_min", "ratio_max"):
                 metrics[name] = self._reduce(value, name.removeprefix("ratio_"))
             else:
@@ -371,9 +356,6 @@ class AgentModule(pl.LightningModule):
     def _add(self, name: str, value: Tensor) -> None:
         self._sums[name] = self._sums[name] + value if name in self._sums else value
 
-    def _extreme(self, name: str, value: Tensor, pick: Callable[[Tensor, Tensor], Tensor]) -> None:
-        self._sums[name] = pick(self._sums[name], value) if name in self._sums else value
-
     def _reduce(self, value: Tensor, operation: str) -> float:
         return float(self.trainer.strategy.reduce(value.to(self.device).clone(), reduce_op=operation))
 
@@ -385,6 +367,13 @@ class AgentModule(pl.LightningModule):
         return block() if skip and block is not None else contextlib.nullcontext()
 
     # ---- checkpoints ----
+
+    def load_state_dict(self, state_dict: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().load_state_dict(state_dict, *args, **kwargs)
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())[:200]
+            raise ConfigError(f"the checkpoint does not fit the config's model: {reason}") from error
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["steppo"] = {

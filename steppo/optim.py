@@ -17,7 +17,7 @@ class OptimizerSettings:
     Attributes:
         lr: Learning rate after warm-up.
         weight_decay: AdamW's.
-        max_grad_norm: Gradients are scaled down to this norm, this group's by themselves.
+        max_grad_norm: Gradients are scaled down to this norm, this group's by themselves; 0 leaves them as they are.
         warmup_updates: Updates over which the learning rate rises from 0.
         schedule: What it does after that, until the last update.
     """
@@ -27,6 +27,11 @@ class OptimizerSettings:
     max_grad_norm: float = 1.0
     warmup_updates: int = 0
     schedule: Literal["constant", "linear", "cosine"] = "constant"
+
+    def __post_init__(self) -> None:
+        for name in ("lr", "weight_decay", "max_grad_norm", "warmup_updates"):
+            if not getattr(self, name) >= 0:
+                raise ConfigError(f"an optimizer's {name} must be at least 0, not {getattr(self, name)}")
 
 
 def learning_rate_factor(settings: OptimizerSettings, total_updates: float) -> Callable[[int], float]:

@@ -99,8 +99,8 @@ class EnvSource(EpisodeSource):
             (there the episode is over: terminated, not truncated).
         max_prompt_tokens: An episode whose prompt grows past this ends (context_overflow).
         max_new_tokens: Most tokens in one action.
-        invalid_penalty: Taken off the reward of an action that was refused.
-        on_invalid: Go on after a refused action, with feedback in the next prompt, or end the episode as failed. Refused
+        invalid_penalty: Taken off the reward of an action that does not parse or cannot be carried out.
+        on_invalid: Go on after such an action, with feedback in the next prompt, or end the episode as failed. Invalid
             actions that cost nothing are an invitation to do nothing.
         num_slots: Episodes played at the same time.
         num_workers: Processes that step environments.
@@ -261,6 +261,12 @@ class EnvSource(EpisodeSource):
             return self._end(playing, StopReason.ENV_ERROR, error=reply.error)
         observation = reply.observation
         playing.success = reply.info.get("success", playing.success)
+        if not reply.info.get("action_valid", True):
+            reply = replace(
+                reply,
+                reward=reply.reward - self.invalid_penalty,
+                terminated=reply.terminated or self.on_invalid == "end",
+            )
         if playing.completion is not None:
             if len(playing.steps) + 1 == self.env.max_steps:
                 reply = replace(reply, terminated=True)
@@ -277,9 +283,8 @@ class EnvSource(EpisodeSource):
     def _refuse(self, playing: _Playing) -> EnvReply:
         """What follows an action that did not parse: the environment stays as it is."""
         assert playing.parsed is not None
-        ends = self.on_invalid == "end"
         observation = replace(playing.observations[-1], feedback=playing.parsed.feedback)
-        return EnvReply(observation, -self.invalid_penalty, terminated=ends, info={"success": False})
+        return EnvReply(observation, info={"success": False, "action_valid": False})
 
     def _record(self, playing: _Playing, reply: EnvReply, plan: RolloutPlan) -> None:
         completion, parsed, prompt_ids = playing.completion, playing.parsed, playing.prompt_ids
@@ -297,7 +302,7 @@ class EnvSource(EpisodeSource):
                 finish_reason=completion.finish_reason,
                 terminated=reply.terminated,
                 truncated=False,
-                action_valid=parsed.command is not None,
+                action_valid=reply.info.get("action_valid", True),
                 observation=playing.observations[-1].text,
                 action=text.strip() if parsed.command is None else parsed.command,
                 temperature=plan.temperature,

@@ -41,6 +41,11 @@ MISTAKES = {
         ["--model.policy=steppo.models.HFPolicy", "--model.policy.name_or_path=./nowhere"],
         "cannot load './nowhere'",
     ),
+    "no_thread": (["--num_threads=0"], "num_threads"),
+    "negative_rate": (["--model.policy_optimizer.lr=-1"], "lr must be at least 0"),
+    "negative_clip": (["--model.loss.clip_low=-0.1"], "clip_low must be at least 0"),
+    "half_precision": (["--trainer.precision=bf16-true"], "use 32-true, 64-true or bf16-mixed"),
+    "overflow": (["--data.source.max_prompt_tokens=5", "--warm_start.updates=0"], "raise max_prompt_tokens"),
     "no_expert": (["--warm_start.actions=none"], "warm_start.actions"),
 }
 

@@ -45,6 +45,7 @@ def one_and_two(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
         "--rollout.tasks_per_iteration=5",
         "--trainer.precision=64-true",
         "--data.num_minibatches=3",
+        "--data.max_tokens_per_microbatch=100",
         "--model.loss.kl=loss",
         *WITH_GRADIENTS,
     ]

@@ -97,8 +97,11 @@ class ContextPolicy(ABC):
 
     def _defuse(self, text: str) -> str:
         """Takes special tokens out of what an environment says: it must not be able to end a turn or begin another."""
-        for token in self._tokenizer.all_special_tokens:
-            text = text.replace(token, "")
+        before = None
+        while text != before:  # what is left may be a token again
+            before = text
+            for token in self._tokenizer.all_special_tokens:
+                text = text.replace(token, "")
         return text
 
     def _template(self, messages: list[dict[str, str]]) -> str:

@@ -32,7 +32,6 @@ class HFEngine(Engine):
 
     def bind(self, policy: Policy) -> None:
         self._policy = policy
-        self.logprob_tolerance = 1e-4 if policy.dtype in (torch.float32, torch.float64) else 0.1
 
     def submit(self, request: Request) -> None:
         self._queue.append(request)
@@ -46,6 +45,8 @@ class HFEngine(Engine):
         policy = self._policy
         assert policy is not None, "bind() comes first"
         device = policy.device
+        exact = policy.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled(device.type)
+        self.logprob_tolerance = 1e-4 if exact else 0.1
         rows = len(requests)
         limits = np.asarray([request.sampling.max_new_tokens for request in requests])
         lengths = np.asarray([len(request.prompt_ids) for request in requests])

@@ -35,7 +35,8 @@ class Env(ABC):
 
         Returns:
             Observation, reward, terminated (the task is over, nothing follows), truncated (cut from outside), info.
-            ``info["success"]`` (bool) of the last step says whether the task was solved.
+            ``info["success"]`` (bool) of the last step says whether the task was solved; ``info["action_valid"]`` (true
+            unless given) whether the command was one that can be carried out.
         """
 
     def prepare(self, tasks: Sequence[Task], progress: Callable[[int, int], None]) -> None:

@@ -12,7 +12,6 @@ import re
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any, Literal
 
@@ -89,7 +88,7 @@ class TextWorldEnv(Env):
         num_valid: Number of validation games.
         num_test: Number of test games.
         max_steps: Steps that the task allows; when they are used up it is over, unsolved.
-        show_admissible_commands: Show the commands that would work, and refuse all others. Hidden, the game judges.
+        show_admissible_commands: Show the commands that would work. Hidden or shown, others count as invalid.
         exclude_commands: First words of commands to leave out of those shown, such as ``examine``.
         description: ``full`` room texts, or ``brief``: the room's name (exits and things show in the commands).
         reward: ``success`` pays 1 for winning; ``score`` pays each point of the game, scaled to a sum of 1.
@@ -120,6 +119,8 @@ class TextWorldEnv(Env):
             raise ConfigError(f"TextWorldEnv: {challenge} has no setting {', '.join(unknown)}; it has {', '.join(defaults)}")
         if max(num_train, num_valid, num_test) > _SEEDS_PER_SPLIT:
             raise ConfigError(f"TextWorldEnv: a split holds at most {_SEEDS_PER_SPLIT:,} games")
+        if num_generators is not None and num_generators < 1:
+            raise ConfigError(f"TextWorldEnv: num_generators must be at least 1, not {num_generators}")
         if max_steps < 1:
             raise ConfigError(f"TextWorldEnv: max_steps must be at least 1, not {max_steps}")
         self.challenge = challenge
@@ -163,7 +164,7 @@ class TextWorldEnv(Env):
                 for done, job in enumerate(as_completed(jobs), start=1):
                     job.result()
                     progress(done, len(missing))
-            except (ValueError, TypeError, AssertionError, BrokenProcessPool) as error:
+            except Exception as error:  # each challenge has errors of its own
                 pool.shutdown(cancel_futures=True)
                 raise ConfigError(f"TextWorldEnv: no {self.challenge} game from {self.settings}: {error}") from error
 
@@ -195,6 +196,7 @@ class TextWorldEnv(Env):
 
     def step(self, action: str) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
         score_before = self._state.score or 0
+        admissible = action in self._state.admissible_commands
         self._state, _, done = self._game.step(action)
         self._steps += 1
         won = bool(self._state.won)
@@ -203,7 +205,7 @@ class TextWorldEnv(Env):
         else:
             reward = ((self._state.score or 0) - score_before) / (self._state.max_score or 1)
         terminated = bool(done) or self._steps == self.max_steps
-        return self._observe(), reward, terminated, False, {"success": won}
+        return self._observe(), reward, terminated, False, {"success": won, "action_valid": admissible}
 
     def expert_action(self) -> str | None:
         """First command of an optimal plan from here."""

@@ -27,7 +27,8 @@ class HFPolicy(Policy):
 
     Args:
         name_or_path: Hub id or local folder.
-        dtype: Of the weights; ``auto`` takes the checkpoint's.
+        dtype: Of the weights; ``auto`` takes the checkpoint's. Small updates vanish in 16-bit weights: for speed keep
+            float32 here and set ``trainer.precision: bf16-mixed``.
         attn_implementation: As transformers names it.
         revision: Commit, tag or branch of a hub model.
     """
@@ -35,7 +36,7 @@ class HFPolicy(Policy):
     def __init__(
         self,
         name_or_path: str,
-        dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = "auto",
+        dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = "float32",
         attn_implementation: str = "sdpa",
         revision: str = "main",
     ) -> None:

@@ -24,7 +24,7 @@ class TinyPolicy(Policy):
         num_heads: Attention heads; key-value heads are half as many.
         vocab_size: Tokens, 258 at least (all bytes and two special tokens).
         max_positions: Longest sequence in tokens.
-        seed: Of the initial weights.
+        seed: Of the initial weights; the run's seed unless given.
     """
 
     def __init__(
@@ -34,7 +34,7 @@ class TinyPolicy(Policy):
         num_heads: int = 4,
         vocab_size: int = 512,
         max_positions: int = 1024,
-        seed: int = 0,
+        seed: int | None = None,
     ) -> None:
         super().__init__()
         if vocab_size < _BYTES_AND_SPECIALS:
@@ -72,7 +72,7 @@ class TinyPolicy(Policy):
         self.load_tokenizer_state(tokenizer.to_str())
         self.stop_ids = frozenset([self.tokenizer.eos_token_id])
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.seed)
+            torch.manual_seed(torch.initial_seed() if self.seed is None else self.seed)
             self.model = Qwen3ForCausalLM(self.config)
 
     def tokenizer_state(self) -> str:
