@@ -8,6 +8,7 @@ from typing import Any, cast
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.trainer.states import TrainerFn
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
@@ -116,7 +117,7 @@ class StepProgressBar(ProgressBar):
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.end_phase()
-        if trainer.training:
+        if trainer.state.fn == TrainerFn.FITTING:
             self._say_evaluation(trainer)
 
     def _say_evaluation(self, trainer: pl.Trainer) -> None:
