@@ -109,6 +109,7 @@ def main() -> None:
         "runs": [],
     }
     runs = report["runs"]
+    args.results.parent.mkdir(parents=True, exist_ok=True)
     for seed in args.seeds:
         runs.append(result := run(seed, extra))
         before, after = result["evaluations"][0], result["evaluations"][-1]
