@@ -339,6 +339,26 @@ def test_a_refused_action_may_end_the_episode(make_source: SourceMaker) -> None:
     assert all(episode.success for episode in play(make_source(expert, on_invalid="end"), groups_of(1), DEMONSTRATE))
 
 
+@pytest.mark.parametrize("on_invalid", ["continue", "end"])
+def test_an_environment_may_call_an_action_invalid(
+    on_invalid: str, make_source: SourceMaker, pool: EnvPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where commands are hidden the parser cannot know."""
+    receive = pool.receive
+
+    def unknown(slot: int) -> EnvReply:
+        reply = receive(slot)
+        invalid = reply.observation is not None and reply.observation.text == "There is no coin here."
+        return replace(reply, info={**reply.info, "action_valid": not invalid})
+
+    monkeypatch.setattr(pool, "receive", unknown)
+    source = make_source(lambda request: "take", invalid_penalty=0.25, on_invalid=on_invalid)
+    episode = play_one(source)
+    assert len(episode.steps) == (1 if on_invalid == "end" else ENV_LIMIT)
+    assert [(step.action_valid, step.reward) for step in episode.steps] == [(False, -0.25)] * len(episode.steps)
+    assert (episode.stop_reason, episode.success) == (StopReason.TERMINATED, False)
+
+
 @pytest.mark.parametrize(("choose", "refused"), [(dance, ENV_LIMIT), (first_dance(wander), 1)], ids=["all", "one"])
 def test_refused_actions_use_up_the_limit_of_the_task(
     make_source: SourceMaker, choose: Callable[[Request], str], refused: int
