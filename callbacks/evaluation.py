@@ -89,8 +89,11 @@ class EvaluationCallback(pl.Callback):
         statistics = EpisodeStatistics().to(module.device)
         start, done = time.perf_counter(), 0
         module.data.source.load_weights(module.policy.named_parameters(), plan.version)
-        precision = trainer.precision_plugin.forward_context()
-        with module.timed("evaluation"), precision, phase(trainer, "evaluation", len(groups) * self.samples) as advance:
+        with (
+            module.timed("evaluation"),
+            module.reading(),
+            phase(trainer, "evaluation", len(groups) * self.samples) as advance,
+        ):
             for group in module.data.source.collect(groups, plan):
                 for episode in group:
                     statistics.update(episode)

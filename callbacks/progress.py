@@ -99,7 +99,9 @@ class StepProgressBar(ProgressBar):
             return
         parts = [("policy", pl_module.policy), ("critic", pl_module.critic)]
         sizes = [
-            f"{name} {type(part).__name__}, {_parameters(part):,} parameters" for name, part in parts if part is not None
+            f"{name} {type(part).__name__.removeprefix('FSDP')}, {_parameters(part):,} parameters"
+            for name, part in parts
+            if part is not None
         ]
         self._console.print("; ".join([*sizes, f"credit {type(pl_module.advantage).__name__}"]), soft_wrap=True)
 

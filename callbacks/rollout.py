@@ -55,8 +55,11 @@ class RolloutCallback(pl.Callback):
         statistics = EpisodeStatistics().to(pl_module.device)
         before = pl_module.seconds.get("rollout", 0.0)
         data.source.load_weights(pl_module.policy.named_parameters(), plan.version)
-        precision = trainer.precision_plugin.forward_context()
-        with pl_module.timed("rollout"), precision, phase(trainer, "rollout", len(groups) * self.group_size) as advance:
+        with (
+            pl_module.timed("rollout"),
+            pl_module.reading(),
+            phase(trainer, "rollout", len(groups) * self.group_size) as advance,
+        ):
             for group in data.source.collect(groups, plan):
                 episodes += group
                 advance(len(episodes))

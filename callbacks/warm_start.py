@@ -15,9 +15,11 @@ import lightning.pytorch as pl
 import numpy as np
 import platformdirs
 import torch
+from torch.distributed.tensor import DTensor
 
 from steppo.credit import why_nothing
 from steppo.datamodule import run_seed
+from steppo.distributed import load_trained_state, trained_state
 from steppo.engines import ScriptedEngine
 from steppo.errors import ConfigError, RunError
 from steppo.module import AgentModule
@@ -84,14 +86,15 @@ class WarmStartCallback(pl.Callback):
             return
         with pl_module.timed("warm_start"):
             segments = self._demonstrations(trainer, pl_module)
-            key = trainer.strategy.broadcast(self._key(trainer, pl_module, segments))
-            path = self.cache / f"{key}.pt"
-            if trainer.is_global_zero and not path.exists():
+            path = self.cache / f"{self._key(trainer, pl_module, segments)}.pt"
+            if trainer.strategy.broadcast(path.exists()):
+                weights = torch.load(path, map_location="cpu", weights_only=True) if trainer.is_global_zero else {}
+            else:  # on every rank, as a sharded policy needs them all
                 self._clone(trainer, pl_module, segments)
-                self._save(pl_module, path)
-            trainer.strategy.barrier()
-            weights = torch.load(path, map_location=pl_module.device, weights_only=True)
-            pl_module.policy.load_state_dict(weights)
+                weights = trained_state(pl_module.policy)
+                if trainer.is_global_zero:
+                    self._save(weights, path)
+            load_trained_state(pl_module.policy, weights)
             pl_module.policy_was_initialised()
 
     def _demonstrations(self, trainer: pl.Trainer, module: AgentModule) -> list[Segment]:
@@ -125,7 +128,8 @@ class WarmStartCallback(pl.Callback):
         digest = hashlib.sha256(json.dumps([*settings, module.device.type, trainer.precision]).encode())
         for name, weight in module.policy.state_dict().items():
             digest.update(name.encode())
-            digest.update(weight.detach().cpu().view(torch.uint8).numpy().tobytes())
+            weight = weight.full_tensor() if isinstance(weight, DTensor) else weight.detach()
+            digest.update(weight.cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
         for segment in segments:
             digest.update(np.asarray([len(segment.prompt_ids), len(segment.action_ids)]).tobytes())
             digest.update(segment.prompt_ids.tobytes() + segment.action_ids.tobytes())
@@ -134,7 +138,7 @@ class WarmStartCallback(pl.Callback):
     def _clone(self, trainer: pl.Trainer, module: AgentModule, segments: list[Segment]) -> None:
         """Maximum likelihood of the demonstrated actions, by token."""
         policy = module.policy
-        parameters = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+        parameters = policy.trained_parameters()
         optimizer = torch.optim.AdamW(parameters, lr=self.lr, weight_decay=0.0)
         decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=self.updates)
         rng = np.random.default_rng(run_seed())
@@ -148,7 +152,7 @@ class WarmStartCallback(pl.Callback):
                     batch = module.transfer_batch_to_device(batch, module.device, 0)
                     with trainer.precision_plugin.forward_context():
                         ones_A = torch.ones_like(batch.target_A, dtype=torch.float32)
-                        logprobs_A, _ = policy.action_logprobs(policy.hidden(batch), batch, ones_A)
+                        logprobs_A = policy(batch, ones_A).logprobs_A
                     (-logprobs_A.sum() / tokens).backward()
                 torch.nn.utils.clip_grad_norm_(parameters, 1.0)
                 optimizer.step()
@@ -156,9 +160,9 @@ class WarmStartCallback(pl.Callback):
                 advance(update)
         optimizer.zero_grad()
 
-    def _save(self, module: AgentModule, path: Path) -> None:
+    def _save(self, weights: dict[str, torch.Tensor], path: Path) -> None:
         buffer = io.BytesIO()
-        torch.save({name: weight.detach().cpu() for name, weight in module.policy.state_dict().items()}, buffer)
+        torch.save(weights, buffer)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:

@@ -20,9 +20,10 @@ from jsonargparse import ArgumentError
 from jsonargparse.typing import PositiveInt
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from omegaconf.errors import OmegaConfBaseException
 
-from callbacks import EvaluationCallback, RolloutCallback, StepProgressBar, WarmStartCallback
+from callbacks import EvaluationCallback, QuantizationCallback, RolloutCallback, StepProgressBar, WarmStartCallback
 from steppo.datamodule import StepDataModule
 from steppo.errors import ConfigError, SteppoError
 from steppo.module import AgentModule
@@ -31,7 +32,7 @@ _LONGEST_ERROR = 500
 
 
 class StepCLI(LightningCLI):
-    """Adds the sections ``rollout``, ``warm_start``, ``evaluation`` and ``progress``: overlays reach them by name."""
+    """Adds sections with names of their own for steppo's callbacks: overlays reach them by name."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument(
@@ -43,6 +44,7 @@ class StepCLI(LightningCLI):
         parser.add_lightning_class_args(RolloutCallback, "rollout")
         parser.add_lightning_class_args(WarmStartCallback, "warm_start")
         parser.add_lightning_class_args(EvaluationCallback, "evaluation")
+        parser.add_lightning_class_args(QuantizationCallback, "quantization")
         parser.add_lightning_class_args(StepProgressBar, "progress")
 
     @staticmethod
@@ -59,6 +61,8 @@ class StepCLI(LightningCLI):
             while cause is not None and not isinstance(cause, SteppoError):
                 cause = cause.__cause__ or cause.__context__
             raise cause or ArgumentError(None, str(error)) from None
+        if isinstance(self.trainer.strategy.launcher, _MultiProcessingLauncher):
+            raise ConfigError("trainer.strategy must start processes by their command line: use ddp, not spawn or fork")
 
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
@@ -78,6 +82,10 @@ def main(args: Sequence[str] | None = None) -> StepCLI:
     warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
     warnings.filterwarnings("ignore", message="LightningCLI's args parameter.*")
     warnings.filterwarnings("ignore", message=".*IterableDataset. has .__len__. defined.*")
+    warnings.filterwarnings("ignore", message="Already found a `peft_config`.*")  # the critic's adapter beside the policy's
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor.*")  # nothing is done in place
+    warnings.filterwarnings("ignore", message="`gradient_checkpointing_enable` is deprecated.*")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
         lambda record: "litlogger" not in record.getMessage()
     )

@@ -1,10 +1,17 @@
-"""Collectives that also work in a single process."""
+"""Collectives that also work in a single process, and sharded weights (FSDP2)."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TypeVar
 
+import torch
 import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 T = TypeVar("T")
 
@@ -22,3 +29,72 @@ def gather(item: T) -> list[T]:
     items: list[T] = [item] * world
     dist.all_gather_object(items, item)
     return items
+
+
+def average_gradients(parameters: Sequence[nn.Parameter]) -> None:
+    """Averages gradients over ranks, once per update. Each rank may have made any number of backward passes, also none."""
+    _, world = rank_and_world()
+    if world == 1:
+        return
+    has_gradient = gather([parameter.grad is not None for parameter in parameters])
+    work = []
+    for parameter, *anyone in zip(parameters, *has_gradient, strict=True):
+        if any(anyone):
+            if parameter.grad is None:
+                parameter.grad = parameter.new_zeros(parameter.shape)
+            parameter.grad /= world
+            work.append(dist.all_reduce(parameter.grad, async_op=True))
+    for handle in work:
+        handle.wait()
+
+
+def shard(module: nn.Module, blocks: Sequence[str], device_type: str) -> None:
+    """Shards a module's weights over all ranks, block by block.
+
+    Args:
+        module: The root; called by its ``forward`` only.
+        blocks: Class names of the modules that are gathered one at a time: a transformer's layers.
+        device_type: ``cpu`` or ``cuda``.
+    """
+    mesh = init_device_mesh(device_type, (rank_and_world()[1],))
+    for part in list(module.modules()):
+        if type(part).__name__ in blocks:
+            fully_shard(part, mesh=mesh, reshard_after_forward=True)
+    fully_shard(module, mesh=mesh, reshard_after_forward=True)
+
+
+@contextmanager
+def unsharded(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Holds sharded modules whole on every rank, so that ranks need not make the same number of passes."""
+    parts = [part for module in modules for part in module.modules() if isinstance(part, FSDPModule)]
+    for part in parts:
+        part.set_reshard_after_forward(False, recurse=False)
+        part.unshard()
+    try:
+        yield
+    finally:
+        for part in parts:
+            part.reshard()
+            part.set_reshard_after_forward(True, recurse=False)
+
+
+def trained_state(module: nn.Module) -> dict[str, Tensor]:
+    """Weights that are trained, whole and on the CPU. All ranks must ask."""
+    trained = {name: p.detach() for name, p in module.named_parameters() if p.requires_grad}
+    return {name: (p.full_tensor() if isinstance(p, DTensor) else p).cpu() for name, p in trained.items()}
+
+
+@torch.no_grad()
+def load_trained_state(module: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Gives all ranks what rank 0 has."""
+    rank, world = rank_and_world()
+    for name, parameter in module.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        device, dtype = parameter.device, parameter.dtype
+        whole = state[name].to(device, dtype) if rank == 0 else torch.empty(parameter.shape, dtype=dtype, device=device)
+        if world > 1:
+            dist.broadcast(whole, 0)
+        if isinstance(parameter, DTensor):
+            whole = distribute_tensor(whole, parameter.device_mesh, parameter.placements)
+        parameter.copy_(whole)

@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
-import contextlib
-import copy
 import math
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from steppo.advantages import Advantage
 from steppo.buffer import Scores, StepBuffer
 from steppo.credit import GlobalSteps, assign_credit
 from steppo.datamodule import StepDataModule
+from steppo.distributed import average_gradients, shard, unsharded
 from steppo.errors import ConfigError, RunError
 from steppo.losses import LossSettings, kl_penalty, policy_loss, token_weights, value_loss
 from steppo.models import Critic, Policy
+from steppo.models.adapters import LoRASettings
+from steppo.models.policy import AdapterView
 from steppo.optim import OptimizerSettings, learning_rate_factor
 from steppo.rng import rng_state, set_rng_state
 from steppo.types import Microbatch, TokenBatch
@@ -74,7 +77,9 @@ class AgentModule(pl.LightningModule):
         self.policy = policy
         self.advantage = advantage
         self.critic = critic if advantage.needs_values != "none" else None
-        self.reference: Policy | None = None
+        self.reference: Policy | AdapterView | None = None
+        self.lora: LoRASettings | None = None
+        self.gradient_checkpointing = False
         self.loss = loss
         self.policy_optimizer = policy_optimizer
         self.critic_optimizer = critic_optimizer
@@ -105,32 +110,39 @@ class AgentModule(pl.LightningModule):
         """Builds the models (once) and hands the policy to the episode source."""
         if self.policy.model is None:
             self.policy.build(self.data.corpus)
+            if self.lora is not None:
+                self.policy.add_lora(self.lora)
+                self.strict_loading = False  # a checkpoint does not hold the frozen base
+            if self.gradient_checkpointing:
+                self.policy.checkpoint_layers()
             if self.critic is not None:
                 self.critic.build(self.policy)
             if self.loss.kl != "none":
-                self.reference = copy.deepcopy(self.policy).requires_grad_(False)
+                self.reference = self.policy.frozen_copy()
+            if isinstance(self.trainer.strategy, ModelParallelStrategy):
+                blocks = self.policy.blocks
+                for module in self._models():
+                    shard(module, blocks, self.trainer.strategy.root_device.type)
         self.data.source.bind(self.policy)
+
+    def _models(self) -> list[nn.Module]:
+        return [module for module in (self.policy, self.critic, self.reference) if isinstance(module, nn.Module)]
 
     def policy_was_initialised(self) -> None:
         """The policy was changed before training (a warm start): what is a copy of it follows."""
         if self.reference is not None:
-            self.reference.load_state_dict(self.policy.state_dict())
+            self.reference.follow(self.policy)
         if self.critic is not None:
             self.critic.follow(self.policy)
 
     def configure_optimizers(self) -> Any:
-        groups: list[tuple[str, nn.Module, OptimizerSettings]] = [("policy", self.policy, self.policy_optimizer)]
+        groups = [("policy", self.policy.trained_parameters(), self.policy_optimizer)]
         if self.critic is not None:
-            groups.append(("critic", self.critic, self.critic_optimizer))
+            groups.append(("critic", self.critic.trained_parameters(), self.critic_optimizer))
         optimizer = torch.optim.AdamW(
             [
-                {
-                    "name": name,
-                    "params": [p for p in module.parameters() if p.requires_grad],
-                    "lr": settings.lr,
-                    "weight_decay": settings.weight_decay,
-                }
-                for name, module, settings in groups
+                {"name": name, "params": parameters, "lr": settings.lr, "weight_decay": settings.weight_decay}
+                for name, parameters, settings in groups
             ]
         )
         schedules = [learning_rate_factor(settings, self._total_updates()) for _, _, settings in groups]
@@ -155,7 +167,8 @@ class AgentModule(pl.LightningModule):
     def on_train_epoch_start(self) -> None:
         buffer = self.data.buffer
         with self.timed("score"):
-            buffer.scores = self._score(buffer)
+            with self.reading():
+                buffer.scores = self._score(buffer)
             kl_coef = self.loss.kl_coef if self.loss.kl == "reward" else 0.0
             steps = assign_credit(buffer, self.advantage, kl_coef)
         if steps.gap > self.data.source.logprob_tolerance:
@@ -171,7 +184,6 @@ class AgentModule(pl.LightningModule):
         self.counters.episodes += len(steps.batch.terminated_E)
         self.report(_credit_statistics(steps))
 
-    @torch.no_grad()
     def _score(self, buffer: StepBuffer) -> Scores:
         """Old log-probabilities, reference log-probabilities and values of all steps."""
         wide = torch.promote_types(self.policy.dtype, torch.float32)
@@ -185,22 +197,19 @@ class AgentModule(pl.LightningModule):
         for steps, actions, batch in buffer.batches():
             batch = self.transfer_batch_to_device(batch, self.device, 0)
             temperature_A = temperatures[actions].to(self.device)
-            with self._autocast():
-                hidden = self.policy.hidden(batch)
-                columns["old"][actions] = self.policy.action_logprobs(hidden, batch, temperature_A)[0].cpu()
-                if self.reference is not None:
-                    reference = self.reference.action_logprobs(self.reference.hidden(batch), batch, temperature_A)[0]
-                    columns["ref"][actions] = reference.cpu()
-                if self.critic is not None:
-                    columns["value"][steps if at == "step" else actions] = self._values(batch, hidden).to(wide).cpu()
+            output = self.policy(batch, temperature_A)
+            columns["old"][actions] = output.logprobs_A.cpu()
+            if self.reference is not None:
+                columns["ref"][actions] = self.reference(batch, temperature_A).logprobs_A.cpu()
+            if self.critic is not None:
+                columns["value"][steps if at == "step" else actions] = self._values(batch, output.hidden).to(wide).cpu()
 
         final: dict[int, float] = {}
         if self.critic is not None:
             for episodes, batch in buffer.final_batches():
                 batch = self.transfer_batch_to_device(batch, self.device, 0)
-                with self._autocast():
-                    states = self.policy.hidden(batch) if self.critic.needs_policy_hidden else None
-                    values = self.critic.values(batch, batch.value_at_N, states)
+                states = self.policy(batch).hidden if self.critic.needs_policy_hidden else None
+                values = self.critic(batch, batch.value_at_N, states)
                 final.update(zip((episode.order for episode in episodes), values.tolist(), strict=True))
         return Scores(
             old_logprobs_A=columns["old"],
@@ -213,7 +222,7 @@ class AgentModule(pl.LightningModule):
     def _values(self, batch: TokenBatch, hidden: Tensor | None) -> Tensor:
         assert self.critic is not None
         positions = batch.value_at_N if self.advantage.needs_values == "step" else batch.predict_at_A
-        return self.critic.values(batch, positions, hidden)
+        return self.critic(batch, positions, hidden)
 
     # ---- updates ----
 
@@ -222,17 +231,29 @@ class AgentModule(pl.LightningModule):
         with self.timed("update"):
             optimizer = cast(torch.optim.Optimizer, self.optimizers())
             optimizer.zero_grad()
-            for number, microbatch in enumerate(batch):
-                with self._no_gradient_sync(number < len(batch) - 1):
-                    self.manual_backward(self._loss(microbatch))
+            for microbatch in batch:
+                factor = microbatch.scale * self.trainer.world_size  # gradients are averaged over ranks
+                with self._no_gradient_sync():
+                    for loss in self._losses(microbatch):
+                        self.manual_backward(loss * factor)
             self._step(optimizer)
 
-    def _loss(self, batch: Microbatch) -> Tensor:
-        """This microbatch's part of the update's mean loss; gradients are averaged over ranks, hence the factor."""
+    def _losses(self, batch: Microbatch) -> Iterator[Tensor]:
+        """This microbatch's parts of the update's mean loss, each with a forward pass of its own: the activations of policy
+        and critic are never in memory together, unless they are shared."""
+        if self.critic is not None and self.critic.needs_policy_hidden:
+            loss, hidden = self._policy_loss(batch)
+            yield (0.0 if self._critic_warmup else 1.0) * loss + self._value_loss(batch, hidden)
+            return
+        if not self._critic_warmup:
+            yield self._policy_loss(batch)[0]
+        if self.critic is not None:
+            yield self._value_loss(batch, None)
+
+    def _policy_loss(self, batch: Microbatch) -> tuple[Tensor, Tensor]:
         settings, tokens = self.loss, batch.tokens
         total = batch.update_steps if settings.aggregation == "step-mean" else batch.update_tokens
-        hidden = self.policy.hidden(tokens)
-        logprobs_A, entropy_A = self.policy.action_logprobs(hidden, tokens, batch.temperature_A)
+        hidden, logprobs_A, entropy_A = self.policy(tokens, batch.temperature_A)
         surrogate = policy_loss(
             logprobs_A,
             batch.old_logprobs_A,
@@ -252,42 +273,42 @@ class AgentModule(pl.LightningModule):
             assert batch.ref_logprobs_A is not None
             sums["kl"] = (kl_penalty(logprobs_A, batch.ref_logprobs_A, settings.kl_estimator) * weights_A).sum()
             loss = loss + settings.kl_coef * sums["kl"]
-        if self._critic_warmup:
-            loss = 0.0 * loss
         log_ratio_A = (logprobs_A - batch.old_logprobs_A).detach()
         sums["approx_kl"] = ((log_ratio_A.exp() - 1 - log_ratio_A) * weights_A).sum()
         sums["clip_fraction"] = (surrogate.clipped_A * weights_A).sum()
         sums["ratio_mean"] = (surrogate.ratio_A * weights_A).sum()
-        parts = {name: value.detach() / total for name, value in sums.items()}
-        if self.critic is not None:
-            assert batch.old_value is not None
-            assert batch.target is not None
-            by_step = self.advantage.needs_values == "step"
-            weights = torch.ones_like(batch.target) if by_step else weights_A
-            values = self._values(tokens, hidden)
-            clip = settings.value_clip or None
-            critic_loss = value_loss(values, batch.old_value, batch.target, weights, clip)
-            # One value per step: its mean is over steps, however tokens are aggregated.
-            critic_loss = critic_loss / (batch.update_steps if by_step else total)
-            parts["value_loss"] = critic_loss.detach()
-            loss = loss / total + settings.vf_coef * critic_loss
-        else:
-            loss = loss / total
-        for name, value in parts.items():
-            self._add(name, value * batch.scale)
+        for name, value in sums.items():
+            self._add(name, value.detach() / total * batch.scale)
         if batch.scale:
             self._sums["ratio_min"] = torch.minimum(self._sums["ratio_min"], surrogate.ratio_A.min())
             self._sums["ratio_max"] = torch.maximum(self._sums["ratio_max"], surrogate.ratio_A.max())
-        return loss * (batch.scale * self.trainer.world_size)
+        return loss / total, hidden
+
+    def _value_loss(self, batch: Microbatch, hidden: Tensor | None) -> Tensor:
+        assert batch.old_value is not None
+        assert batch.target is not None
+        # One value per step: its mean is over steps, however tokens are aggregated.
+        aggregation = "step-mean" if self.advantage.needs_values == "step" else self.loss.aggregation
+        total = batch.update_steps if aggregation == "step-mean" else batch.update_tokens
+        weights = torch.ones_like(batch.target)
+        if self.advantage.needs_values == "token":
+            weights = token_weights(batch.tokens.step_of_A, torch.ones_like(batch.weight_N), aggregation)
+        values = self._values(batch.tokens, hidden)
+        loss = value_loss(values, batch.old_value, batch.target, weights, self.loss.value_clip or None) / total
+        self._add("value_loss", loss.detach() * batch.scale)
+        return self.loss.vf_coef * loss
 
     def _step(self, optimizer: torch.optim.Optimizer) -> None:
         """Clips each group by itself and steps, unless a gradient is not finite (a non-finite loss makes them so)."""
-        norms = {}
+        if not isinstance(self.trainer.strategy, ModelParallelStrategy):  # which averages in the backward pass
+            average_gradients([parameter for group in optimizer.param_groups for parameter in group["params"]])
+        norms: dict[str, Tensor] = {}
         for group, settings in zip(optimizer.param_groups, (self.policy_optimizer, self.critic_optimizer), strict=False):
             if group["name"] == "policy" and self._critic_warmup:
                 for parameter in group["params"]:
                     parameter.grad = None
-            norms[group["name"]] = nn.utils.clip_grad_norm_(group["params"], settings.max_grad_norm or math.inf)
+            norm = nn.utils.clip_grad_norm_(group["params"], settings.max_grad_norm or math.inf)
+            norms[group["name"]] = norm.full_tensor() if isinstance(norm, DTensor) else norm
         finite = all(bool(torch.isfinite(norm)) for norm in norms.values())
         if finite:
             optimizer.step()
@@ -324,6 +345,7 @@ class AgentModule(pl.LightningModule):
                 metrics[name] = self._reduce(value, name.removeprefix("ratio_"))
             else:
                 metrics[name] = self._reduce(value, "sum") / updates
+        metrics = {name: value for name, value in metrics.items() if math.isfinite(value)}  # no ratio in a critic's warm-up
         metrics["learning_rate"] = self.trainer.optimizers[0].param_groups[0]["lr"]
         counters = {name: float(count) for name, count in vars(self.counters).items()}
         self.report({f"train/{name}": value for name, value in (metrics | counters).items()})
@@ -359,23 +381,43 @@ class AgentModule(pl.LightningModule):
     def _reduce(self, value: Tensor, operation: str) -> float:
         return float(self.trainer.strategy.reduce(value.to(self.device).clone(), reduce_op=operation))
 
-    def _autocast(self) -> AbstractContextManager:
-        return self.trainer.precision_plugin.forward_context()
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """For passes without gradients (sampling, scoring): each rank may make as many as it likes."""
+        with (
+            torch.no_grad(),
+            self.trainer.precision_plugin.forward_context(),
+            unsharded(self._models()),
+            self.policy.keeping_activations(),
+        ):
+            yield
 
-    def _no_gradient_sync(self, skip: bool) -> AbstractContextManager:
-        block = getattr(self.trainer.strategy, "block_backward_sync", None)
-        return block() if skip and block is not None else contextlib.nullcontext()
+    def _no_gradient_sync(self) -> AbstractContextManager:
+        """Gradients are averaged in ``_step``, once: DDP's hooks would wait for parameters that a pass leaves out."""
+        strategy = self.trainer.strategy
+        return strategy.block_backward_sync() if isinstance(strategy, DDPStrategy) else nullcontext()
 
     # ---- checkpoints ----
 
     def load_state_dict(self, state_dict: Any, *args: Any, **kwargs: Any) -> Any:
         try:
-            return super().load_state_dict(state_dict, *args, **kwargs)
+            found = super().load_state_dict(state_dict, *args, **kwargs)
         except RuntimeError as error:
             reason = " ".join(str(error).split())[:200]
             raise ConfigError(f"the checkpoint does not fit the config's model: {reason}") from error
+        missing = [name for name in found.missing_keys if not self._is_base_weight(name)]
+        if missing or found.unexpected_keys:
+            names = ", ".join([*missing, *found.unexpected_keys][:3])
+            raise ConfigError(f"the checkpoint does not fit the config's model: it lacks or adds {names}")
+        return found
+
+    def _is_base_weight(self, name: str) -> bool:
+        return name.startswith("policy.") and self.policy.is_base_weight(name)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["state_dict"] = {
+            name: weight for name, weight in checkpoint["state_dict"].items() if not self._is_base_weight(name)
+        }
         checkpoint["steppo"] = {
             "counters": dict(vars(self.counters)),
             "seconds": dict(self.seconds),

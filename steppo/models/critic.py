@@ -8,7 +8,8 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor, nn
 
-from steppo.models.policy import Policy, trunk_states
+from steppo.errors import ConfigError
+from steppo.models.policy import AdapterView, Policy, trunk_states
 from steppo.types import TokenBatch
 
 
@@ -42,6 +43,14 @@ class Critic(nn.Module, ABC):
     def needs_policy_hidden(self) -> bool:
         """Whether ``states`` wants the policy's hidden states."""
         return False
+
+    def forward(self, batch: TokenBatch, positions: Tensor, policy_hidden: Tensor | None) -> Tensor:
+        """``values``."""
+        return self.values(batch, positions, policy_hidden)
+
+    def trained_parameters(self) -> list[nn.Parameter]:
+        """What the critic's optimizer group holds."""
+        return [parameter for parameter in self.parameters() if parameter.requires_grad]
 
     def values(self, batch: TokenBatch, positions: Tensor, policy_hidden: Tensor | None) -> Tensor:
         """Values at flat positions of a batch, the same shape as ``positions``."""
@@ -78,6 +87,8 @@ class SeparateCritic(Critic):
     """A model of its own, begun as a copy of the policy's trunk (the paper's choice)."""
 
     def build(self, policy: Policy) -> None:
+        if policy.adapters is not None:
+            raise ConfigError("SeparateCritic would copy a frozen base: with LoRA use steppo.models.AdapterCritic instead")
         self.trunk = copy.deepcopy(policy.trunk)
         self.head = ValueHead(policy.model.config.hidden_size)
 
@@ -86,3 +97,22 @@ class SeparateCritic(Critic):
 
     def follow(self, policy: Policy) -> None:
         self.trunk.load_state_dict(policy.trunk.state_dict())
+
+
+class AdapterCritic(Critic):
+    """A LoRA adapter of its own and a value head on the policy's frozen base: the critic costs an adapter, not a model."""
+
+    def build(self, policy: Policy) -> None:
+        if policy.adapters is None:
+            raise ConfigError("AdapterCritic shares a frozen base: set quantization.lora_rank, or use SeparateCritic")
+        self.head = ValueHead(policy.model.config.hidden_size)
+        self._view = AdapterView(policy, "critic", trained=True)
+
+    def trained_parameters(self) -> list[nn.Parameter]:
+        return [*self._view.parameters(), *super().trained_parameters()]
+
+    def states(self, batch: TokenBatch, policy_hidden: Tensor | None) -> Tensor:
+        return self._view(batch).hidden
+
+    def follow(self, policy: Policy) -> None:
+        self._view.follow(policy)

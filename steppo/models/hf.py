@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from steppo.errors import ConfigError
 from steppo.models.policy import Policy
@@ -23,7 +23,9 @@ _DROPOUTS = (
 
 
 class HFPolicy(Policy):
-    """A pretrained model, trained whole. Every dropout is set to 0: sampling and learning must see the same policy.
+    """A pretrained model, trained whole, or frozen (in 4 or 8 bits, if wanted) under LoRA: see ``QuantizationCallback``.
+
+    Every dropout is set to 0: sampling and learning must see the same policy.
 
     Args:
         name_or_path: Hub id or local folder.
@@ -46,7 +48,15 @@ class HFPolicy(Policy):
         self.attn_implementation = attn_implementation
         self.revision = revision
 
+    @property
+    def can_quantize(self) -> bool:
+        return True
+
     def build(self, corpus: Callable[[], list[str]]) -> None:
+        dtype = self.base_dtype or self.load_dtype
+        quantized: dict[str, Any] = {}
+        if self.bits is not None:
+            quantized = {"quantization_config": _quantization(self.bits, dtype), "device_map": {"": self.load_device}}
         try:
             config = AutoConfig.from_pretrained(self.name_or_path, revision=self.revision)
             for name in _DROPOUTS:
@@ -57,13 +67,15 @@ class HFPolicy(Policy):
                 self.name_or_path,
                 config=config,
                 revision=self.revision,
-                dtype=self.load_dtype,
+                dtype=dtype,
                 attn_implementation=self.attn_implementation,
+                **quantized,
             )
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, ImportError) as error:
             reason = str(error).strip().splitlines()[0]
             raise ConfigError(f"HFPolicy: cannot load {self.name_or_path!r}: {reason}") from error
         self.stop_ids = _stop_ids(self.tokenizer, self.model)
+        self.train()  # transformers loads in evaluation mode
         self._check_head()
 
     @torch.no_grad()
@@ -77,6 +89,15 @@ class HFPolicy(Policy):
                 f"HFPolicy: {self.model.config.model_type} changes its logits behind the output embedding (scaling or "
                 "soft-capping), which is not supported"
             )
+
+
+def _quantization(bits: int, dtype: Any) -> BitsAndBytesConfig:
+    if bits == 8:
+        return BitsAndBytesConfig(load_in_8bit=True)
+    # Stored as the other weights are: FSDP wants one dtype.
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype, bnb_4bit_quant_storage=dtype
+    )
 
 
 def _stop_ids(tokenizer: Any, model: Any) -> frozenset[int]:

@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from steppo.models.adapters import Adapters, LoRASettings
 from steppo.types import TokenBatch
 
 # Most logits held at once, in numbers: 64 MiB in float32.
 _LOGITS_PER_CHUNK = 2**24
+
+
+class PolicyOutput(NamedTuple):
+    """``hidden`` [B * T, H]; ``logprobs_A`` and ``entropy_A`` [A], or [0] where no temperature was given.
+
+    A tuple, so that FSDP's hooks find the tensors.
+    """
+
+    hidden: Tensor
+    logprobs_A: Tensor
+    entropy_A: Tensor
 
 
 class Policy(nn.Module, ABC):
@@ -25,6 +39,10 @@ class Policy(nn.Module, ABC):
         model: The transformers model, once built.
         tokenizer: Its tokenizer, once built.
         stop_ids: Token ids that end an action.
+        adapters: LoRA adapters on a frozen base; ``None`` when all weights are trained.
+        bits: 4 or 8 where ``build`` is to load a quantised base; set before.
+        base_dtype: Of the other weights of a quantised or frozen base; the policy's own unless set before ``build``.
+        load_device: Where ``build`` puts a quantised base.
     """
 
     model: Any
@@ -34,6 +52,15 @@ class Policy(nn.Module, ABC):
     def __init__(self) -> None:
         super().__init__()
         self.model = None
+        self.adapters: Adapters | None = None
+        self.bits: int | None = None
+        self.base_dtype: torch.dtype | None = None
+        self.load_device = torch.device("cpu")
+
+    @property
+    def can_quantize(self) -> bool:
+        """Whether ``build`` can load a base in 4 or 8 bits."""
+        return False
 
     @abstractmethod
     def build(self, corpus: Callable[[], list[str]]) -> None:
@@ -64,9 +91,76 @@ class Policy(nn.Module, ABC):
         return next(self.model.parameters()).dtype
 
     @property
+    def blocks(self) -> list[str]:
+        """Class names of the model's layers, as sharding takes them one at a time."""
+        return list(self.model._no_split_modules)
+
+    @property
     def max_positions(self) -> int:
         """Longest sequence in tokens."""
         return int(self.model.config.max_position_embeddings)
+
+    # ---- what is trained ----
+
+    def add_lora(self, settings: LoRASettings) -> None:
+        """Freezes the model and trains an adapter named ``policy``, in float32 or better."""
+        self.adapters = Adapters(self.model, settings)
+        self.adapters.add("policy")
+
+    def trained_parameters(self) -> list[nn.Parameter]:
+        """The policy's own: all, or its adapter's."""
+        if self.adapters is not None:
+            return self.adapters.parameters("policy")
+        return [parameter for parameter in self.parameters() if parameter.requires_grad]
+
+    def is_base_weight(self, name: str) -> bool:
+        """Whether a name in ``state_dict`` is of a frozen base, which is loaded anew instead of kept in checkpoints."""
+        return self.adapters is not None and not self.adapters.owns(name)
+
+    def frozen_copy(self) -> Policy | AdapterView:
+        """The policy as it is now, never trained: another adapter on the same base, or a second model."""
+        if self.adapters is None:
+            return copy.deepcopy(self).requires_grad_(False)
+        view = AdapterView(self, "reference", trained=False)
+        view.follow(self)
+        return view
+
+    def follow(self, policy: Policy) -> None:
+        """Takes the weights of a policy of the same kind."""
+        self.load_state_dict(policy.state_dict())
+
+    def train(self, mode: bool = True) -> Policy:
+        """Always in training mode: dropout is 0 anyway, and in evaluation mode 4-bit layers repack their weights on some
+        CPUs, after which their backward pass is wrong."""
+        return super().train(True)
+
+    def checkpoint_layers(self) -> None:
+        """Recomputes each layer in the backward pass, under the adapter that was active in the forward pass."""
+        kwargs: dict[str, Any] = {"use_reentrant": False}
+        if self.adapters is not None:
+            kwargs["context_fn"] = self.adapters.recompute_contexts
+        self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
+
+    @contextmanager
+    def keeping_activations(self) -> Iterator[None]:
+        """Without ``checkpoint_layers``, which forbids the cache of keys and values that sampling needs."""
+        layers: list[Any] = [module for module in self.modules() if getattr(module, "gradient_checkpointing", False)]
+        for layer in layers:
+            layer.gradient_checkpointing = False
+        try:
+            yield
+        finally:
+            for layer in layers:
+                layer.gradient_checkpointing = True
+
+    # ---- reading ----
+
+    def forward(self, batch: TokenBatch, temperature_A: Tensor | None = None) -> PolicyOutput:
+        """Hidden states; with ``temperature_A`` also what ``action_logprobs`` gives."""
+        hidden = self.hidden(batch)
+        if temperature_A is None:
+            return PolicyOutput(hidden, hidden.new_zeros(0), hidden.new_zeros(0))
+        return PolicyOutput(hidden, *self.action_logprobs(hidden, batch, temperature_A))
 
     def hidden(self, batch: TokenBatch) -> Tensor:
         """Last hidden states, [B * T, H]."""
@@ -108,6 +202,37 @@ class Policy(nn.Module, ABC):
         logprobs = logits.gather(1, target_A[:, None])[:, 0] - log_normaliser
         entropy = log_normaliser - ((logits - log_normaliser[:, None]).exp() * logits).sum(-1)
         return logprobs, entropy
+
+
+class AdapterView:
+    """A policy's base under another adapter than the policy's own: a model for the price of an adapter.
+
+    Args:
+        policy: With adapters.
+        name: Of the new adapter, which starts as 0: the base itself.
+        trained: Whether it gets gradients.
+    """
+
+    def __init__(self, policy: Policy, name: str, trained: bool) -> None:
+        assert policy.adapters is not None
+        self._policy = policy
+        self._name = name
+        policy.adapters.add(name, trained)
+
+    def __call__(self, batch: TokenBatch, temperature_A: Tensor | None = None) -> PolicyOutput:
+        assert self._policy.adapters is not None
+        with self._policy.adapters.using(self._name):
+            return self._policy(batch, temperature_A)
+
+    def parameters(self) -> list[nn.Parameter]:
+        """The adapter's."""
+        assert self._policy.adapters is not None
+        return self._policy.adapters.parameters(self._name)
+
+    def follow(self, policy: Policy) -> None:
+        """Takes the weights of the policy's own adapter."""
+        assert policy.adapters is not None
+        policy.adapters.copy("policy", self._name)
 
 
 def trunk_states(trunk: nn.Module, batch: TokenBatch) -> Tensor:

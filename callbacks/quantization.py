@@ -1,0 +1,144 @@
+"""Decides what of the policy is trained and how the rest is stored: LoRA, 4-bit and 8-bit bases, one process or many."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import psutil
+import torch
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
+from lightning.pytorch.utilities import rank_zero_info
+from torch import nn
+
+from steppo.errors import ConfigError
+from steppo.models import AdapterCritic, SharedCritic
+from steppo.models.adapters import LoRASettings
+from steppo.module import AgentModule
+
+
+class QuantizationCallback(pl.Callback):
+    """Sets up base precision and adapters before the model is built; says what will be trained and logs memory.
+
+    With ``lora_rank`` the model is frozen and an adapter is trained; ``AdapterCritic`` and the reference policy are further
+    adapters on the same base. Works on CPU and CUDA, in one process, under DDP and under FSDP2 (``ModelParallelStrategy``).
+
+    Args:
+        bits: Store the base in 4 bits (nf4) or 8 bits (bitsandbytes); it can then only be trained through LoRA.
+        lora_rank: Rank of the adapters on all targets; 0 trains all weights.
+        lora_alpha: Scale of the adapters; twice the rank unless given.
+        lora_targets: Names of the linear layers to adapt; all but the head unless given.
+        base_dtype: Of a frozen base's weights (those that are not quantised): bfloat16 on CUDA and float32 on a CPU unless
+            given. Weights that are trained are always as the policy says.
+        gradient_checkpointing: Keep no activations within a layer, compute them again in the backward pass.
+    """
+
+    def __init__(
+        self,
+        bits: Literal[4, 8] | None = None,
+        lora_rank: int = 0,
+        lora_alpha: float | None = None,
+        lora_targets: list[str] | None = None,
+        base_dtype: Literal["float32", "bfloat16"] | None = None,
+        gradient_checkpointing: bool = False,
+    ) -> None:
+        if lora_rank < 0 or (lora_alpha is not None and lora_alpha <= 0):
+            raise ConfigError("quantization: lora_rank must be at least 0 and lora_alpha above 0")
+        if lora_rank == 0 and (lora_alpha is not None or lora_targets is not None or base_dtype is not None):
+            raise ConfigError("quantization: lora_alpha, lora_targets and base_dtype need lora_rank")
+        if lora_rank == 0 and bits is not None:
+            raise ConfigError(
+                f"quantization: weights of {bits} bits cannot be trained; set quantization.lora_rank, such as 16"
+            )
+        self.bits = bits
+        self.lora_rank = lora_rank
+        self.lora_alpha = lora_alpha
+        self.lora_targets = lora_targets
+        self.base_dtype = base_dtype
+        self.gradient_checkpointing = gradient_checkpointing
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        assert isinstance(pl_module, AgentModule)
+        self._check(trainer, pl_module)
+        pl_module.gradient_checkpointing = self.gradient_checkpointing
+        if self.lora_rank == 0:
+            return
+        policy, device = pl_module.policy, trainer.strategy.root_device
+        policy.bits = self.bits
+        policy.load_device = device
+        if policy.can_quantize:
+            policy.base_dtype = getattr(torch, self.base_dtype or ("bfloat16" if device.type == "cuda" else "float32"))
+        alpha = self.lora_alpha if self.lora_alpha is not None else 2.0 * self.lora_rank
+        pl_module.lora = LoRASettings(self.lora_rank, alpha, tuple(self.lora_targets) if self.lora_targets else "all-linear")
+
+    def _check(self, trainer: pl.Trainer, module: AgentModule) -> None:
+        """Refuses what cannot work, with what can."""
+        strategy, policy, critic = trainer.strategy, type(module.policy).__name__, module.critic
+        name = type(strategy).__name__
+        if not isinstance(strategy, (SingleDeviceStrategy, DDPStrategy, ModelParallelStrategy)):
+            raise ConfigError(
+                f"trainer.strategy {name} is not supported; use auto, ddp, or configs/trainer/fsdp.yaml (FSDP2)"
+            )
+        if isinstance(strategy, ModelParallelStrategy):
+            if strategy._save_distributed_checkpoint:
+                raise ConfigError(
+                    "ModelParallelStrategy: set save_distributed_checkpoint to false (one file per checkpoint)"
+                )
+            if self.bits == 8:
+                raise ConfigError("8-bit weights cannot be sharded: set quantization.bits to 4, or trainer.strategy to ddp")
+        if self.bits is not None and not module.policy.can_quantize:
+            raise ConfigError(f"{policy} is made from scratch, there is nothing to quantise; use steppo.models.HFPolicy")
+        if self.bits is not None and trainer.precision == "64-true":
+            raise ConfigError("quantised weights compute in 32 or 16 bits: set trainer.precision to 32-true or bf16-mixed")
+        if self.bits is not None and strategy.root_device.type not in ("cpu", "cuda"):
+            raise ConfigError(
+                f"quantised weights need a CPU or CUDA, not {strategy.root_device.type}; leave quantization.bits out"
+            )
+        if self.base_dtype is not None and not module.policy.can_quantize:
+            raise ConfigError(f"quantization.base_dtype: {policy} has no stored weights to load in another precision")
+        if self.lora_rank and critic is not None and not isinstance(critic, (AdapterCritic, SharedCritic)):
+            raise ConfigError(
+                f"{type(critic).__name__} would be a second model beside the frozen base: use steppo.models.AdapterCritic"
+            )
+        if self.lora_rank == 0 and isinstance(critic, AdapterCritic):
+            raise ConfigError("AdapterCritic shares a frozen base: set quantization.lora_rank, or use SeparateCritic")
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        assert isinstance(pl_module, AgentModule)
+        optimizer = trainer.optimizers[0]
+        trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        total = sum(_numel(parameter) for parameter in pl_module.parameters())
+        base = "all weights"
+        if self.lora_rank:
+            stored = f"{self.bits}-bit" if self.bits else str(pl_module.policy.dtype).removeprefix("torch.")
+            base = f"LoRA of rank {self.lora_rank} on a {stored} base"
+        count, size = sum(parameter.numel() for parameter in trained), _bytes(trained)
+        rank_zero_info(
+            f"training {base}: {count:,} of {total:,} parameters ({count / total:.1%}); weights "
+            f"{_mib(_bytes(list(pl_module.parameters())))}, gradients {_mib(size)}, optimizer {_mib(2 * size)}"
+        )
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        assert isinstance(pl_module, AgentModule)
+        if trainer.is_last_batch:
+            memory = {"memory/process_mib": psutil.Process().memory_info().rss / 2**20}
+            if pl_module.device.type == "cuda":
+                memory["memory/cuda_peak_mib"] = torch.cuda.max_memory_allocated(pl_module.device) / 2**20
+            pl_module.report(memory)
+
+
+def _numel(parameter: nn.Parameter) -> int:
+    """Weights that a parameter stands for; two 4-bit ones share a byte."""
+    state = getattr(parameter, "quant_state", None)
+    return math.prod(state.shape) if state is not None else parameter.numel()
+
+
+def _bytes(parameters: list[nn.Parameter]) -> int:
+    return sum(parameter.numel() * parameter.element_size() for parameter in parameters)
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:,.0f} MiB"
