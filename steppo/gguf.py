@@ -82,7 +82,7 @@ def _convert(source: Path, folder: Path) -> None:
         tokenizer = AutoTokenizer.from_pretrained(**where)
         _split_digits(source, tokenizer)
         _say("2/3 reading the weights")
-        model = AutoModelForCausalLM.from_pretrained(**where, dtype="float32")
+        model: Any = AutoModelForCausalLM.from_pretrained(**where, dtype="float32")
     except Exception as error:  # whatever its readers meet in a file that is broken or of another kind
         reason = " ".join(str(error).split())
         raise ConfigError(f"cannot read {source.name}: {type(error).__name__}: {reason}"[:500]) from error
