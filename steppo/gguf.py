@@ -1,4 +1,4 @@
-"""A model in a GGUF file -> a folder that transformers (and HFPolicy) load in a second or two.
+"""A model in a GGUF file -> a folder that transformers, and so HFPolicy, loads.
 
 SmolLM2-135M-Instruct (Apache-2.0) comes in a wheel, for those who reach a package index and no model hub:
 
