@@ -106,7 +106,7 @@ class WarmStartCallback(pl.Callback):
         tasks = module.data.tasks()
         groups = [Group(index, tasks[index % len(tasks)]) for index in range(self.episodes)]
         plan = RolloutPlan("warm_start", run_seed(), want_expert=self.actions == "expert")
-        engine = ScriptedEngine(choose, source.context.encode_action)
+        engine = ScriptedEngine(lambda request: source.parser.answer(choose(request)), source.context.encode_action)
         played = []
         with phase(trainer, "demonstrations", self.episodes) as advance:
             for group in source.collect(groups, plan, engine):

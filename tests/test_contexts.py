@@ -7,10 +7,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from steppo.contexts import AppendContext, ContextPolicy, StateContext
+from steppo.contexts.base import _MARK
 from steppo.errors import ConfigError
 from steppo.models import TinyPolicy
 from steppo.types import Observation, Step
@@ -25,17 +26,30 @@ CHATML = """\
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{ '<|im_start|>assistant\\n' }}{%- endif -%}"""
 
-# Drops the thinking of answers before the last question, adds empty thinking behind it.
+# As Qwen3's: tools stand in the system message, the thinking of answers before the last question is dropped, and without
+# thinking the answer begins behind an empty block of it.
 THINKING = """\
+{%- if tools -%}
+{{ '<|im_start|>system\\n' }}
+{%- if messages[0].role == 'system' -%}{{ messages[0].content + '\\n\\n' }}{%- endif -%}
+{%- for tool in tools -%}{{ tool | tojson + '\\n' }}{%- endfor -%}
+{{ '<|im_end|>\\n' }}
+{%- elif messages[0].role == 'system' -%}
+{{ '<|im_start|>system\\n' + messages[0].content + '<|im_end|>\\n' }}
+{%- endif -%}
 {%- set ns = namespace(last_question=0) -%}
 {%- for message in messages -%}
 {%- if message.role == 'user' -%}{%- set ns.last_question = loop.index0 -%}{%- endif -%}
 {%- endfor -%}
-{%- for message in messages -%}
+{%- for message in messages if message.role != 'system' -%}
+{%- set index = loop.index0 + (1 if messages[0].role == 'system' else 0) -%}
 {%- set content = message.content -%}
-{%- if message.role == 'assistant' -%}
+{%- if message.role == 'assistant' and '</think>' in content -%}
+{%- set thinking = content.split('</think>')[0].split('<think>')[-1].strip('\\n') -%}
 {%- set content = content.split('</think>')[-1].lstrip('\\n') -%}
-{%- if loop.index0 > ns.last_question -%}{%- set content = '<think>\\n\\n</think>\\n\\n' + content -%}{%- endif -%}
+{%- if index > ns.last_question -%}
+{%- set content = '<think>\\n' + thinking + '\\n</think>\\n\\n' + content -%}
+{%- endif -%}
 {%- endif -%}
 {{ '<|im_start|>' + message.role + '\\n' + content + '<|im_end|>\\n' }}
 {%- endfor -%}
@@ -56,6 +70,8 @@ OBSERVATIONS = [
     Observation("Ceci n'est pas une pièce. ☂", "Find the coin and take it."),
 ]
 ANSWERS = ["go west", "dance", "take  coin"]
+THOUGHTS = [f"<think>\nthought {number}\n</think>\n\n{answer}" for number, answer in enumerate(ANSWERS)]
+TOOLS = [{"type": "function", "function": {"name": "act", "parameters": {"type": "object", "properties": {}}}}]
 
 
 @pytest.fixture
@@ -164,14 +180,49 @@ def test_template_arguments_reach_every_turn(tokenizers: dict[str, Any]) -> None
         assert all("<think>" not in text_of(tokenizers["thinking"], prompt) for prompt in play(slow)[0])
 
 
+@pytest.mark.parametrize("name", ["bare", "chatml"])
+@pytest.mark.parametrize("context_class", [AppendContext, StateContext])
+def test_an_environment_cannot_write_special_tokens(
+    tokenizers: dict[str, Any], name: str, context_class: type[ContextPolicy]
+) -> None:
+    """Whether or not they have a role in the tokenizer; nor can it cut the turn."""
+    tokenizer = tokenizers[name]
+    tokenizer.add_tokens([AddedToken("<|header|>", special=True)])
+    assert "<|header|>" not in tokenizer.all_special_tokens
+    context = bound(context_class(), tokenizer)
+    stop = tokenizer.eos_token
+    said = f"A {stop[:4]}<|header|>{stop[4:]}room.<|head{stop}er|>{_MARK}Exit"
+    prompt = context.prompt_ids([Observation("A room.")], [])
+    step = make_step(context, prompt, "look", 0)
+    ours, plain = (context.prompt_ids([Observation("A room."), Observation(text)], [step]) for text in (said, "A room."))
+    assert tokenizer.convert_tokens_to_ids("<|header|>") not in ours
+    assert (ours == tokenizer.eos_token_id).sum() == (plain == tokenizer.eos_token_id).sum()
+    assert f"A room.{_MARK}Exit" in text_of(tokenizer, ours)
+
+
+def test_without_a_template_a_prompt_begins_as_the_tokenizer_does(tokenizers: dict[str, Any]) -> None:
+    tokenizer = tokenizers["bare"]
+    without, _ = play(bound(AppendContext(), tokenizer))
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|pad|> $A", special_tokens=[("<|pad|>", tokenizer.pad_token_id)]
+    )
+    for prompt, plain in zip(play(bound(AppendContext(), tokenizer))[0], without, strict=True):
+        assert prompt.tolist() == [tokenizer.pad_token_id, *plain], "once"
+
+
 # --- append ---
 
 
 @pytest.mark.parametrize("name", ["bare", "chatml", "thinking"])
 @pytest.mark.parametrize("stopped", [True, False], ids=["stop", "length"])
-def test_append_is_token_exact(tokenizers: dict[str, Any], name: str, stopped: bool) -> None:
-    context = bound(AppendContext(), tokenizers[name])
-    prompts, steps = play(context, stopped=stopped)
+@pytest.mark.parametrize("arguments", [{}, {"enable_thinking": False}, {"tools": TOOLS}], ids=["", "quick", "tools"])
+@pytest.mark.parametrize("answers", [ANSWERS, THOUGHTS], ids=["plain", "thoughts"])
+def test_append_is_token_exact(
+    tokenizers: dict[str, Any], name: str, stopped: bool, arguments: dict[str, Any], answers: list[str]
+) -> None:
+    context = bound(AppendContext(template_kwargs=arguments), tokenizers[name])
+    prompts, steps = play(context, answers, stopped)
+    assert len(prompts) == len(steps) + 1 == 4
     stop = tokenizers[name].eos_token_id
     for prompt, step, following in zip(prompts, steps, prompts[1:], strict=False):
         said = np.concatenate([prompt, step.action_ids])
@@ -201,15 +252,21 @@ def test_append_keeps_what_was_sampled_even_if_it_would_be_encoded_otherwise(tok
     np.testing.assert_array_equal(following[len(prompt) : len(prompt) + len(by_byte)], by_byte)
 
 
-def test_append_reads_like_the_whole_conversation_rendered_at_once(tokenizers: dict[str, Any]) -> None:
-    tokenizer = tokenizers["chatml"]
-    context = bound(AppendContext(), tokenizer)
+@pytest.mark.parametrize("name", ["chatml", "thinking"])
+@pytest.mark.parametrize("instructions", ["Be brief.", ""])
+@pytest.mark.parametrize("arguments", [{}, {"tools": TOOLS}], ids=["", "tools"])
+def test_append_reads_like_the_whole_conversation_rendered_at_once(
+    tokenizers: dict[str, Any], name: str, instructions: str, arguments: dict[str, Any]
+) -> None:
+    tokenizer = tokenizers[name]
+    context = bound(AppendContext(instructions, arguments), tokenizer)
     prompts, _ = play(context)
-    messages = [{"role": "system", "content": context.instructions}]
+    messages = [{"role": "system", "content": instructions}] if instructions else []
     for turn, prompt in enumerate(prompts):
         messages.append({"role": "user", "content": context.describe(OBSERVATIONS[turn], with_goal=turn == 0)})
-        whole = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        whole = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **arguments)
         assert text_of(tokenizer, prompt) == whole
+        assert ('"name": "act"' in whole) == (name == "thinking" and bool(arguments))
         assert prompt.tolist() == tokenizer.encode(whole, add_special_tokens=False)
         if turn < len(ANSWERS):
             messages.append({"role": "assistant", "content": ANSWERS[turn]})
@@ -225,13 +282,13 @@ def test_append_has_one_system_message(tokenizers: dict[str, Any]) -> None:
 
 def test_append_keeps_thinking_that_the_template_would_drop(tokenizers: dict[str, Any]) -> None:
     tokenizer = tokenizers["thinking"]
-    answers = [f"<think>\nthought {number}\n</think>\n\n{answer}" for number, answer in enumerate(ANSWERS)]
-    conversation = [{"role": "user", "content": "?"}, {"role": "assistant", "content": answers[0]}]
+    conversation = [{"role": "user", "content": "?"}, {"role": "assistant", "content": THOUGHTS[0]}]
+    assert "thought" in tokenizer.apply_chat_template(conversation, tokenize=False)
     conversation.append({"role": "user", "content": "?"})
     assert "thought" not in tokenizer.apply_chat_template(conversation, tokenize=False), "the template should drop it"
 
-    text = text_of(tokenizer, play(bound(AppendContext(), tokenizer), answers)[0][-1])
-    assert [text.count(f"assistant\n{answer}<|im_end|>\n<|im_start|>user\n") for answer in answers] == [1, 1, 1]
+    text = text_of(tokenizer, play(bound(AppendContext(), tokenizer), THOUGHTS)[0][-1])
+    assert [text.count(f"assistant\n{answer}<|im_end|>\n<|im_start|>user\n") for answer in THOUGHTS] == [1, 1, 1]
 
 
 def test_append_shows_the_goal_once_and_feedback_where_it_belongs(tokenizers: dict[str, Any]) -> None:

@@ -22,7 +22,7 @@ LAYERS: list[set[str]] = [
     {"credit"},
     {"module", "datamodule", "metrics", "progress"},
     {"callbacks"},
-    {"cli"},
+    {"cli", "gguf"},  # command lines
 ]
 APART = LAYERS[1]  # these do not import each other either
 USE_LIGHTNING = {"module", "datamodule", "callbacks", "cli"}

@@ -1,16 +1,21 @@
-"""CommandParser: one line, one command, and never an exception."""
+"""Parsers: a command or feedback, and never an exception."""
 
 from __future__ import annotations
+
+import json
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from steppo.parsers import CommandParser
+from steppo.parsers import ActionParser, CommandParser, ToolCallParser
 from steppo.types import Observation
 
 OPEN = Observation("A room.")
 LISTED = Observation("A room.", "", ("go west", "take Coin", "look"))
+CALL = '<tool_call>\n{"name": "act", "arguments": {"command": "go west"}}\n</tool_call>'
+
+# --- one line ---
 
 
 @pytest.mark.parametrize(
@@ -22,6 +27,9 @@ LISTED = Observation("A room.", "", ("go west", "take Coin", "look"))
         ("GO West", "go west"),
         ("take coin", "take Coin"),
         ("take Coin", "take Coin"),
+        ("<think>\nWest\nor east?\n</think>\n\ngo west", "go west"),
+        ("<think></think>look", "look"),
+        ("The prompt has opened this.\n</think>\ngo west\n", "go west"),
     ],
 )
 def test_listed_commands(text: str, command: str) -> None:
@@ -30,7 +38,18 @@ def test_listed_commands(text: str, command: str) -> None:
     assert parsed.feedback == ""
 
 
-@pytest.mark.parametrize("text", ["", "  \n ", "go west\nlook", "go west\n\nbecause the coin is there"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "  \n ",
+        "go west\nlook",
+        "go west\n\nbecause the coin is there",
+        "<think>\n</think>",
+        "<think>\ngo west",
+        "<think>look",
+    ],
+)
 @pytest.mark.parametrize("observation", [OPEN, LISTED])
 def test_anything_but_one_line_is_refused(text: str, observation: Observation) -> None:
     parsed = CommandParser().parse(text, observation)
@@ -57,7 +76,151 @@ def test_with_an_empty_list_nothing_goes() -> None:
     assert CommandParser().parse("look", Observation("A room.", "", ())).command is None
 
 
+def test_commands_are_matched_however_they_are_spaced() -> None:
+    assert (
+        CommandParser().parse("Take the  coin", Observation("A room.", "", ("take  the coin",))).command == "take  the coin"
+    )
+
+
+@pytest.mark.parametrize("character", ["\x00", "\x1b", "\x7f", "\ud800"])
+def test_what_no_environment_can_read_is_refused(character: str) -> None:
+    parsed = CommandParser().parse(f"go{character} west", OPEN)
+    assert parsed.command is None
+    assert parsed.feedback == "'go? west' is not possible here."
+
+
+# --- tool calls ---
+
+
+@pytest.mark.parametrize(
+    "before", ["", "  \n", "<think>\nWest.\n</think>\n\n", "Opened by the prompt.</think>", f"<think>{CALL}</think>"]
+)
+@pytest.mark.parametrize("strict", [False, True])
+def test_the_form(before: str, strict: bool) -> None:
+    parser = ToolCallParser(strict=strict)
+    assert parser.parse(before + CALL, LISTED).command == "go west"
+    assert parser.parse(before + CALL + "\n", OPEN).command == "go west"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        CALL.replace("\n", ""),
+        CALL.replace("\n", "\n\n"),
+        CALL.removesuffix("</tool_call>"),
+        CALL.removesuffix("\n</tool_call>"),
+        f"I go west, so {{coin}} is near.\n{CALL}\nDone.",
+        f"```\n{CALL}\n```",
+        CALL.replace("{", "```json\n{", 1).replace("}}", "}}\n```"),
+        CALL.removeprefix("<tool_call>\n").removesuffix("\n</tool_call>"),
+        '```json\n{"name": "act", "arguments": {"command": "go west"}}\n```',
+        f"<think>\nWest is best.\n{CALL}",
+        "Between <tool_call> and </tool_call> belongs the call: " + CALL,
+        f"{CALL}\n<tool_call>\n{{",
+        '<tool_call>{"name": "act", "arguments": "{\\"command\\": \\"go west\\"}"}</tool_call>',
+        '<tool_call>\n{"id": [1, {}], "name": "act", "arguments": {"command": "go west"}}\n</tool_call>',
+    ],
+)
+def test_what_is_put_up_with_unless_strict(text: str) -> None:
+    assert ToolCallParser().parse(text, LISTED).command == "go west"
+    parsed = ToolCallParser(strict=True).parse(text, LISTED)
+    assert parsed.command is None
+    assert "not exactly one tool call" in parsed.feedback
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("", "There is no tool call."),
+        ("go west", "There is no tool call."),
+        ("<think>\nwest", "The thinking does not end with </think>, and there is no tool call."),
+        (f"<think>{CALL}</think>\ngo west", "There is no tool call behind </think>."),
+        ("<tool_call>\ngo west\n</tool_call>", "There is no JSON object behind <tool_call>."),
+        (CALL + CALL, "There is more than one tool call."),
+        (CALL.replace('"', "'"), "not valid JSON: Expecting property name enclosed in double quotes (character 2)."),
+        (CALL.replace("}}", "},}"), "not valid JSON: "),
+        (CALL.replace("}}", "}"), "not valid JSON: Expecting ',' delimiter"),
+        (CALL.replace('"go west"', "None"), "not valid JSON: Expecting value (character 42)."),
+        (CALL.replace('"go west"', "NaN"), "There is no NaN in JSON."),
+        ('{"command": "go west"}', 'The tool call has no "name".'),
+        (CALL.replace('"act"', "7"), 'The "name" of the tool call must be a string.'),
+        (CALL.replace("act", "walk"), "There is no tool 'walk', only 'act'."),
+        (CALL.replace("act", "\\ud800" + "x" * 1000), f"There is no tool '?{'x' * 59}', only 'act'."),
+        ('{"name": "act"}', 'The tool call has no "arguments".'),
+        ('{"name": "act", "arguments": ["go west"]}', 'The "arguments" of the tool call must be a JSON object.'),
+        ('{"name": "act", "arguments": "[1]"}', 'The "arguments" of the tool call must be a JSON object.'),
+        ('{"name": "act", "arguments": "go west"}', 'The string of "arguments" is not valid JSON: Expecting value'),
+        (CALL.replace("command", "direction"), "The tool call has no argument 'command'."),
+        (CALL.replace('"go west"', '["go west"]'), "The argument 'command' must be a string."),
+        (CALL.replace('"go west"', "9" * 5000), "The argument 'command' must be a string."),
+        ('{"name": "act", "arguments": ' + "[" * 100_000, "The tool call is nested too deeply."),
+    ],
+)
+@pytest.mark.parametrize("strict", [False, True])
+def test_feedback_says_what_is_wrong_and_shows_the_form(text: str, reason: str, strict: bool) -> None:
+    parsed = ToolCallParser(strict=strict).parse(text, LISTED)
+    assert parsed.command is None
+    assert reason in parsed.feedback
+    form = 'Answer with\n<tool_call>\n{"name": "act", "arguments": {"command": "..."}}\n</tool_call>'
+    assert parsed.feedback.endswith(form)
+
+
+@pytest.mark.parametrize("command", ["GO  West", "go\\nwest", "go west "])
+def test_commands_of_calls_are_checked_as_others_are(command: str) -> None:
+    assert ToolCallParser().parse(CALL.replace("go west", command), LISTED).command == "go west"
+
+
+@pytest.mark.parametrize("command", ["dance", "", "go\\u0000 west", "\\ud800"])
+def test_impossible_commands_of_calls(command: str) -> None:
+    text = CALL.replace("go west", command)
+    parsed = ToolCallParser().parse(text, LISTED)
+    assert parsed == CommandParser().parse(json.loads(f'"{command}"'), LISTED) or command == ""
+    assert parsed.command is None
+    assert parsed.feedback.endswith("' is not possible here.")
+    assert ToolCallParser().parse(text, OPEN).command == ("dance" if command == "dance" else None)
+
+
+def test_own_names() -> None:
+    parser = ToolCallParser("robot.move", "where to", strict=True)
+    text = '<tool_call>\n{"name": "robot.move", "arguments": {"speed": 2, "where to": "look"}}\n</tool_call>'
+    assert parser.parse(text, LISTED).command == "look"
+    assert "'act', only 'robot.move'" in parser.parse(CALL, LISTED).feedback
+    assert '{"name": "robot.move", "arguments": {"where to": "..."}}' in parser.parse("look", LISTED).feedback
+
+
+def test_a_long_answer_is_read_in_one_go() -> None:
+    """Read again from each brace, a million of them would take hours."""
+    for unit in ("{", '{"a":', '<tool_call>{"', "<think>{", "{</think>", " ", '{"name":', "9", '{"\\u0041'):
+        for text in (unit * 1_000_000, '{"name": "act", "arguments": ' + unit * 1_000_000):
+            assert ToolCallParser().parse(text, LISTED).command is None
+
+
+# --- any text ---
+
+PARSERS: list[ActionParser] = [CommandParser(), ToolCallParser(), ToolCallParser(strict=True)]
+FRAGMENTS = [
+    *("<think>", "</think>", "<tool_call>", "</tool_call>", "\n", " ", "```json", "```", CALL, "go west", "GO LOOK"),
+    *("{", "}", "[", "]", ",", ":", '"', "'", "\\", '"name"', '"act"', '"arguments"', '"command"', '"go west"', "None"),
+    *(
+        '{"name": "act", "arguments": ',
+        '{"command": "go west"}',
+        '"{\\"command\\": \\"look\\"}"',
+        "[" * 2000,
+        '{"a":' * 2000,
+    ),
+    *("NaN", "-1e999", "9" * 5000, "\\ud800", "\ud800", "\x00", "\u2028", "☂"),
+]
 COMMANDS = st.lists(st.text(st.characters(codec="utf-8", exclude_categories=["Z", "C"]), min_size=1), max_size=4)
+
+
+def check(text: str, observation: Observation) -> None:
+    for parser in PARSERS:
+        parsed = parser.parse(text, observation)
+        assert (parsed.command is None) == bool(parsed.feedback)
+        assert parsed.command != ""
+        listed = observation.admissible_commands
+        assert parsed.command is None or listed is None or parsed.command in listed
+        ((parsed.command or "") + parsed.feedback).encode()  # a lone surrogate would break the next prompt
 
 
 @settings(deadline=None, derandomize=True)
@@ -66,9 +229,29 @@ def test_any_text_has_an_answer(text: str, commands: list[str] | None, data: st.
     if commands:
         text = data.draw(st.sampled_from([text, *commands, f" {commands[0]}\n", commands[-1].upper()]))
     observation = Observation("A room.", "", None if commands is None else tuple(commands))
-    parsed = CommandParser().parse(text, observation)
-    assert (parsed.command is None) == bool(parsed.feedback)
-    assert parsed.command is None or commands is None or parsed.command in commands
-    assert parsed.command != ""
+    check(text, observation)
     if commands is not None and text in commands:
-        assert parsed.command == text
+        for parser in PARSERS:
+            assert parser.parse(parser.answer(text), observation).command == text
+
+
+@settings(deadline=None, derandomize=True, max_examples=300)
+@given(parts=st.lists(st.sampled_from(FRAGMENTS) | st.text(st.characters(), max_size=3), max_size=12))
+def test_any_mixture_of_the_form_has_an_answer(parts: list[str]) -> None:
+    for observation in (OPEN, LISTED):
+        check("".join(parts), observation)
+
+
+@settings(deadline=None, derandomize=True, max_examples=300)
+@given(
+    edits=st.lists(
+        st.tuples(st.integers(0, 90), st.integers(0, 4), st.sampled_from(["", *FRAGMENTS]) | st.text(max_size=3)), max_size=4
+    ),
+    thinking=st.sampled_from(["", "<think>\nWest.\n</think>\n\n", "<think>\n"]),
+)
+def test_any_damaged_call_has_an_answer(edits: list[tuple[int, int, str]], thinking: str) -> None:
+    text = thinking + CALL
+    for at, width, new in edits:
+        text = text[:at] + new + text[at + width :]
+    for observation in (OPEN, LISTED):
+        check(text, observation)

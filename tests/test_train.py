@@ -6,14 +6,17 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from callbacks import WarmStartCallback
 from steppo.advantages import StepGAE
 from steppo.models import TinyPolicy
-from steppo.types import Credit, CreditBatch
+from steppo.module import AgentModule
+from steppo.types import Credit, CreditBatch, Segment
 from tests.cli_helpers import evaluations, run, same, weights
 from tests.toy_env import CorridorEnv
 
@@ -196,6 +199,18 @@ def test_components_are_swapped_by_options(tmp_path: Path, options: list[str]) -
     first, *_, last = kept(cli)
     assert not same(first, last)
     assert all(torch.isfinite(weight).all() for weight in last.values())
+
+
+def test_demonstrations_are_said_as_the_parser_reads_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+
+    def clone(callback: WarmStartCallback, trainer: pl.Trainer, module: AgentModule, segments: list[Segment]) -> None:
+        said.extend(module.data.source.context.decode_action(segment.action_ids) for segment in segments)
+
+    monkeypatch.setattr(WarmStartCallback, "_clone", clone)
+    run(tmp_path, "--data.source.parser=steppo.parsers.ToolCallParser", "--trainer.max_epochs=1", "--warm_start.updates=1")
+    assert said
+    assert all(text.startswith('<tool_call>\n{"name": "act", "arguments": {"command": "') for text in said)
 
 
 def test_microbatch_size_does_not_matter(tmp_path: Path) -> None:

@@ -18,7 +18,8 @@ class ContextPolicy(ABC):
     """Builds the state ``s_t``: the prompt of a step from the history of its episode.
 
     Args:
-        instructions: What comes first in every prompt (the system message of a chat model); empty for none.
+        instructions: What comes first in every prompt (the system message of a chat model); empty for none, or for the
+            template's own if it has one.
         template_kwargs: Extra arguments of the chat template, such as ``enable_thinking: false``.
     """
 
@@ -31,11 +32,15 @@ class ContextPolicy(ABC):
         self.template_kwargs = template_kwargs or {}
         self._tokenizer: Any = None
         self._stop_ids: frozenset[int] = frozenset()
+        self._special_tokens: list[str] = []
 
     def bind(self, tokenizer: Any, stop_ids: Collection[int]) -> None:
         """Takes the policy's tokenizer and the ids that end an action."""
         self._tokenizer = tokenizer
         self._stop_ids = frozenset(stop_ids)
+        # Those with a role (end of sequence) and those without, such as the headers of turns in some templates.
+        others = (token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
+        self._special_tokens = list(dict.fromkeys([*tokenizer.all_special_tokens, *others]))
 
     @abstractmethod
     def prompt_ids(self, observations: Sequence[Observation], steps: Sequence[Step]) -> np.ndarray:
@@ -71,7 +76,8 @@ class ContextPolicy(ABC):
         """Ids of a prompt that holds the instructions and one user turn, ready for the answer."""
         text = self._defuse(text)
         if not self._tokenizer.chat_template:
-            return self._encode("\n".join(part for part in (self.instructions, text) if part) + "\n>")
+            text = "\n".join(part for part in (self.instructions, text) if part) + "\n>"
+            return self._encode(text, begin=True)
         messages = [{"role": "system", "content": self.instructions}] if self.instructions else []
         return self._encode(self._template([*messages, {"role": "user", "content": text}]))
 
@@ -87,7 +93,7 @@ class ContextPolicy(ABC):
             return ids if stopped else np.concatenate([[self._tokenizer.eos_token_id], ids]).astype(np.int32)
         turns = [("user", "?"), ("assistant", _MARK), ("user", text)]
         rendered = self._template([{"role": role, "content": content} for role, content in turns])
-        ids = self._encode(rendered.rsplit(_MARK, 1)[1])
+        ids = self._encode(rendered.partition(_MARK)[2])
         if ids.size == 0 or int(ids[0]) not in self._stop_ids:
             raise ConfigError(
                 "the chat template does not close an answer with the model's stop token, so turns cannot be appended "
@@ -100,7 +106,7 @@ class ContextPolicy(ABC):
         before = None
         while text != before:  # what is left may be a token again
             before = text
-            for token in self._tokenizer.all_special_tokens:
+            for token in self._special_tokens:
                 text = text.replace(token, "")
         return text
 
@@ -109,5 +115,6 @@ class ContextPolicy(ABC):
             messages, tokenize=False, add_generation_prompt=True, **self.template_kwargs
         )
 
-    def _encode(self, text: str) -> np.ndarray:
-        return np.asarray(self._tokenizer.encode(text, add_special_tokens=False), dtype=np.int32)
+    def _encode(self, text: str, begin: bool = False) -> np.ndarray:
+        """Ids of a text; with ``begin``, behind what the tokenizer begins with, if anything. Templates begin themselves."""
+        return np.asarray(self._tokenizer.encode(text, add_special_tokens=begin), dtype=np.int32)

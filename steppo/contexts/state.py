@@ -16,7 +16,8 @@ class StateContext(ContextPolicy):
 
     Args:
         max_past_actions: Show only the last so many actions; all unless given.
-        instructions: What comes first in every prompt (the system message of a chat model); empty for none.
+        instructions: What comes first in every prompt (the system message of a chat model); empty for none, or for the
+            template's own if it has one.
         template_kwargs: Extra arguments of the chat template, such as ``enable_thinking: false``.
     """
 
