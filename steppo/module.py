@@ -6,7 +6,7 @@ import contextlib
 import copy
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
@@ -104,12 +104,16 @@ class AgentModule(pl.LightningModule):
     def configure_model(self) -> None:
         """Builds the models (once) and hands the policy to the episode source."""
         if self.policy.model is None:
-            self.policy.build(self.data.corpus)
-            if self.critic is not None:
-                self.critic.build(self.policy)
-            if self.loss.kl != "none":
-                self.reference = copy.deepcopy(self.policy).requires_grad_(False)
+            self.build_models(self.data.corpus)
         self.data.source.bind(self.policy)
+
+    def build_models(self, corpus: Callable[[], list[str]]) -> None:
+        """Makes the weights: policy, critic, reference. ``corpus`` as for ``Policy.build``."""
+        self.policy.build(corpus)
+        if self.critic is not None:
+            self.critic.build(self.policy)
+        if self.loss.kl != "none":
+            self.reference = copy.deepcopy(self.policy).requires_grad_(False)
 
     def policy_was_initialised(self) -> None:
         """The policy was changed before training (a warm start): what is a copy of it follows."""
