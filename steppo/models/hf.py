@@ -66,6 +66,9 @@ class HFPolicy(Policy):
         self.stop_ids = _stop_ids(self.tokenizer, self.model)
         self._check_head()
 
+    def base_model(self) -> str | None:
+        return self.name_or_path
+
     @torch.no_grad()
     def _check_head(self) -> None:
         """Some models scale or cap their logits behind the output embedding; read there, they would be another policy."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -49,6 +50,20 @@ class Policy(nn.Module, ABC):
 
     def load_tokenizer_state(self, state: str) -> None:
         """Takes the tokenizer of a checkpoint."""
+
+    def base_model(self) -> str | None:
+        """Hub id or folder of the model that it began as; ``None`` for a model from scratch."""
+        return None
+
+    def export(self, folder: Path, merge: bool) -> None:
+        """Writes model and tokenizer as transformers loads them.
+
+        Args:
+            folder: Exists, empty.
+            merge: Write one whole model where the policy is an adapter on another; a whole model has nothing to merge.
+        """
+        self.model.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
 
     @property
     def trunk(self) -> Any:
