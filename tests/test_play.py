@@ -93,11 +93,12 @@ def test_without_a_checkpoint_the_policy_is_untrained(capsys: pytest.CaptureFixt
 
 def test_a_human_plays_by_number_and_by_word(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     # Task 3 of the panel: from room 3 to room 2.
-    monkeypatch.setattr(sys, "stdin", io.StringIO("\n9\nfly\n1\nTAKE\n"))
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n9\nfly\x1b[31m\n1\nTAKE\n"))
     text = play(capsys, TOY_CONFIG, "--player=human", "--task=3")
     assert "There are 2 commands." in text
-    assert moves(text) == ["fly", "left", "take"]
-    assert "'fly' is not possible here." in text
+    assert moves(text) == ["fly\ufffd[31m", "left", "take"]
+    assert "'fly\ufffd[31m' is not possible here." in text  # nothing that is said steers the terminal
+    assert "\x1b" not in text
     assert text.count("not valid") == 1
     assert "solved: return 0.9 in 3 steps (terminated)" in text
 

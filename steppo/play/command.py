@@ -34,7 +34,7 @@ def main(args: Sequence[str] | None = None) -> None:
         "python -m steppo.play",
         "Watch the policy of a checkpoint play, or an expert, or random actions; or play yourself.",
         "python -m steppo.play --ckpt_path runs/quickstart/version_0/checkpoints/best.ckpt --episodes 3\n"
-        "  python -m steppo.play --config configs/quickstart.yaml --player human --data.source.env.challenge cooking",
+        "  python -m steppo.play --config configs/quickstart.yaml --player human --data.source.env.settings.level 2",
     )
     parser.add_argument("--player", choices=("policy", "expert", "random", "human"), default="policy")
     parser.add_argument("--split", help="Split of the tasks; the config's eval_split unless given.")

@@ -15,8 +15,8 @@ class Show:
 
     Args:
         console: Where to.
-        value: The critic's value of a step's prompt, if there is one to show.
-        decode: Token ids of an action -> what was said.
+        decode: Step -> what was said.
+        value: Step -> the critic's value of its prompt, if there is one to show.
     """
 
     def __init__(self, console: Console, decode: Callable[[Step], str], value: Callable[[Step], float] | None) -> None:
@@ -33,18 +33,18 @@ class Show:
         if step is not None:
             self._step(step)
         elif observation.goal:
-            self._line(Text.assemble(("goal: ", "bold"), observation.goal))
+            self._line(Text.assemble(("goal: ", "bold"), _printable(observation.goal)))
         if observation.feedback:
-            self._line(Text(observation.feedback, style="yellow"))
-        self._line(Text(observation.text))
+            self._line(Text(_printable(observation.feedback), style="yellow"))
+        self._line(Text(_printable(observation.text)))
         over = step is not None and step.terminated
         if observation.admissible_commands is not None and not over:
             commands = (f"{number} {command}" for number, command in enumerate(observation.admissible_commands, start=1))
-            self._line(Text("   ".join(commands), style="dim"))
+            self._line(Text(_printable("   ".join(commands)), style="dim"))
 
     def _step(self, step: Step) -> None:
         said = " ".join(self._decode(step).split())
-        line = Text.assemble((f"{step.index + 1}> ", "bold"), (step.action, "bold cyan"))
+        line = Text.assemble((f"{step.index + 1}> ", "bold"), (_printable(step.action), "bold cyan"))
         if said != step.action:
             line.append(f"  said: {said!r}", style="dim")
         line.append(f"  reward {step.reward:g}", style="green" if step.reward > 0 else "red" if step.reward < 0 else "dim")
@@ -70,6 +70,11 @@ class Show:
 
     def _line(self, text: Text) -> None:
         self._console.print(text, soft_wrap=True)
+
+
+def _printable(text: str) -> str:
+    """Without what would steer the terminal; untrained policies say anything."""
+    return "".join(letter if letter.isprintable() or letter == "\n" else "\N{REPLACEMENT CHARACTER}" for letter in text)
 
 
 class Quit(KeyboardInterrupt):
