@@ -61,16 +61,19 @@ class QuantizationCallback(pl.Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         assert isinstance(pl_module, AgentModule)
         self._check(trainer, pl_module)
-        pl_module.gradient_checkpointing = self.gradient_checkpointing
+        self.apply(pl_module, trainer.strategy.root_device)
+
+    def apply(self, module: AgentModule, device: torch.device) -> None:
+        """Tells a module what to build, and where; for commands without a trainer too."""
+        module.gradient_checkpointing = self.gradient_checkpointing
         if self.lora_rank == 0:
             return
-        policy, device = pl_module.policy, trainer.strategy.root_device
+        policy = module.policy
         policy.bits = self.bits
         policy.load_device = device
-        if policy.can_quantize:
-            policy.base_dtype = getattr(torch, self.base_dtype or ("bfloat16" if device.type == "cuda" else "float32"))
+        policy.base_dtype = getattr(torch, self.base_dtype or ("bfloat16" if device.type == "cuda" else "float32"))
         alpha = self.lora_alpha if self.lora_alpha is not None else 2.0 * self.lora_rank
-        pl_module.lora = LoRASettings(self.lora_rank, alpha, tuple(self.lora_targets) if self.lora_targets else "all-linear")
+        module.lora = LoRASettings(self.lora_rank, alpha, tuple(self.lora_targets) if self.lora_targets else "all-linear")
 
     def _check(self, trainer: pl.Trainer, module: AgentModule) -> None:
         """Refuses what cannot work, with what can."""
@@ -87,16 +90,14 @@ class QuantizationCallback(pl.Callback):
                 )
             if self.bits == 8:
                 raise ConfigError("8-bit weights cannot be sharded: set quantization.bits to 4, or trainer.strategy to ddp")
-        if self.bits is not None and not module.policy.can_quantize:
-            raise ConfigError(f"{policy} is made from scratch, there is nothing to quantise; use steppo.models.HFPolicy")
+        if self.lora_rank and module.policy.base_model() is None:
+            raise ConfigError(f"{policy} is made from scratch, there is no base to freeze; use steppo.models.HFPolicy")
         if self.bits is not None and trainer.precision == "64-true":
             raise ConfigError("quantised weights compute in 32 or 16 bits: set trainer.precision to 32-true or bf16-mixed")
         if self.bits is not None and strategy.root_device.type not in ("cpu", "cuda"):
             raise ConfigError(
                 f"quantised weights need a CPU or CUDA, not {strategy.root_device.type}; leave quantization.bits out"
             )
-        if self.base_dtype is not None and not module.policy.can_quantize:
-            raise ConfigError(f"quantization.base_dtype: {policy} has no stored weights to load in another precision")
         if self.lora_rank and critic is not None and not isinstance(critic, (AdapterCritic, SharedCritic)):
             raise ConfigError(
                 f"{type(critic).__name__} would be a second model beside the frozen base: use steppo.models.AdapterCritic"

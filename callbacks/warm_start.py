@@ -6,7 +6,6 @@ import hashlib
 import io
 import json
 import os
-import random
 import tempfile
 from pathlib import Path
 from typing import Literal
@@ -20,30 +19,13 @@ from torch.distributed.tensor import DTensor
 from steppo.credit import why_nothing
 from steppo.datamodule import run_seed
 from steppo.distributed import load_trained_state, trained_state
-from steppo.engines import ScriptedEngine
+from steppo.engines import ScriptedEngine, expert_action, random_action
 from steppo.errors import ConfigError, RunError
 from steppo.module import AgentModule
 from steppo.packing import PaddedPacker
 from steppo.progress import phase
 from steppo.rollout import EnvSource
-from steppo.types import Group, Request, RolloutPlan, Segment
-
-
-def _random_action(request: Request) -> str:
-    """An admissible command, each as likely as the others."""
-    assert request.observation is not None
-    commands = request.observation.admissible_commands
-    if not commands:
-        raise ValueError("no admissible commands are shown here")
-    return random.Random(request.seed).choice(commands)
-
-
-def _expert_action(request: Request) -> str:
-    """What the environment's expert would do."""
-    assert request.observation is not None
-    if request.observation.expert_action is None:
-        raise ValueError("the environment has no expert here")
-    return request.observation.expert_action
+from steppo.types import Group, RolloutPlan, Segment
 
 
 class WarmStartCallback(pl.Callback):
@@ -102,7 +84,7 @@ class WarmStartCallback(pl.Callback):
         source = module.data.source
         if not isinstance(source, EnvSource):
             raise ConfigError("warm_start needs an EnvSource: other sources cannot be played by a script")
-        choose = _random_action if self.actions == "random" else _expert_action
+        choose = random_action if self.actions == "random" else expert_action
         tasks = module.data.tasks()
         groups = [Group(index, tasks[index % len(tasks)]) for index in range(self.episodes)]
         plan = RolloutPlan("warm_start", run_seed(), want_expert=self.actions == "expert")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
@@ -109,21 +109,25 @@ class AgentModule(pl.LightningModule):
     def configure_model(self) -> None:
         """Builds the models (once) and hands the policy to the episode source."""
         if self.policy.model is None:
-            self.policy.build(self.data.corpus)
-            if self.lora is not None:
-                self.policy.add_lora(self.lora)
-                self.strict_loading = False  # a checkpoint does not hold the frozen base
-            if self.gradient_checkpointing:
-                self.policy.checkpoint_layers()
-            if self.critic is not None:
-                self.critic.build(self.policy)
-            if self.loss.kl != "none":
-                self.reference = self.policy.frozen_copy()
+            self.build_models(self.data.corpus)
             if isinstance(self.trainer.strategy, ModelParallelStrategy):
                 blocks = self.policy.blocks
                 for module in self._models():
                     shard(module, blocks, self.trainer.strategy.root_device.type)
         self.data.source.bind(self.policy)
+
+    def build_models(self, corpus: Callable[[], list[str]]) -> None:
+        """Makes the weights: policy, critic, reference. ``corpus`` as for ``Policy.build``."""
+        self.policy.build(corpus)
+        if self.lora is not None:
+            self.policy.add_lora(self.lora)
+            self.strict_loading = False  # a checkpoint does not hold the frozen base
+        if self.gradient_checkpointing:
+            self.policy.checkpoint_layers()
+        if self.critic is not None:
+            self.critic.build(self.policy)
+        if self.loss.kl != "none":
+            self.reference = self.policy.frozen_copy()
 
     def _models(self) -> list[nn.Module]:
         return [module for module in (self.policy, self.critic, self.reference) if isinstance(module, nn.Module)]

@@ -212,8 +212,17 @@ class EnvSource(EpisodeSource):
                 self.pool.receive(slot)
         return texts
 
-    def collect(self, groups: Sequence[Group], plan: RolloutPlan, engine: Engine | None = None) -> Iterator[list[Episode]]:
-        """Plays the groups, with another engine than the policy's if one is given."""
+    def collect(
+        self,
+        groups: Sequence[Group],
+        plan: RolloutPlan,
+        engine: Engine | None = None,
+        watch: Callable[[Step | None, Observation], None] | None = None,
+    ) -> Iterator[list[Episode]]:
+        """Plays the groups, with another engine than the policy's if one is given.
+
+        ``watch`` is called with each step (none at the start of an episode) and the observation after it.
+        """
         engine = engine or self.engine
         sampling = Sampling(plan.temperature, self.max_new_tokens)
         wanted = deque((group, sample) for group in groups for sample in range(group.size))
@@ -227,7 +236,7 @@ class EnvSource(EpisodeSource):
                 for half in halves:
                     asked: list[tuple[int, _Playing]] = []
                     for slot in half:
-                        episode = self._listen(playing[slot], slot, plan) if slot in playing else None
+                        episode = self._listen(playing[slot], slot, plan, watch) if slot in playing else None
                         if episode is not None:
                             del playing[slot]
                             self.pool.release(slot)
@@ -251,7 +260,9 @@ class EnvSource(EpisodeSource):
                     engine.release(current.id)
                 self._close_pool()
 
-    def _listen(self, playing: _Playing, slot: int, plan: RolloutPlan) -> Episode | None:
+    def _listen(
+        self, playing: _Playing, slot: int, plan: RolloutPlan, watch: Callable[[Step | None, Observation], None] | None
+    ) -> Episode | None:
         """Takes the environment's answer and makes the next prompt, or ends the episode."""
         if playing.completion is not None and not len(playing.completion.action_ids):
             error = playing.completion.error or "the engine gave an action without a token"
@@ -271,6 +282,8 @@ class EnvSource(EpisodeSource):
             if len(playing.steps) + 1 == self.env.max_steps:
                 reply = replace(reply, terminated=True)
             self._record(playing, reply, plan)
+        if watch is not None:
+            watch(playing.steps[-1] if playing.steps else None, observation)
         if reply.terminated:
             return self._end(playing, StopReason.TERMINATED)
         playing.observations.append(observation)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
+from steppo.cli import StepCLI
 from steppo.contexts import StateContext
 from steppo.envs import TextWorldEnv
 from steppo.models import TinyPolicy
+from tests.cli_helpers import run
 from tests.toy_env import CorridorEnv
 
 torch.set_num_threads(1)  # small models; and the number is part of what makes results repeatable
@@ -52,3 +56,10 @@ def tiny_policy() -> TinyPolicy:
     policy = TinyPolicy(hidden_size=32)
     policy.build(corridor_texts)
     return policy
+
+
+@pytest.fixture(scope="session")
+def toy_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[StepCLI, Path]:
+    """A short run of ``toy.yaml``, and its folder. Its policy is the one of ``last.ckpt``."""
+    folder = tmp_path_factory.mktemp("toy_run")
+    return run(folder), folder

@@ -13,6 +13,16 @@ from steppo.types import Observation, Step
 
 _MARK = "\u241estep\u241e"  # stands for an agent's answer when a template is cut behind it
 
+# How turns are written where a tokenizer has no chat template, as one; `first_turn` and `next_turn` do the same.
+PLAIN_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if message.role == 'assistant' %}{{ message.content + eos_token }}"
+    "{% else %}"
+    "{{ '\n' if not loop.first and loop.previtem.role == 'assistant' }}{{ message.content + '\n' }}"
+    "{{ '>' if message.role == 'user' }}"
+    "{% endif %}{% endfor %}"
+)
+
 
 class ContextPolicy(ABC):
     """Builds the state ``s_t``: the prompt of a step from the history of its episode.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 
 import numpy as np
@@ -37,3 +38,20 @@ class ScriptedEngine(Engine):
             nothing = np.zeros(0, dtype=np.int32)
             return Completion(request.id, nothing, nothing.astype(np.float32), "stop", f"{type(error).__name__}: {error}")
         return Completion(request.id, ids, np.zeros(len(ids), dtype=np.float32), "stop")
+
+
+def random_action(request: Request) -> str:
+    """An admissible command, each as likely as the others."""
+    assert request.observation is not None
+    commands = request.observation.admissible_commands
+    if not commands:
+        raise ValueError("no admissible commands are shown here")
+    return random.Random(request.seed).choice(commands)
+
+
+def expert_action(request: Request) -> str:
+    """What the environment's expert would do; the plan must ask for it (``want_expert``)."""
+    assert request.observation is not None
+    if request.observation.expert_action is None:
+        raise ValueError("the environment has no expert here")
+    return request.observation.expert_action

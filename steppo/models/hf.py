@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -48,10 +50,6 @@ class HFPolicy(Policy):
         self.attn_implementation = attn_implementation
         self.revision = revision
 
-    @property
-    def can_quantize(self) -> bool:
-        return True
-
     def build(self, corpus: Callable[[], list[str]]) -> None:
         dtype = self.base_dtype or self.load_dtype
         quantized: dict[str, Any] = {}
@@ -77,6 +75,29 @@ class HFPolicy(Policy):
         self.stop_ids = _stop_ids(self.tokenizer, self.model)
         self.train()  # transformers loads in evaluation mode
         self._check_head()
+
+    def base_model(self) -> str | None:
+        return self.name_or_path
+
+    def export(self, folder: Path, merge: bool) -> None:
+        if self.adapters is None:
+            return super().export(folder, merge)
+        self.tokenizer.save_pretrained(folder)
+        self.model.set_adapter("policy")  # what is active is saved
+        if not merge:
+            self.model.save_pretrained(folder)
+            return None
+        from peft import PeftModel
+
+        with tempfile.TemporaryDirectory() as adapter:
+            self.model.save_pretrained(adapter)
+            base = AutoModelForCausalLM.from_pretrained(
+                self.name_or_path, revision=self.revision, dtype=self.base_dtype or self.load_dtype
+            )
+            merged = PeftModel.from_pretrained(base, adapter).merge_and_unload()
+        merged.generation_config = self.model.generation_config
+        merged.save_pretrained(folder)
+        return None
 
     @torch.no_grad()
     def _check_head(self) -> None:

@@ -6,6 +6,7 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -57,11 +58,6 @@ class Policy(nn.Module, ABC):
         self.base_dtype: torch.dtype | None = None
         self.load_device = torch.device("cpu")
 
-    @property
-    def can_quantize(self) -> bool:
-        """Whether ``build`` can load a base in 4 or 8 bits."""
-        return False
-
     @abstractmethod
     def build(self, corpus: Callable[[], list[str]]) -> None:
         """Makes model and tokenizer.
@@ -76,6 +72,20 @@ class Policy(nn.Module, ABC):
 
     def load_tokenizer_state(self, state: str) -> None:
         """Takes the tokenizer of a checkpoint."""
+
+    def base_model(self) -> str | None:
+        """Hub id or folder of the model that it began as; ``None`` for a model from scratch."""
+        return None
+
+    def export(self, folder: Path, merge: bool) -> None:
+        """Writes model and tokenizer as transformers loads them.
+
+        Args:
+            folder: Exists, empty.
+            merge: Write one whole model where the policy is an adapter on another; a whole model has nothing to merge.
+        """
+        self.model.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
 
     @property
     def trunk(self) -> Any:

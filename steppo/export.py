@@ -1,0 +1,213 @@
+"""A run's policy as a Hugging Face folder, which plain transformers loads: ``python -m steppo.export --help``."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path, PurePath
+from typing import Any
+
+import torch
+import yaml
+from huggingface_hub import ModelCardData
+from rich.console import Console
+from transformers import GenerationConfig
+
+from steppo.checkpoint import read_checkpoint, restore_policy
+from steppo.cli import OwnOptions, PartsCLI, build_parts, mistakes_in_one_line
+from steppo.contexts import PLAIN_TEMPLATE
+from steppo.errors import ConfigError
+from steppo.models import Policy
+from steppo.rollout import EnvSource
+
+_SECRET = re.compile(r"(^|_)(token|secret|password|passwd|credentials?|api_?key)$", re.IGNORECASE)
+_USER_IN_URL = re.compile(r"(?<=://)[^/@\s]+@")
+
+
+@mistakes_in_one_line()
+def main(args: Sequence[str] | None = None) -> None:
+    """Runs the command line (the process's own unless given)."""
+    parser = OwnOptions(
+        "python -m steppo.export",
+        "Writes the policy of a checkpoint as a Hugging Face folder: weights (safetensors), tokenizer, chat template,\n"
+        "generation config, and a model card with the run's config and results.",
+        "python -m steppo.export --ckpt_path runs/quickstart/version_0/checkpoints/best.ckpt --out exported",
+    )
+    parser.add_argument("--out", type=Path, metavar="DIR", help="Folder to write; it must be empty or not exist.")
+    parser.add_argument("--merge", action="store_true", help="Of an adapter: write base and adapter as one model.")
+    options, overrides = parser.parse_known_args(args)
+    if options.ckpt_path is None or options.out is None:
+        raise ConfigError("give --ckpt_path, the checkpoint, and --out, the folder to write")
+    out: Path = options.out
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"{out} exists already and is not an empty folder")
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(f"reading {options.ckpt_path}")
+    checkpoint = read_checkpoint(options.ckpt_path)
+    parts = build_parts(options, overrides)
+    policy: Policy = parts.model.policy
+    parts.quantization.apply(parts.model, torch.device("cpu"))
+    restore_policy(policy, parts.model.lora, checkpoint)
+    policy.tokenizer.chat_template = policy.tokenizer.chat_template or PLAIN_TEMPLATE
+    policy.model.generation_config = _generation(parts)
+    records = _evaluations(checkpoint, options.ckpt_path.parent.parent / "evaluation.jsonl")
+    card = _card(out.resolve().name, parts, checkpoint, records)
+    console.print(f"writing {sum(weight.numel() for weight in policy.model.parameters()):,} parameters to {out}")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        policy.export(out, options.merge)
+        (out / "README.md").write_text(card, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"cannot write to {out}: {error.strerror or error}") from error
+    console.print("done: " + ", ".join(sorted(path.name for path in out.iterdir())))
+
+
+def _generation(parts: PartsCLI) -> GenerationConfig:
+    """Sampling as in the run's evaluations: temperature only, whatever the base model came with."""
+    policy, temperature = parts.model.policy, parts.resolved["evaluation"]["temperature"]
+    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {}
+    source = parts.datamodule.source
+    return GenerationConfig(
+        max_new_tokens=source.max_new_tokens if isinstance(source, EnvSource) else None,
+        eos_token_id=sorted(policy.stop_ids),
+        pad_token_id=policy.tokenizer.pad_token_id,
+        **sampling,
+    )
+
+
+def _evaluations(checkpoint: dict[str, Any], path: Path) -> list[dict[str, Any]]:
+    """All that is known: the checkpoint's history, which reaches back through resumed runs, and the run folder's file."""
+    records = list(checkpoint.get("callbacks", {}).get("EvaluationCallback", {}).get("history", []))
+    if path.is_file():
+        try:
+            records += [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        except ValueError as error:
+            raise ConfigError(f"{path} does not hold one JSON object a line") from error
+    by_place = {(record["split"], record["iteration"]): record for record in records}
+    return [by_place[place] for place in sorted(by_place)]
+
+
+def _card(name: str, parts: PartsCLI, checkpoint: dict[str, Any], records: list[dict[str, Any]]) -> str:
+    """The model card: front matter, what it was trained on, results, use, config."""
+    base = parts.model.policy.base_model()
+    on_hub = base is not None and not Path(base).exists()
+    front = ModelCardData(
+        base_model=base if on_hub else None,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["steppo", "reinforcement-learning", "agent"],
+    )
+    config = clean_config(parts.resolved)
+    counters = checkpoint["steppo"]["counters"]
+    started = "weights from scratch" if base is None else f"`{_clean_text(base)}`"
+    return "\n".join(
+        [
+            "---",
+            front.to_yaml(),
+            "---",
+            "",
+            f"# {name}",
+            "",
+            "A language-model agent, trained with steppo: reinforcement learning at the granularity of interaction steps.",
+            "",
+            f"- Began as: {started}",
+            *_trained_on(config),
+            f"- Trained for: {counters['iterations']} iterations, {counters['updates']} updates, "
+            f"{counters['episodes']:,} episodes, {counters['environment_steps']:,} environment steps",
+            "",
+            "## Results",
+            "",
+            *_results(records, counters["iterations"], config["evaluation"]["temperature"]),
+            "",
+            "## Use",
+            "",
+            "```python",
+            "from transformers import AutoModelForCausalLM, AutoTokenizer",
+            "",
+            f'tokenizer = AutoTokenizer.from_pretrained("{name}")',
+            f'model = AutoModelForCausalLM.from_pretrained("{name}")',
+            'prompt = [{"role": "user", "content": "..."}]  # rendered as the context in the config below does',
+            "text = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)",
+            'inputs = tokenizer(text, add_special_tokens=False, return_tensors="pt")',
+            "action = model.generate(**inputs)",
+            "```",
+            "",
+            "## Config of the run",
+            "",
+            "```yaml",
+            yaml.safe_dump(config, sort_keys=False, allow_unicode=True).strip(),
+            "```",
+            "",
+        ]
+    )
+
+
+def _trained_on(config: dict[str, Any]) -> list[str]:
+    data, model = config["data"]["init_args"], config["model"]["init_args"]
+    some = f"the first {data['train_tasks']} of " if data["train_tasks"] else ""
+    environment = data["source"].get("init_args", {}).get("env") or data["source"]
+    settings = ", ".join(f"{name} {value}" for name, value in environment.get("init_args", {}).items() if value is not None)
+    lines = [
+        f"- Environment: `{environment['class_path']}`" + (f" ({settings})" if settings else ""),
+        f"- Tasks: {some}split `{data['train_split']}`",
+        f"- Credit: `{model['advantage']['class_path']}`, one importance ratio per {model['loss']['ratio']}",
+    ]
+    cloning = config["warm_start"]
+    if cloning["updates"]:
+        lines.append(f"- Warm start: {cloning['updates']} updates of behaviour cloning on {cloning['actions']} actions")
+    return lines
+
+
+def _results(records: list[dict[str, Any]], exported: int, temperature: float) -> list[str]:
+    """A table of the first, the best, the last and the exported evaluation of each split."""
+    if not records:
+        return ["The run was not evaluated."]
+    lines = [
+        "| split | iteration | environment steps | success [95 %] | return | steps per episode | episodes | |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for split in dict.fromkeys(record["split"] for record in records):
+        mine = [record for record in records if record["split"] == split]
+        marks = {"first": mine[0], "best": max(mine, key=lambda record: record["success_rate"]), "last": mine[-1]}
+        for record in mine:
+            names = [name for name, marked in marks.items() if marked is record]
+            names += ["**these weights**"] if record["iteration"] == exported else []
+            if names:
+                low, high = record["success_ci95"]
+                lines.append(
+                    f"| {split} | {record['iteration']} | {record['environment_steps']:,} "
+                    f"| {record['success_rate']:.3f} [{low:.3f}, {high:.3f}] | {record['return_mean']:.3f} "
+                    f"| {record['steps_mean']:.1f} | {record['episodes']} | {', '.join(names)} |"
+                )
+    how = f"at temperature {temperature:g}" if temperature else "greedily"
+    return [*lines, "", f"Played {how}. Intervals are Wilson's. Iteration 0 is before reinforcement learning."]
+
+
+def clean_config(value: Any, key: str = "") -> Any:
+    """A config to show around: no secrets, no paths of a machine, nothing about its loggers, callbacks and progress bar."""
+    if isinstance(value, dict):
+        gone: set[str] = {"": {"ckpt_path", "progress"}, "trainer": {"logger", "callbacks"}}.get(key, set())
+        terse = key in ("", "trainer")  # null is the default there
+        return {
+            name: clean_config(entry, name)
+            for name, entry in value.items()
+            if name not in gone and not (terse and entry is None)
+        }
+    if isinstance(value, list):
+        return [clean_config(entry, key) for entry in value]
+    if isinstance(value, str):
+        return "(removed)" if _SECRET.search(key) else _clean_text(value)
+    return value
+
+
+def _clean_text(text: str) -> str:
+    """Text without the user of a URL; of an absolute path, what is below the working directory, or the last part."""
+    path = PurePath(text)
+    if "\n" in text or not path.is_absolute() or len(path.parts) < 3:  # "/no_think" is no path
+        return _USER_IN_URL.sub("", text)
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else path.name
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Watch a policy, an expert or random actions play, or play yourself."""

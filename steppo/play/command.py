@@ -1,0 +1,181 @@
+"""The command line of ``python -m steppo.play``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.fabric import Fabric
+from rich.console import Console
+
+from steppo.checkpoint import read_checkpoint
+from steppo.cli import OwnOptions, PartsCLI, build_parts, mistakes_in_one_line
+from steppo.datamodule import run_seed
+from steppo.engines import Engine, ScriptedEngine, expert_action, random_action
+from steppo.errors import ConfigError, RunError
+from steppo.metrics import EpisodeStatistics
+from steppo.models import TinyPolicy
+from steppo.module import AgentModule
+from steppo.packing import PaddedPacker
+from steppo.play.show import Human, Quit, Show
+from steppo.rollout import EnvSource
+from steppo.types import Group, Request, RolloutPlan, Segment, Step, Task
+
+_NO_LIMIT = 2**31
+
+
+@mistakes_in_one_line()
+def main(args: Sequence[str] | None = None) -> None:
+    """Runs the command line (the process's own unless given)."""
+    parser = OwnOptions(
+        "python -m steppo.play",
+        "Watch the policy of a checkpoint play, or an expert, or random actions; or play yourself.",
+        "python -m steppo.play --ckpt_path runs/quickstart/version_0/checkpoints/best.ckpt --episodes 3\n"
+        "  python -m steppo.play --config configs/quickstart.yaml --player human --data.source.env.settings.level 2",
+    )
+    parser.add_argument("--player", choices=("policy", "expert", "random", "human"), default="policy")
+    parser.add_argument("--split", help="Split of the tasks; the config's eval_split unless given.")
+    parser.add_argument("--task", metavar="ID_OR_INDEX", help="Play this task; the split's first ones unless given.")
+    parser.add_argument("--episodes", type=int, default=1, help="How many to play.")
+    parser.add_argument("--temperature", type=float, default=0.0, help="Of the policy's sampling; 0 is greedy.")
+    options, overrides = parser.parse_known_args(args)
+    if options.episodes < 1 or options.temperature < 0:
+        raise ConfigError("--episodes must be at least 1 and --temperature at least 0")
+    checkpoint = read_checkpoint(options.ckpt_path) if options.ckpt_path else None
+    parts = build_parts(options, overrides)
+    source = parts.datamodule.source
+    if not isinstance(source, EnvSource):
+        raise ConfigError(f"play needs an EnvSource; {type(source).__name__} has no environment to show")
+    split = options.split or parts.datamodule.splits["validate"]
+    tasks = _tasks(source.tasks(split), split, options.task, options.episodes)
+    source.num_slots = source.num_workers = 1  # one episode at a time
+    console = Console(highlight=False)
+    try:
+        _prepare(console, source, tasks)
+        value: Callable[[Step], float] | None = None
+        autocast: AbstractContextManager = nullcontext()
+        if checkpoint is not None or options.player == "policy":
+            trainer = parts.resolved["trainer"]
+            fabric = Fabric(accelerator=trainer["accelerator"], devices=1, precision=trainer["precision"])
+            _load(console, parts, checkpoint, fabric)
+            value = _value(parts.model, fabric) if checkpoint is not None else None
+            autocast = fabric.autocast()
+        else:  # nobody reads the prompts: any tokenizer does, and a model is not needed
+            bytewise = TinyPolicy()
+            bytewise.build(list)
+            source.context.bind(bytewise.tokenizer, bytewise.stop_ids)
+            source.max_prompt_tokens = _NO_LIMIT
+        show = Show(console, lambda step: source.context.decode_action(step.action_ids), value)
+        engine = _engine(options.player, console, source)
+        plan = RolloutPlan("play", run_seed(), options.temperature, want_expert=options.player == "expert")
+        player = options.player + (f", temperature {plan.temperature:g}" if engine is None else "")
+        with autocast:
+            _play(console, source, tasks, plan, engine, show, player)
+    except Quit:
+        console.print("left")
+    except KeyboardInterrupt:
+        console.print("interrupted")
+        raise SystemExit(130) from None
+    finally:
+        source.close()
+
+
+def _tasks(tasks: Sequence[Task], split: str, wanted: str | None, episodes: int) -> list[Task]:
+    """What to play: one task so many times, or the first tasks of the split."""
+    if not tasks:
+        raise ConfigError(f"split {split!r} of the environment is empty")
+    if wanted is None:
+        return [tasks[number % len(tasks)] for number in range(episodes)]
+    by_name = {str(number): task for number, task in enumerate(tasks)} | {task.id: task for task in tasks}
+    if wanted not in by_name:
+        hint = f"give an index below {len(tasks)} or an id like {tasks[0].id}"
+        raise ConfigError(f"split {split!r} has no task {wanted!r}; {hint}")
+    return [by_name[wanted]] * episodes
+
+
+def _prepare(console: Console, source: EnvSource, tasks: Sequence[Task]) -> None:
+    with console.status("preparing tasks") as status:
+        source.prepare(tasks, lambda done, total: status.update(f"preparing tasks, {done} of {total}"))
+
+
+def _load(console: Console, parts: PartsCLI, checkpoint: dict[str, Any] | None, fabric: Fabric) -> None:
+    """Builds the run's models, as they are in the checkpoint if there is one, and hands the policy to the source."""
+    module, data, source = parts.model, parts.datamodule, parts.datamodule.source
+
+    def corpus() -> list[str]:
+        _prepare(console, source, data.tasks())
+        return data.corpus()
+
+    precision = fabric.strategy.precision
+    parts.quantization.apply(module, fabric.device)
+    if checkpoint is None:
+        console.print("untrained: there is no --ckpt_path", style="yellow")
+        module.build_models(corpus)
+        precision.convert_module(module)
+    else:
+        module.build_models(list)  # a tokenizer that was trained is in the checkpoint
+        precision.convert_module(module)
+        module.load_state_dict(checkpoint["state_dict"])
+        if checkpoint["steppo"]["tokenizer"]:
+            module.policy.load_tokenizer_state(checkpoint["steppo"]["tokenizer"])
+    module.to(fabric.device).eval()
+    source.bind(module.policy)
+    source.load_weights(module.policy.named_parameters(), 0)
+
+
+def _value(module: AgentModule, fabric: Fabric) -> Callable[[Step], float] | None:
+    """The critic, asked about the prompt of a step."""
+    critic = module.critic
+    if critic is None:
+        return None
+
+    @torch.no_grad()
+    def value(step: Step) -> float:
+        prompt = Segment(step.prompt_ids, np.zeros(0, dtype=np.int32))
+        ((_, batch),) = PaddedPacker().pack([prompt], _NO_LIMIT)
+        batch = module.transfer_batch_to_device(batch, fabric.device, 0)
+        hidden = module.policy.hidden(batch) if critic.needs_policy_hidden else None
+        return float(critic.values(batch, batch.value_at_N, hidden))
+
+    return value
+
+
+def _engine(player: str, console: Console, source: EnvSource) -> Engine | None:
+    """Who chooses the actions, if not the policy."""
+    choosers: dict[str, Callable[[Request], str]] = {
+        "expert": expert_action,
+        "random": random_action,
+        "human": Human(console),
+    }
+    return ScriptedEngine(choosers[player], source.context.encode_action) if player in choosers else None
+
+
+def _play(
+    console: Console,
+    source: EnvSource,
+    tasks: Sequence[Task],
+    plan: RolloutPlan,
+    engine: Engine | None,
+    show: Show,
+    player: str,
+) -> None:
+    statistics = EpisodeStatistics()
+    error = ""
+    for number, task in enumerate(tasks):
+        show.opening(task, player)
+        for (episode,) in source.collect([Group(number, task)], plan, engine, show.turn):
+            show.ending(episode)
+            statistics.update(episode)
+            error = episode.error
+    figures = statistics.compute()
+    if figures["episodes"] == 0:
+        raise RunError(f"no episode could be played: {error}")
+    if len(tasks) > 1:
+        console.print(
+            f"{figures['episodes']:.0f} episodes: success {figures['success_rate']:.2f}, "
+            f"return {figures['return_mean']:.3g}, steps {figures['steps_mean']:.1f}",
+            style="bold",
+        )

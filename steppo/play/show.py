@@ -1,0 +1,105 @@
+"""What there is to see of an episode, on a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from rich.console import Console
+from rich.text import Text
+
+from steppo.types import Episode, Observation, Request, Step, Task
+
+
+class Show:
+    """Prints an episode as it is played.
+
+    Args:
+        console: Where to.
+        decode: Step -> what was said.
+        value: Step -> the critic's value of its prompt, if there is one to show.
+    """
+
+    def __init__(self, console: Console, decode: Callable[[Step], str], value: Callable[[Step], float] | None) -> None:
+        self._console = console
+        self._decode = decode
+        self._value = value
+
+    def opening(self, task: Task, player: str) -> None:
+        """The headline of an episode."""
+        self._console.rule(Text(f"{task.id} · {player}", style="bold"), align="left")
+
+    def turn(self, step: Step | None, observation: Observation) -> None:
+        """A step that was taken, and what is to be seen after it."""
+        if step is not None:
+            self._step(step)
+        elif observation.goal:
+            self._line(Text.assemble(("goal: ", "bold"), _printable(observation.goal)))
+        if observation.feedback:
+            self._line(Text(_printable(observation.feedback), style="yellow"))
+        self._line(Text(_printable(observation.text)))
+        over = step is not None and step.terminated
+        if observation.admissible_commands is not None and not over:
+            commands = (f"{number} {command}" for number, command in enumerate(observation.admissible_commands, start=1))
+            self._line(Text(_printable("   ".join(commands)), style="dim"))
+
+    def _step(self, step: Step) -> None:
+        said = " ".join(self._decode(step).split())
+        line = Text.assemble((f"{step.index + 1}> ", "bold"), (_printable(step.action), "bold cyan"))
+        if said != step.action:
+            line.append(f"  said: {said!r}", style="dim")
+        line.append(f"  reward {step.reward:g}", style="green" if step.reward > 0 else "red" if step.reward < 0 else "dim")
+        if not step.action_valid:
+            line.append("  not valid", style="red")
+        if self._value is not None:
+            line.append(f"  value before {self._value(step):.3f}", style="dim")
+        self._line(line)
+
+    def ending(self, episode: Episode) -> None:
+        """How it went."""
+        if episode.stop_reason.failed:
+            self._line(Text(f"broken ({episode.stop_reason}): {episode.error}", style="bold red"))
+            return
+        result = {True: "solved", False: "not solved", None: "over"}[episode.success]
+        steps = f"{len(episode.steps)} step{'' if len(episode.steps) == 1 else 's'}"
+        self._line(
+            Text(
+                f"{result}: return {episode.episode_return:g} in {steps} ({episode.stop_reason})",
+                style="bold green" if episode.success else "bold",
+            )
+        )
+
+    def _line(self, text: Text) -> None:
+        self._console.print(text, soft_wrap=True)
+
+
+def _printable(text: str) -> str:
+    """Without what would steer the terminal; untrained policies say anything."""
+    return "".join(letter if letter.isprintable() or letter == "\n" else "\N{REPLACEMENT CHARACTER}" for letter in text)
+
+
+class Quit(KeyboardInterrupt):
+    """The human has had enough. No ``Exception``: engines take those for a failed request."""
+
+
+class Human:
+    """Asks for each action on standard input: a command, its number, or ``quit``."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+
+    def __call__(self, request: Request) -> str:
+        assert request.observation is not None
+        commands = request.observation.admissible_commands or ()
+        while True:
+            try:
+                said = self._console.input("your action: ").strip()
+            except EOFError:
+                raise Quit from None
+            if said == "quit" and said not in commands:
+                raise Quit
+            if said.isdigit() and commands and said not in commands:
+                if 1 <= int(said) <= len(commands):
+                    return commands[int(said) - 1]
+                self._console.print(f"There are {len(commands)} commands.")
+            elif said:
+                return said

@@ -1,0 +1,199 @@
+"""The play command: what is printed is what was played, whoever plays."""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from steppo.cli import StepCLI
+from steppo.play.command import main
+from tests.cli_helpers import TOY, evaluations
+from tests.toy_env import CorridorEnv
+
+TOY_CONFIG = f"--config={TOY}"
+
+
+def play(capsys: pytest.CaptureFixture[str], *args: str) -> str:
+    capsys.readouterr()
+    main(args)
+    return capsys.readouterr().out
+
+
+def moves(text: str) -> list[str]:
+    return re.findall(r"\d+> (\S+)", text)
+
+
+def expert_moves(task_index: int) -> list[str]:
+    env = CorridorEnv()
+    env.reset(env.tasks("valid")[task_index])
+    found, done = [], False
+    while not done:
+        found.append(env.expert_action() or "")
+        _, _, done, _, _ = env.step(found[-1])
+    return found
+
+
+def test_the_expert_solves_what_it_is_given(capsys: pytest.CaptureFixture[str]) -> None:
+    text = play(capsys, TOY_CONFIG, "--player=expert", "--episodes=2")
+    assert moves(text) == expert_moves(0) + expert_moves(1)
+    assert text.count("solved: return 1 in") == 2
+    assert "goal: Take the coin in room" in text
+    assert "You take the coin." in text  # what is seen after the last action too
+    assert "2 episodes: success 1.00, return 1" in text
+    assert "value" not in text
+
+
+def test_a_task_is_chosen_by_id_or_index_and_a_split_by_name(capsys: pytest.CaptureFixture[str]) -> None:
+    by_index = play(capsys, TOY_CONFIG, "--player=expert", "--task=3", "--split=train")
+    by_id = play(capsys, TOY_CONFIG, "--player=expert", "--task=corridor/train/3", "--split=train")
+    assert by_index == by_id
+    assert "corridor/train/3 · expert" in by_id
+
+
+def test_random_play_repeats_with_its_seed_and_takes_overrides(capsys: pytest.CaptureFixture[str]) -> None:
+    options = [TOY_CONFIG, "--player=random", "--episodes=3", "--data.source.env.max_steps=4", "--data.source.env.length=9"]
+    text = play(capsys, *options)
+    assert text == play(capsys, *options)
+    assert text != play(capsys, *options, "--seed_everything=7")
+    assert set(moves(text)) <= {"left", "right", "take"}
+    assert "in 4 steps" in text
+    assert "not valid" not in text
+
+
+def test_the_policy_plays_as_it_was_evaluated(toy_run: tuple[StepCLI, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    """Greedy on the panel: success, return and steps of the run's last evaluation."""
+    folder = toy_run[1]
+    text = play(capsys, f"--ckpt_path={folder}/checkpoints/last.ckpt", "--episodes=8")
+    record = evaluations(folder)[-1]
+    expected = (
+        f"8 episodes: success {record['success_rate']:.2f}, return {record['return_mean']:.3g}, "
+        f"steps {record['steps_mean']:.1f}"
+    )
+    assert expected in text
+    assert "policy, temperature 0" in text
+    assert "untrained" not in text
+    assert re.search(r"value before -?\d\.\d+", text)
+    assert max(abs(float(value)) for value in re.findall(r"value before (-?[\d.]+)", text)) > 0  # the head starts at 0
+
+
+def test_without_a_checkpoint_the_policy_is_untrained(capsys: pytest.CaptureFixture[str]) -> None:
+    text = play(capsys, TOY_CONFIG, "--temperature=1", "--data.source.env.max_steps=2")
+    assert "untrained: there is no --ckpt_path" in text
+    assert "policy, temperature 1" in text
+    assert len(moves(text)) == 2 or "not valid" in text
+
+
+def test_a_human_plays_by_number_and_by_word(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    # Task 3 of the panel: from room 3 to room 2.
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n9\nfly\x1b[31m\n1\nTAKE\n"))
+    text = play(capsys, TOY_CONFIG, "--player=human", "--task=3")
+    assert "There are 2 commands." in text
+    assert moves(text) == ["fly\ufffd[31m", "left", "take"]
+    assert "'fly\ufffd[31m' is not possible here." in text  # nothing that is said steers the terminal
+    assert "\x1b" not in text
+    assert text.count("not valid") == 1
+    assert "solved: return 0.9 in 3 steps (terminated)" in text
+
+
+@pytest.mark.parametrize("words", ["1\nquit\nleft\n", "1\n"])
+def test_a_human_may_leave(words: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO(words))
+    text = play(capsys, TOY_CONFIG, "--player=human", "--task=3", "--episodes=2")
+    assert len(moves(text)) == 1
+    assert text.endswith("left\n")
+    assert "solved" not in text
+
+
+MISTAKES = {
+    "player": (["--player=nobody"], "invalid choice: 'nobody'"),
+    "split": (["--player=expert", "--split=dev"], "no split 'dev'"),
+    "task": (["--player=expert", "--task=99"], "split 'valid' has no task '99'; give an index below 8"),
+    "no_tasks": (["--player=expert", "--data.source.env.num_tasks=0"], "split 'valid' of the environment is empty"),
+    "episodes": (["--episodes=0"], "--episodes must be at least 1"),
+    "number": (["--episodes=many"], "argument --episodes"),
+    "checkpoint": (["--ckpt_path=nowhere.ckpt"], "there is no checkpoint nowhere.ckpt"),
+    "option": (["--player=expert", "--data.source.env.lenght=3"], "did you mean 'length'?"),
+    "broken": (
+        [
+            "--player=expert",
+            "--task=1",
+            "--data.source.env=tests.toy_env.FaultyEnv",
+            "--data.source.env.fail_tasks=[corridor/valid/1]",
+        ],
+        "no episode could be played: RuntimeError: broken on purpose",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_one_clear_line(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    args, message = MISTAKES[name]
+    with pytest.raises(SystemExit) as stopped:
+        main([TOY_CONFIG, *args])
+    assert stopped.value.code == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert message in line
+
+
+def test_no_config_at_all_is_one_clear_line(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main([])
+    assert "error: give a --config" in capsys.readouterr().err
+
+
+SPY = """
+    import os
+    import sys
+    from steppo.envs import Env
+    from steppo.types import Observation, Task
+
+    class Spy(Env):
+        max_steps = 3
+
+        def tasks(self, split):
+            return [Task("spy")]
+
+        def reset(self, task):
+            return self.see(), {}
+
+        def step(self, action):
+            return self.see(), 0.0, False, False, {}
+
+        def see(self):
+            return Observation(f"process {os.getpid()}, torch: {'torch' in sys.modules}", admissible_commands=("wait",))
+    """
+
+
+def test_workers_have_no_torch_and_end_with_ctrl_c(tmp_path: Path) -> None:
+    """As a command, not in process: what workers import depends on how the program was started."""
+    (tmp_path / "spy.py").write_text(textwrap.dedent(SPY))
+    command = [sys.executable, "-m", "steppo.play", TOY_CONFIG, "--player=human", "--data.source.env=spy.Spy"]
+    root = str(TOY.parent.parent)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([root, str(tmp_path)]), "PYTHONUNBUFFERED": "1"}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, env=environment, text=True, **pipes) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        process.stdin.write("1\n")
+        process.stdin.flush()
+        seen: list[str] = []
+        while not seen or "1> wait" not in seen[-1]:
+            seen.append(process.stdout.readline())
+            assert seen[-1], process.stderr and process.stderr.read()
+        seen.append(process.stdout.readline())
+        process.send_signal(signal.SIGINT)
+        rest, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert "interrupted" in rest
+    assert "Traceback" not in errors
+    (worker,) = set(re.findall(r"process (\d+), torch: False", "".join(seen)))
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(worker), 0)
