@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from steppo.datamodule import run_seed
 from steppo.distributed import gather, rank_and_world
@@ -95,6 +96,8 @@ class EvaluationCallback(pl.Callback):
             phase(trainer, "evaluation", len(groups) * self.samples) as advance,
         ):
             for group in module.data.source.collect(groups, plan):
+                if trainer.received_sigterm:
+                    raise SIGTERMException
                 for episode in group:
                     statistics.update(episode)
                 done += len(group)

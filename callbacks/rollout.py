@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 import lightning.pytorch as pl
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from steppo.datamodule import StepDataModule, run_seed
 from steppo.distributed import gather
@@ -22,16 +23,23 @@ class RolloutCallback(pl.Callback):
         tasks_per_iteration: Tasks drawn per iteration, over all processes.
         group_size: Episodes per task, from the same start.
         temperature: Of sampling; the learner divides its logits by the same.
+        min_healthy: The run stops when a smaller share of an iteration's episodes is healthy (did not fail), and always when
+            none is.
     """
 
-    def __init__(self, tasks_per_iteration: int = 64, group_size: int = 1, temperature: float = 1.0) -> None:
+    def __init__(
+        self, tasks_per_iteration: int = 64, group_size: int = 1, temperature: float = 1.0, min_healthy: float = 0.5
+    ) -> None:
         if tasks_per_iteration < 1 or group_size < 1:
             raise ConfigError("rollout: tasks_per_iteration and group_size must be at least 1")
         if temperature <= 0:
             raise ConfigError("rollout: temperature must be above 0, or there is nothing to explore")
+        if not 0 <= min_healthy <= 1:
+            raise ConfigError(f"rollout: min_healthy is a share, from 0 to 1, not {min_healthy}")
         self.tasks_per_iteration = tasks_per_iteration
         self.group_size = group_size
         self.temperature = temperature
+        self.min_healthy = min_healthy
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         assert isinstance(pl_module, AgentModule)
@@ -54,6 +62,7 @@ class RolloutCallback(pl.Callback):
         episodes: list[Episode] = []
         statistics = EpisodeStatistics().to(pl_module.device)
         before = pl_module.seconds.get("rollout", 0.0)
+        counts_before = data.source.counts()
         data.source.load_weights(pl_module.policy.named_parameters(), plan.version)
         with (
             pl_module.timed("rollout"),
@@ -61,15 +70,15 @@ class RolloutCallback(pl.Callback):
             phase(trainer, "rollout", len(groups) * self.group_size) as advance,
         ):
             for group in data.source.collect(groups, plan):
+                if trainer.received_sigterm:
+                    raise SIGTERMException
                 episodes += group
                 advance(len(episodes))
         for episode in episodes:
             statistics.update(episode)
         data.buffer.fill(episodes)
         figures = statistics.compute()
-        if figures["episodes"] == 0:
-            errors = Counter(error for part in gather([e.error for e in episodes]) for error in part)
-            raise RunError(f"every episode of the iteration failed; most often: {errors.most_common(1)[0][0]}")
+        self._check_health(figures["episodes"], figures["errors"], episodes)
         seconds = pl_module.seconds["rollout"] - before
         figures["degenerate_groups"] = self._degenerate_groups(episodes) if self.group_size > 1 else 0.0
         figures["failed_episodes"] = figures.pop("errors")
@@ -78,7 +87,21 @@ class RolloutCallback(pl.Callback):
         figures["tokens_per_second"] = (figures.pop("prompt_tokens") + figures.pop("action_tokens")) / seconds
         for name in ("success_low", "success_high"):
             del figures[name]
+        counts = gather({name: count - counts_before[name] for name, count in data.source.counts().items()})
+        figures |= {name: float(sum(part[name] for part in counts)) for name in counts_before}
         pl_module.report({f"rollout/{name}": value for name, value in figures.items()})
+
+    def _check_health(self, healthy: float, failed: float, episodes: list[Episode]) -> None:
+        """Raises ``RunError`` if too few episodes are healthy. The numbers are over all ranks, so that all decide alike."""
+        share = healthy / max(healthy + failed, 1)
+        if healthy and share >= self.min_healthy:
+            return
+        parts = gather(Counter(episode.error for episode in episodes if episode.stop_reason.failed))
+        [(error, _)] = sum(parts, Counter()).most_common(1) or [("no episode was played", 0)]
+        raise RunError(
+            f"only {healthy:.0f} of {healthy + failed:.0f} episodes of the iteration are healthy ({share:.1%}; "
+            f"rollout.min_healthy is {self.min_healthy:g}); the most common error: {error}"
+        )
 
     @staticmethod
     def _degenerate_groups(episodes: list[Episode]) -> float:

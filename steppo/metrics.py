@@ -28,10 +28,10 @@ def wilson_interval(successes: float, trials: float, z: float = 1.959964) -> tup
 class EpisodeStatistics(Metric):
     """Counts and means over episodes. Episodes that broke count as such and in nothing else.
 
-    ``compute`` gives a dict of floats: ``episodes``, ``env_errors``, ``errors`` (of any kind), ``success_rate``,
-    ``success_low``, ``success_high`` (Wilson 95 %), ``return_mean``, ``steps_mean``, ``steps``, ``invalid_action_rate``,
-    ``prompt_tokens_mean``, ``action_tokens_mean``, ``prompt_tokens``, ``action_tokens``, and ``stop_<reason>``, the share
-    of each stop reason among all episodes.
+    ``compute`` gives a dict of floats: ``episodes``, ``env_errors``, ``engine_errors``, ``errors`` (of any kind),
+    ``success_rate``, ``success_low``, ``success_high`` (Wilson 95 %), ``return_mean``, ``steps_mean``, ``steps``,
+    ``invalid_action_rate``, ``prompt_tokens_mean``, ``action_tokens_mean``, ``prompt_tokens``, ``action_tokens``, and
+    ``stop_<reason>``, the share of each stop reason among all episodes.
     """
 
     full_state_update = False
@@ -74,6 +74,7 @@ class EpisodeStatistics(Metric):
         return {
             "episodes": total["episodes"],
             "env_errors": reasons[StopReason.ENV_ERROR],
+            "engine_errors": reasons[StopReason.ENGINE_ERROR],
             "errors": sum(count for reason, count in reasons.items() if reason.failed),
             "success_rate": total["successes"] / episodes,
             "success_low": low,

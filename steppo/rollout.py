@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 import random
+import warnings
 from abc import ABC, abstractmethod
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -16,8 +19,8 @@ import numpy as np
 from steppo.contexts import ContextPolicy
 from steppo.engines import Engine
 from steppo.envs import Env
-from steppo.envs.pool import EnvPool, EnvReply
-from steppo.errors import ConfigError
+from steppo.envs.pool import COUNTS, EnvPool, EnvReply
+from steppo.errors import ConfigError, SteppoError
 from steppo.parsers import ActionParser, CommandParser, ParsedAction
 from steppo.types import Completion, Episode, Group, Observation, Request, RolloutPlan, Sampling, Step, StopReason, Task
 
@@ -57,6 +60,10 @@ class EpisodeSource(ABC):
         """Texts of the environment, for a policy that makes its own tokenizer."""
         raise ConfigError(f"{type(self).__name__} has no text to train a tokenizer on; use a pretrained policy")
 
+    def counts(self) -> Counter[str]:
+        """What else happened since the source was made, always under the same names; logged by iteration."""
+        return Counter()
+
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs."""
         return {}
@@ -82,6 +89,19 @@ class _Playing:
     parsed: ParsedAction | None = None
     waits_for_env: bool = True
     success: bool | None = None
+    failure: tuple[StopReason, str] | None = None
+
+
+@contextmanager
+def _costs(episodes: Collection[_Playing], reason: StopReason) -> Iterator[None]:
+    """What raises in here costs these episodes, not the run; only a ``SteppoError`` still ends it."""
+    try:
+        yield
+    except SteppoError:
+        raise
+    except Exception as error:
+        for playing in episodes:
+            playing.failure = reason, f"{type(error).__name__}: {error}"
 
 
 class EnvSource(EpisodeSource):
@@ -105,6 +125,8 @@ class EnvSource(EpisodeSource):
         num_slots: Episodes played at the same time.
         num_workers: Processes that step environments.
         env_timeout: Seconds that one environment step may take before its episode is given up.
+        worker_memory_mib: A process that holds more MiB after a step is replaced and its episodes are played again up to
+            there: for environments that leak. No limit unless given.
     """
 
     def __init__(
@@ -121,6 +143,7 @@ class EnvSource(EpisodeSource):
         num_slots: int = 32,
         num_workers: int = 1,
         env_timeout: float = 60.0,
+        worker_memory_mib: int | None = None,
     ) -> None:
         for name, value in (
             ("max_prompt_tokens", max_prompt_tokens),
@@ -134,6 +157,10 @@ class EnvSource(EpisodeSource):
             raise ConfigError(f"EnvSource: {type(env).__name__} has no step limit, so max_steps must be given")
         if max_steps is not None and max_steps < 1:
             raise ConfigError(f"EnvSource: max_steps must be at least 1, not {max_steps}")
+        if env_timeout <= 0:
+            raise ConfigError(f"EnvSource: env_timeout must be above 0, not {env_timeout}")
+        if worker_memory_mib is not None and worker_memory_mib < 1:
+            raise ConfigError(f"EnvSource: worker_memory_mib must be at least 1, not {worker_memory_mib}")
         self.env = env
         self.context = context
         self.engine = engine
@@ -146,13 +173,17 @@ class EnvSource(EpisodeSource):
         self.num_slots = num_slots
         self.num_workers = num_workers
         self.env_timeout = env_timeout
+        self.worker_memory_mib = worker_memory_mib
         self._pool: EnvPool | None = None
+        self._counts = Counter(dict.fromkeys(COUNTS, 0))
+        self._request_ids = itertools.count()
 
     @property
     def pool(self) -> EnvPool:
         """The worker processes, started when first needed."""
         if self._pool is None:
-            self._pool = EnvPool(self.env, self.num_slots, self.num_workers, self.env_timeout)
+            sizes = self.num_slots, self.num_workers
+            self._pool = EnvPool(self.env, *sizes, self.env_timeout, self.worker_memory_mib)
         return self._pool
 
     def tasks(self, split: str) -> list[Task]:
@@ -177,6 +208,13 @@ class EnvSource(EpisodeSource):
     def load_weights(self, named_parameters: Iterable[tuple[str, Tensor]], version: int) -> None:
         self.engine.load_weights(named_parameters, version)
 
+    def counts(self) -> Counter[str]:
+        """What became of the worker processes, by the names of ``EnvPool.counts``."""
+        counts = self._counts.copy()
+        if self._pool is not None:
+            counts.update(self._pool.counts)
+        return counts
+
     def close(self) -> None:
         self._close_pool()
         self.engine.close()
@@ -184,6 +222,7 @@ class EnvSource(EpisodeSource):
     def _close_pool(self) -> None:
         if self._pool is not None:
             self._pool.close()
+            self._counts.update(self._pool.counts)
             self._pool = None
 
     def corpus(self, tasks: Sequence[Task]) -> list[str]:
@@ -240,7 +279,7 @@ class EnvSource(EpisodeSource):
                         if episode is not None:
                             del playing[slot]
                             self.pool.release(slot)
-                            engine.release(episode.id)
+                            self._release(engine, episode.id)
                             done = unfinished[episode.group_id]
                             done.append(episode)
                             if len(done) == sizes[episode.group_id]:
@@ -257,19 +296,19 @@ class EnvSource(EpisodeSource):
         finally:
             if playing:  # left early: answers that are still to come belong to nobody
                 for current in playing.values():
-                    engine.release(current.id)
+                    self._release(engine, current.id)
                 self._close_pool()
 
     def _listen(
         self, playing: _Playing, slot: int, plan: RolloutPlan, watch: Callable[[Step | None, Observation], None] | None
     ) -> Episode | None:
         """Takes the environment's answer and makes the next prompt, or ends the episode."""
-        if playing.completion is not None and not len(playing.completion.action_ids):
-            error = playing.completion.error or "the engine gave an action without a token"
-            return self._end(playing, StopReason.ENGINE_ERROR, error=error)
+        if playing.failure is not None:
+            return self._fail(playing)
         reply = self.pool.receive(slot) if playing.waits_for_env else self._refuse(playing)
         if reply.observation is None:
-            return self._end(playing, StopReason.ENV_ERROR, error=reply.error)
+            playing.failure = StopReason.ENV_ERROR, reply.error
+            return self._fail(playing)
         observation = reply.observation
         playing.success = reply.info.get("success", playing.success)
         if not reply.info.get("action_valid", True):
@@ -287,7 +326,11 @@ class EnvSource(EpisodeSource):
         if reply.terminated:
             return self._end(playing, StopReason.TERMINATED)
         playing.observations.append(observation)
-        playing.prompt_ids = self.context.prompt_ids(playing.observations, playing.steps)
+        with _costs([playing], StopReason.ABORTED):
+            playing.prompt_ids = self.context.prompt_ids(playing.observations, playing.steps)
+        if playing.failure is not None:
+            return self._fail(playing)
+        assert playing.prompt_ids is not None
         overflow = len(playing.prompt_ids) > self.max_prompt_tokens
         if reply.truncated or len(playing.steps) == self.max_steps:
             return self._end(playing, StopReason.STEP_LIMIT, None if overflow else playing.prompt_ids)
@@ -325,27 +368,61 @@ class EnvSource(EpisodeSource):
         playing.completion = None
 
     def _ask(self, engine: Engine, asked: list[tuple[int, _Playing]], plan: RolloutPlan, sampling: Sampling) -> None:
-        """Has the engine answer all prompts of a half."""
+        """Has the engine answer all prompts of a half; an episode that gets no answer fails."""
         waiting: dict[int, _Playing] = {}
-        for slot, playing in asked:
+        for _, playing in asked:
             assert playing.prompt_ids is not None
             seed = request_seed(plan, playing.group, playing.sample, len(playing.steps))
-            engine.submit(Request(slot, playing.id, playing.prompt_ids, sampling, seed, playing.observations[-1]))
-            waiting[slot] = playing
+            number = next(self._request_ids)  # never used again: a late answer must not be taken for another's
+            with _costs([playing], StopReason.ENGINE_ERROR):
+                engine.submit(Request(number, playing.id, playing.prompt_ids, sampling, seed, playing.observations[-1]))
+                waiting[number] = playing
         while waiting:
-            for completion in engine.poll():
-                waiting.pop(completion.request_id).completion = completion
+            completions: list[Completion] = []
+            with _costs(waiting.values(), StopReason.ENGINE_ERROR):
+                completions = engine.poll()
+                if not completions:
+                    raise RuntimeError("the engine gave no answer")
+            if not completions:
+                return
+            for completion in completions:
+                if completion.request_id not in waiting:
+                    continue  # its episode was given up before
+                playing = waiting.pop(completion.request_id)
+                playing.completion = completion
+                if completion.error or not len(completion.action_ids):
+                    error = completion.error or "the engine gave an action without a token"
+                    playing.failure = StopReason.ENGINE_ERROR, error
 
     def _act(self, playing: _Playing, slot: int) -> None:
         """Sends a command to the environment, if the answer holds one."""
-        assert playing.completion is not None
-        if not len(playing.completion.action_ids):
+        if playing.failure is not None:
             return
-        text = self.context.decode_action(playing.completion.action_ids)
-        playing.parsed = self.parser.parse(text, playing.observations[-1])
+        assert playing.completion is not None
+        with _costs([playing], StopReason.ABORTED):
+            text = self.context.decode_action(playing.completion.action_ids)
+            playing.parsed = self.parser.parse(text, playing.observations[-1])
+        if playing.failure is not None:
+            return
+        assert playing.parsed is not None
         playing.waits_for_env = playing.parsed.command is not None
         if playing.parsed.command is not None:
             self.pool.step(slot, playing.parsed.command)
+
+    def _fail(self, playing: _Playing) -> Episode:
+        assert playing.failure is not None
+        reason, error = playing.failure
+        return self._end(playing, reason, error=error)
+
+    @staticmethod
+    def _release(engine: Engine, session_id: str) -> None:
+        """The episode is over, so that nothing is lost where the engine cannot forget it."""
+        try:
+            engine.release(session_id)
+        except SteppoError:
+            raise
+        except Exception as error:
+            warnings.warn(f"the engine could not release an episode: {type(error).__name__}: {error}", stacklevel=2)
 
     def _end(
         self, playing: _Playing, reason: StopReason, final_prompt_ids: np.ndarray | None = None, error: str = ""

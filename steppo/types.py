@@ -49,7 +49,7 @@ class Observation:
 
 
 class StopReason(enum.StrEnum):
-    """Why an episode ended."""
+    """Why an episode ended. ``aborted``: it could not be rendered, or its action not read."""
 
     TERMINATED = "terminated"
     STEP_LIMIT = "step_limit"

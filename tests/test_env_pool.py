@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import multiprocessing as mp
+import os
+import signal
+import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
 from steppo.envs.pool import EnvPool, EnvReply
+from steppo.errors import ConfigError, RunError
 from steppo.types import Observation, Task
 from tests.toy_env import CorridorEnv, FaultyEnv
 
@@ -23,8 +28,8 @@ def make_pool() -> Iterator[Callable[..., EnvPool]]:
     pools: list[EnvPool] = []
     others = set(mp.active_children())
 
-    def make(env: CorridorEnv, num_slots: int, num_workers: int, timeout_s: float = 30.0) -> EnvPool:
-        pools.append(EnvPool(env, num_slots, num_workers, timeout_s))
+    def make(env: CorridorEnv, num_slots: int, num_workers: int, timeout_s: float = 30.0, **more: int) -> EnvPool:
+        pools.append(EnvPool(env, num_slots, num_workers, timeout_s, **more))
         return pools[-1]
 
     yield make
@@ -72,7 +77,7 @@ def test_slots_play_as_a_single_environment_would(make_pool: Callable[..., EnvPo
     assert {len(replies) for replies in expected} != {len(ACTIONS) + 1}, "some episode should end early"
     for _ in range(2):  # slots are used again
         assert play_slots(pool, TASKS[:5], ACTIONS) == expected
-    assert pool.replaced_workers == 0
+    assert pool.counts["replaced_workers"] == 0
 
 
 def test_more_workers_than_slots(make_pool: Callable[..., EnvPool]) -> None:
@@ -120,7 +125,8 @@ def test_a_fault_costs_one_episode(make_pool: Callable[..., EnvPool], fault: str
     assert replies[1][:2] == expected[1][:2]
     assert message in replies[1][2].error
     assert replies[1][2].observation is None
-    assert pool.replaced_workers == replaced
+    assert pool.counts["replaced_workers"] == replaced
+    assert pool.counts["env_timeouts"] == (fault == "hangs")
     # The slot is as good as new.
     pool.reset(1, TASKS[3])
     assert pool.receive(1) == play_here(TASKS[3], [])[0]
@@ -159,7 +165,7 @@ def test_an_episode_in_its_pause_survives_two_deaths(make_pool: Callable[..., En
     for number, action in enumerate(["take", "right", "left"], start=2):
         pool.step(2, action)
         assert pool.receive(2) == expected[number]
-    assert pool.replaced_workers == 2
+    assert pool.counts["replaced_workers"] == 2
 
 
 @pytest.mark.timeout(20)
@@ -203,6 +209,171 @@ class EchoEnv(CorridorEnv):
 
     def reset(self, task: Task) -> tuple[Observation, dict[str, Any]]:
         return Observation(task.data["text"]), {}
+
+
+class SlowEnv(FaultyEnv):
+    """A tenth of a second for each step."""
+
+    def step(self, action: str) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
+        time.sleep(0.1)
+        return super().step(action)
+
+
+def test_a_long_episode_that_is_played_again_has_the_time_of_its_steps(make_pool: Callable[..., EnvPool]) -> None:
+    """Its replay takes longer than one step may."""
+    env = SlowEnv(die_tasks=[TASKS[0].id], max_steps=20)
+    pool = make_pool(env, num_slots=2, num_workers=1, timeout_s=1.0)
+    pool.reset(1, TASKS[1])
+    pool.receive(1)
+    actions = ["left", "right"] * 7
+    for action in actions:
+        pool.step(1, action)
+        pool.receive(1)
+    pool.reset(0, TASKS[0])
+    for _ in range(2):
+        pool.receive(0)
+        pool.step(0, "right")
+    pool.step(1, "right")
+    assert "died (exit status 1)" in pool.receive(0).error
+    reply = pool.receive(1)
+    assert reply.error == ""
+    assert reply.observation is not None
+    assert reply.observation.text == "You are in room 2."
+    assert pool.counts == {"replaced_workers": 1, "env_timeouts": 0, "recycled_workers": 0}
+
+
+class SlowStartEnv(FaultyEnv):
+    """Takes its time to arrive in a worker."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "home": os.getpid()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        if state.pop("home") != os.getpid():
+            time.sleep(1.5)
+        self.__dict__.update(state)
+
+
+def test_the_start_of_a_worker_is_no_step(make_pool: Callable[..., EnvPool]) -> None:
+    pool = make_pool(SlowStartEnv(die_tasks=[TASKS[0].id]), num_slots=2, num_workers=1, timeout_s=1.0)
+    replies = play_slots(pool, TASKS[:2], ACTIONS)
+    assert "died" in replies[0][-1].error
+    assert replies[1] == play_here(TASKS[1], ACTIONS)
+    assert pool.counts["env_timeouts"] == 0
+
+
+class NoStartEnv(CorridorEnv):
+    """Does not arrive in any worker."""
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        sys.exit(7)
+
+
+@pytest.mark.timeout(60)
+def test_workers_that_do_not_start_end_the_run(make_pool: Callable[..., EnvPool]) -> None:
+    pool = make_pool(NoStartEnv(), num_slots=2, num_workers=1, timeout_s=1.0)
+    pool.reset(0, TASKS[0])
+    with pytest.raises(RunError, match=r"did not start, 3 times in a row: .*died \(exit status 7\)"):
+        pool.receive(0)
+
+
+class FrozenEnv(EchoEnv):
+    """Stops its whole process, threads and all, in the first step."""
+
+    def step(self, action: str) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
+        os.kill(os.getpid(), signal.SIGSTOP)
+        return super().step(action)
+
+
+@pytest.mark.timeout(60)
+def test_a_frozen_worker_does_not_hold_up_who_sends(make_pool: Callable[..., EnvPool]) -> None:
+    """More is sent to it than a pipe holds."""
+    pool = make_pool(FrozenEnv(), num_slots=3, num_workers=1, timeout_s=1.0)
+    text = "long " * 200_000
+    for slot in range(2):
+        pool.reset(slot, Task(str(slot), {"text": text}))
+        assert pool.receive(slot).observation == Observation(text)
+    pool.step(0, "freeze")
+    pool.reset(1, Task("1", {"text": text + "1"}))
+    pool.reset(2, Task("2", {"text": text + "2"}))
+    assert "no answer within 1 s" in pool.receive(0).error
+    assert pool.receive(1).observation == Observation(text + "1")
+    assert pool.receive(2).observation == Observation(text + "2")
+
+
+class Unreadable:
+    """Can be sent, but not received."""
+
+    def __reduce__(self) -> Any:
+        return int, ("not a number",)
+
+
+class OddEnv(CorridorEnv):
+    """Answers the first step with whatever the action names."""
+
+    def step(self, action: str) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
+        if action == "leave":
+            sys.exit(3)
+        observation, reward, *ends, info = super().step("take")
+        odd: Any = {
+            "text": ("You are in room 1.", reward, *ends, info),
+            "reward": (observation, float("nan"), *ends, info),
+            "info": (observation, reward, *ends, None),
+            "short": (observation, reward),
+            "unsendable": (observation, reward, *ends, {"why": lambda: None}),
+            "unreadable": (observation, reward, *ends, {"why": Unreadable()}),
+        }
+        return odd[action]
+
+
+ODD = {
+    "text": "gave str in place of an Observation",
+    "reward": "gave a reward of nan",
+    "info": "TypeError",
+    "short": "ValueError",
+    "unsendable": "pickle",
+    "unreadable": "unreadable answer: ValueError",
+    "leave": "SystemExit: 3",
+}
+
+
+def test_odd_answers_cost_their_own_episode(make_pool: Callable[..., EnvPool]) -> None:
+    pool = make_pool(OddEnv(), num_slots=len(ODD) + 1, num_workers=1)
+    for slot in range(len(ODD) + 1):
+        pool.reset(slot, TASKS[0])
+        pool.receive(slot)
+    for slot, (action, message) in enumerate(ODD.items()):
+        pool.step(slot, action)
+        assert message in pool.receive(slot).error
+    assert pool.counts["replaced_workers"] == 0
+    for slot in range(len(ODD) + 1):
+        pool.reset(slot, TASKS[1])
+        assert pool.receive(slot) == play_here(TASKS[1], [])[0]
+
+
+class LeakyEnv(CorridorEnv):
+    """Keeps 24 MiB in each step."""
+
+    kept: ClassVar[list[bytes]] = []
+
+    def step(self, action: str) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
+        self.kept.append(b"x" * (24 * 2**20))
+        return super().step(action)
+
+
+@pytest.mark.timeout(60)
+def test_a_worker_that_grows_is_replaced_and_nothing_is_lost(make_pool: Callable[..., EnvPool]) -> None:
+    """Also where the open episodes alone are too much: one may not replace workers for ever."""
+    pool = make_pool(LeakyEnv(), num_slots=4, num_workers=1, memory_mib=300)
+    assert play_slots(pool, TASKS[:4], ACTIONS) == [play_here(task, ACTIONS) for task in TASKS[:4]]
+    assert pool.counts["recycled_workers"] == pool.counts["replaced_workers"] > 0
+
+
+def test_a_limit_below_an_idle_worker_is_a_mistake(make_pool: Callable[..., EnvPool]) -> None:
+    pool = make_pool(CorridorEnv(), num_slots=1, num_workers=1, memory_mib=1)
+    pool.reset(0, TASKS[0])
+    with pytest.raises(ConfigError, match="worker_memory_mib = 1 is too small"):
+        pool.receive(0)
 
 
 @pytest.mark.timeout(20)

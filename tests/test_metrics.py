@@ -132,6 +132,7 @@ def test_statistics_of_hand_made_episodes() -> None:
         {
             "episodes": 4,
             "env_errors": 0,
+            "engine_errors": 0,
             "errors": 0,
             "success_rate": 1 / 4,
             "success_low": low,
@@ -156,13 +157,15 @@ def test_statistics_of_hand_made_episodes() -> None:
 
 def test_episodes_that_broke_count_as_errors_only() -> None:
     healthy, mixed = statistics_of(HEALTHY).compute(), statistics_of([*BROKEN[:2], *HEALTHY, *BROKEN[2:]]).compute()
-    about_stopping = {name for name in healthy if name.startswith("stop_")} | {"errors", "env_errors"}
+    counts = {"errors", "env_errors", "engine_errors"}
+    about_stopping = {name for name in healthy if name.startswith("stop_")} | counts
     assert {name: mixed[name] for name in mixed if name not in about_stopping} == {
         name: healthy[name] for name in healthy if name not in about_stopping
     }
     assert mixed["errors"] == 4
     assert mixed["env_errors"] == sum(episode.stop_reason == StopReason.ENV_ERROR for episode in BROKEN)
-    shares = {name: mixed[name] for name in about_stopping - {"errors", "env_errors"}}
+    assert mixed["engine_errors"] == sum(episode.stop_reason == StopReason.ENGINE_ERROR for episode in BROKEN)
+    shares = {name: mixed[name] for name in about_stopping - counts}
     assert shares == {
         "stop_terminated": 1 / 8,
         "stop_step_limit": 1 / 8,

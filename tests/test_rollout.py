@@ -488,6 +488,125 @@ def test_engine_errors_cost_their_own_episode_only(make_source: SourceMaker) -> 
     assert_same(episodes, healthy)
 
 
+class BrokenEngine(ScriptedEngine):
+    """Wanders, but raises in some polls (counted from 0), or from some poll on, and keeps what it was asked."""
+
+    def __init__(self, source: EnvSource, raises: Callable[[int], bool], error: BaseException) -> None:
+        super().__init__(wander, source.context.encode_action)
+        self.raises = raises
+        self.error = error
+        self.polls = 0
+        self.late: list[int] = []
+        self._lost: list[int] = []
+
+    def poll(self) -> list[Completion]:
+        self.polls += 1
+        if self.raises(self.polls - 1):
+            self._lost += [request.id for request in self._queue]
+            raise self.error
+        completions = super().poll()
+        self.late += [completion.request_id for completion in completions if completion.request_id in self._lost]
+        return completions
+
+
+def test_an_engine_that_raises_costs_the_episodes_that_waited(make_source: SourceMaker) -> None:
+    """What it answers later, to requests of episodes that are over, is no answer to a new one."""
+    source = make_source(wander)
+    groups = groups_of(3)
+    healthy = play(source, groups)
+    engine = BrokenEngine(source, lambda poll: poll in (3, 8), ConnectionError("the server went away"))
+    episodes = sorted(
+        (episode for group in source.collect(groups, PLAN, engine) for episode in group), key=lambda episode: episode.order
+    )
+    failed = [episode for episode in episodes if episode.stop_reason.failed]
+    assert len(engine.late) == len(failed) == 8, "half the slots, twice"
+    for episode in failed:
+        assert episode.stop_reason == StopReason.ENGINE_ERROR
+        assert episode.error == "ConnectionError: the server went away"
+        assert episode.final_prompt_ids is None
+    kept = {episode.order for episode in episodes if not episode.stop_reason.failed}
+    assert_same(*[[episode for episode in run if episode.order in kept] for run in (episodes, healthy)])
+    assert_same(play(source, groups), healthy)
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("fault", ["poll", "submit", "silence"])
+def test_an_engine_that_always_fails_comes_to_an_end(
+    fault: str, make_source: SourceMaker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = make_source(wander)
+
+    def broken(*args: Any) -> Any:
+        raise ValueError("no engine")
+
+    monkeypatch.setattr(source.engine, *{"silence": ("poll", lambda: [])}.get(fault, (fault, broken)))
+    episodes = play(source, groups_of(3))
+    assert len(episodes) == 3 * len(TASKS)
+    assert {episode.stop_reason for episode in episodes} == {StopReason.ENGINE_ERROR}
+    [error] = {episode.error for episode in episodes}
+    assert error == ("RuntimeError: the engine gave no answer" if fault == "silence" else "ValueError: no engine")
+
+
+@pytest.mark.parametrize("error", [ConfigError("a mistake"), KeyboardInterrupt(), SystemExit(1)])
+@pytest.mark.parametrize("where", ["poll", "submit", "release"])
+def test_mistakes_and_interrupts_end_the_run(
+    error: BaseException, where: str, make_source: SourceMaker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = make_source(wander, num_slots=1)
+
+    def stop(*args: Any) -> Any:
+        raise error
+
+    monkeypatch.setattr(source.engine, where, stop)
+    with pytest.raises(type(error)):
+        play_one(source)
+
+
+def test_a_session_that_cannot_be_released_costs_nothing(make_source: SourceMaker, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = make_source(wander)
+    expected = play(source, groups_of(1))
+
+    def broken(session_id: str) -> None:
+        raise ConnectionError("the server went away")
+
+    monkeypatch.setattr(source.engine, "release", broken)
+    with pytest.warns(UserWarning, match="could not release an episode: ConnectionError: the server went away"):
+        assert_same(play(source, groups_of(1)), expected)
+
+
+@pytest.mark.parametrize("part", ["parser", "context"])
+def test_what_cannot_be_read_or_rendered_costs_its_episode(
+    part: str, make_source: SourceMaker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = make_source(wander)
+    healthy = play(source, groups_of(1))
+    owner, name = {"parser": (source.parser, "parse"), "context": (source.context, "prompt_ids")}[part]
+    whole, calls = getattr(owner, name), []
+
+    def break_once(*args: Any) -> Any:
+        calls.append(args)
+        if len(calls) == 20:
+            raise UnicodeError("what is this?")
+        return whole(*args)
+
+    monkeypatch.setattr(owner, name, break_once)
+    episodes = play(source, groups_of(1))
+    [failed] = [episode for episode in episodes if episode.stop_reason.failed]
+    assert (failed.stop_reason, failed.error) == (StopReason.ABORTED, "UnicodeError: what is this?")
+    assert_same(*[[episode for episode in run if episode.id != failed.id] for run in (episodes, healthy)])
+
+
+def test_workers_are_counted_also_after_their_pool_is_closed(make_source: SourceMaker) -> None:
+    source = make_source(wander, env=FaultyEnv(die_tasks=[TASKS[1].id]))
+    play(source, groups_of(1))
+    expected = {"replaced_workers": 1, "env_timeouts": 0, "recycled_workers": 0}
+    assert source.counts() == expected
+    source.close()
+    assert source.counts() == expected
+    play(source, groups_of(1))
+    assert source.counts() == {**expected, "replaced_workers": 2}
+
+
 # --- mistakes in the config ---
 
 
@@ -500,6 +619,12 @@ def test_sizes_must_be_positive(settings: dict[str, int]) -> None:
     [(name, value)] = settings.items()
     with pytest.raises(ConfigError, match=f"{name} must be at least 1, not {value}"):
         EnvSource(CorridorEnv(), StateContext(), HFEngine(), **settings)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["env_timeout", "worker_memory_mib"])
+def test_limits_of_workers_must_be_positive(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"{name} must be"):
+        EnvSource(CorridorEnv(), StateContext(), HFEngine(), **{name: 0})  # type: ignore[arg-type]
 
 
 def test_some_step_limit_is_needed() -> None:

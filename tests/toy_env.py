@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import os
 import time
@@ -110,4 +111,45 @@ class FaultyEnv(CorridorEnv):
                 time.sleep(3600)
             if self._task.id in self.die_tasks:
                 os._exit(1)
+        return super().step(action)
+
+
+class UnreliableEnv(CorridorEnv):
+    """A corridor whose steps raise or hang as if by chance, but decided by the task and its actions alone.
+
+    So an episode that is played again does not break where it has passed before.
+
+    Args:
+        fail_rate: Share of steps that raise.
+        hang_rate: Share of steps that never answer.
+        length: Number of rooms.
+        num_tasks: Tasks in each split.
+        max_steps: Steps that a task allows; reaching them ends it unsolved.
+    """
+
+    def __init__(
+        self, fail_rate: float = 0.0, hang_rate: float = 0.0, length: int = 4, num_tasks: int = 8, max_steps: int = 8
+    ) -> None:
+        super().__init__(length, num_tasks, max_steps)
+        self.fail_rate = fail_rate
+        self.hang_rate = hang_rate
+        self._actions: list[str] = []
+
+    def fault(self, task_id: str, actions: list[str]) -> str:
+        """What happens in the last of these steps: ``fail``, ``hang`` or nothing."""
+        digest = hashlib.blake2b("|".join(["chance", task_id, *actions]).encode(), digest_size=8).digest()
+        drawn = int.from_bytes(digest, "little") / 2**64
+        return "fail" if drawn < self.fail_rate else "hang" if drawn < self.fail_rate + self.hang_rate else ""
+
+    def reset(self, task: Task) -> tuple[Observation, dict[str, Any]]:
+        self._actions = []
+        return super().reset(task)
+
+    def step(self, action: str) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
+        self._actions.append(action)
+        fault = self.fault(self._task.id, self._actions)
+        if fault == "fail":
+            raise RuntimeError("broken by chance")
+        if fault == "hang":
+            time.sleep(3600)
         return super().step(action)

@@ -6,6 +6,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from steppo.types import Completion, Request
 
 if TYPE_CHECKING:
@@ -14,8 +16,18 @@ if TYPE_CHECKING:
     from steppo.models.policy import Policy
 
 
+def failed(request: Request, error: Exception) -> Completion:
+    """The answer to a request that could not be served."""
+    nothing = np.zeros(0, dtype=np.int32)
+    return Completion(request.id, nothing, nothing.astype(np.float32), "stop", f"{type(error).__name__}: {error}")
+
+
 class Engine(ABC):
     """Samples actions. Requests are submitted at any time; ``poll`` gives those that are done.
+
+    A request that cannot be served is a ``Completion`` with an ``error`` (see ``failed``). An exception out of ``submit``
+    costs the request's episode; one out of ``poll``, or an empty answer, costs those of all requests under way, and what
+    comes later for them is ignored.
 
     Attributes:
         logprob_tolerance: Largest difference to the learner's log-probabilities that is no cause for worry.
@@ -35,7 +47,7 @@ class Engine(ABC):
         """Completions since the last call; waits for at least one while any request is under way."""
 
     def release(self, session_id: str) -> None:
-        """An episode is over: what is cached for it may go."""
+        """An episode is over: what is cached or still queued for it may go."""
 
     def load_weights(self, named_parameters: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Takes the learner's weights. Engines that share them have nothing to do."""

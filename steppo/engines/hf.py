@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from transformers import DynamicCache
 
-from steppo.engines.base import Engine
+from steppo.engines.base import Engine, failed
 from steppo.types import Completion, Request
 
 if TYPE_CHECKING:
@@ -38,7 +38,13 @@ class HFEngine(Engine):
 
     def poll(self) -> list[Completion]:
         batch, self._queue = self._queue[: self.max_batch_size], self._queue[self.max_batch_size :]
-        return self._generate(batch) if batch else []
+        try:
+            return self._generate(batch) if batch else []
+        except (torch.OutOfMemoryError, MemoryError) as error:
+            return [failed(request, error) for request in batch]
+
+    def release(self, session_id: str) -> None:
+        self._queue = [request for request in self._queue if request.session_id != session_id]
 
     @torch.no_grad()
     def _generate(self, requests: list[Request]) -> list[Completion]:

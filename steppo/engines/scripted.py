@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from steppo.engines.base import Engine
+from steppo.engines.base import Engine, failed
 from steppo.types import Completion, Request
 
 
@@ -35,8 +35,7 @@ class ScriptedEngine(Engine):
         try:
             ids = self._encode(self._choose(request))
         except Exception as error:
-            nothing = np.zeros(0, dtype=np.int32)
-            return Completion(request.id, nothing, nothing.astype(np.float32), "stop", f"{type(error).__name__}: {error}")
+            return failed(request, error)
         return Completion(request.id, ids, np.zeros(len(ids), dtype=np.float32), "stop")
 
 

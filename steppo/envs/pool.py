@@ -4,18 +4,29 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import math
 import multiprocessing as mp
+import pickle
 import queue
+import resource
 import signal
+import sys
 import threading
 import traceback
-from collections import deque
+from collections import Counter, deque
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection
 from typing import Any
 
 from steppo.envs.base import Env
+from steppo.errors import ConfigError, RunError
 from steppo.types import Observation, Task
+
+_START_S = 120.0  # a process imports and unpickles before it answers; that is no environment's fault
+_STARTS = 3
+
+COUNTS = ("replaced_workers", "env_timeouts", "recycled_workers")
 
 
 @dataclass(frozen=True)
@@ -30,53 +41,74 @@ class EnvReply:
     error: str = ""
 
 
-def _play(env: Env, task: Task | None, actions: list[str], want_expert: bool) -> EnvReply:
-    """Resets to ``task`` unless it is ``None``, then plays ``actions``; the last answer counts."""
+def _checked(observation: Any, reward: Any, terminated: Any, truncated: Any, info: Any) -> EnvReply:
+    """An environment's answer, or an error here and now: what passes must do no harm beyond its own episode."""
+    if not isinstance(observation, Observation):
+        raise TypeError(f"the environment gave {type(observation).__name__} in place of an Observation")
+    if not math.isfinite(reward):  # it would reach every advantage of the iteration
+        raise ValueError(f"the environment gave a reward of {reward}")
+    return EnvReply(observation, float(reward), bool(terminated), bool(truncated), dict(info))
+
+
+def _play(env: Env, task: Task | None, actions: list[str], want_expert: bool, going_on: Callable[[], None]) -> EnvReply:
+    """Resets to ``task`` unless it is ``None``, then plays ``actions``; the last answer counts, others call ``going_on``."""
     reply = EnvReply()
     if task is not None:
         observation, info = env.reset(task)
-        reply = EnvReply(observation, info=info)
+        reply = _checked(observation, 0.0, False, False, info)
     for action in actions:
+        if task is not None:
+            going_on()
         observation, reward, terminated, truncated, info = env.step(action)
-        reply = EnvReply(observation, float(reward), bool(terminated), bool(truncated), info)
+        reply = _checked(observation, reward, terminated, truncated, info)
     if want_expert and reply.observation is not None and not (reply.terminated or reply.truncated):
         reply = replace(reply, observation=replace(reply.observation, expert_action=env.expert_action()))
     return reply
 
 
-def _read(connection: Connection, messages: queue.SimpleQueue[Any]) -> None:
-    """Takes all that is sent at once, so that the sender never waits for a worker that waits to be listened to."""
-    message: Any = ()
-    while message is not None:
-        try:
-            message = connection.recv()
-        except (EOFError, OSError):
-            message = None
-        messages.put(message)
+def _resident_mib() -> float:
+    """Memory that this process holds."""
+    try:
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * resource.getpagesize() / 2**20
+    except FileNotFoundError:
+        # Not on Linux. There the peak would not do: a new process inherits that of the process that started it.
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
 
 
-def _worker(connection: Connection, prototype: Env) -> None:
-    """Serves slots until the pipe closes. An environment that raises is closed and made anew at its next reset."""
+def _worker(connection: Connection, prototype: Env, memory_mib: int | None, spared_turns: int) -> None:
+    """Says how large it is, then serves slots until it is told to stop, nobody listens, or it has outgrown its memory.
+
+    An environment that raises is closed and made anew at its next reset. Answers come in the order of the requests; each
+    says whether it is the last, but none of the first ``spared_turns`` resets and steps is. ``None`` is a sign of life
+    within an episode that is played again.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     envs: dict[int, Env] = {}
-    messages: queue.SimpleQueue[Any] = queue.SimpleQueue()
-    threading.Thread(target=_read, args=(connection, messages), daemon=True).start()
-    while (message := messages.get()) is not None:
-        slot, task, actions, want_expert = message
-        try:
-            if slot not in envs:
-                if task is None:
-                    raise RuntimeError("the episode was lost with an earlier worker process")
-                envs[slot] = copy.deepcopy(prototype)
-            reply = _play(envs[slot], task, actions, want_expert)
-        except Exception as error:  # a broken environment is data, not the end of the run
-            where = traceback.extract_tb(error.__traceback__)[-1]
-            reply = EnvReply(error=f"{type(error).__name__}: {error} ({where.filename}:{where.lineno})")
-            with contextlib.suppress(Exception):
-                envs.pop(slot).close()
-        connection.send((slot, reply))
+    outgrown = False
+    with contextlib.suppress(EOFError, OSError):
+        connection.send(_resident_mib())
+        while not outgrown and (message := connection.recv()) is not None:
+            slot, task, actions, want_expert = message
+            try:
+                if slot not in envs:
+                    if task is None:
+                        raise RuntimeError("the episode was lost with an earlier worker process")
+                    envs[slot] = copy.deepcopy(prototype)
+                reply = pickle.dumps(_play(envs[slot], task, actions, want_expert, lambda: connection.send(None)))
+            except (Exception, SystemExit) as error:  # a broken environment is data, not the end of the run
+                where = traceback.extract_tb(error.__traceback__)[-1]
+                text = f"{type(error).__name__}: {error} ({where.filename}:{where.lineno})"
+                reply = pickle.dumps(EnvReply(error=text))
+                with contextlib.suppress(Exception):
+                    envs.pop(slot).close()
+            spared_turns -= len(actions) + (task is not None)
+            outgrown = memory_mib is not None and spared_turns <= 0 and _resident_mib() > memory_mib
+            connection.send((reply, outgrown))
     for env in envs.values():
-        env.close()
+        with contextlib.suppress(Exception):
+            env.close()
 
 
 @dataclass
@@ -88,20 +120,49 @@ class _Slot:
     want_expert: bool = False
 
 
-class _Process:
-    """One worker process. ``waiting``: what it was asked, in order: slots, and whether anyone wants to hear the answer."""
+def _write(connection: Connection, outbox: queue.SimpleQueue[bytes | None]) -> None:
+    """Sends from a thread of its own: a pipe that is full because its worker hangs must not hold up the pool."""
+    with contextlib.suppress(OSError):
+        while (message := outbox.get()) is not None:
+            connection.send_bytes(message)
 
-    def __init__(self, prototype: Env) -> None:
+
+class _Process:
+    """One worker process.
+
+    Attributes:
+        waiting: What it has not answered yet, in order: slots, and whether anyone wants to hear the answer.
+        ready: It has started.
+        failed_starts: How often in a row its predecessors did not.
+    """
+
+    def __init__(self, prototype: Env, memory_mib: int | None, spared_turns: int = 0, failed_starts: int = 0) -> None:
         context = mp.get_context("spawn")  # a fork would copy torch's threads and locks
         self.connection, child = context.Pipe()
-        self.process = context.Process(target=_worker, args=(child, prototype), daemon=True)
-        self.process.start()
+        self.process = context.Process(target=_worker, args=(child, prototype, memory_mib, spared_turns), daemon=True)
+        try:
+            self.process.start()
+        except OSError as error:
+            raise RunError(f"cannot start a worker process of the environment: {error}") from error
         child.close()
         self.waiting: deque[tuple[int, bool]] = deque()
+        self.ready = False
+        self.failed_starts = failed_starts
+        self._outbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        self._writer = threading.Thread(target=_write, args=(self.connection, self._outbox), daemon=True)
+        self._writer.start()
 
-    def kill(self) -> None:
+    def send(self, message: tuple[int, Task | None, list[str], bool] | None) -> None:
+        """Never waits. A dead process is found when an answer is waited for; ``None`` asks it to stop."""
+        self._outbox.put(pickle.dumps(message))
+
+    def end(self, patience_s: float = 0.0) -> None:
+        """Kills it, unless it ends by itself in time."""
+        self.process.join(patience_s)
         self.process.kill()
         self.process.join()
+        self._outbox.put(None)
+        self._writer.join()  # a write that was under way has failed: nobody is left to read
         self.connection.close()
 
 
@@ -110,21 +171,29 @@ class EnvPool:
 
     ``reset`` and ``step`` only send; ``receive`` waits for one slot's answer. A worker that dies, or that gives no answer
     within ``timeout_s``, is replaced: the slot it was serving fails, its other episodes are played again from their actions.
+    A worker that holds more than ``memory_mib`` after an answer is replaced, too, and no slot fails.
 
     Args:
         env: Prototype, copied to the workers.
         num_slots: Episodes played at the same time.
         num_workers: Processes.
-        timeout_s: Longest time for one reset or step, in seconds.
+        timeout_s: Longest time for one reset or step, in seconds, also for each one of an episode that is played again. The
+            start of a process is not part of it.
+        memory_mib: Most memory of a worker, in MiB.
+
+    Attributes:
+        counts: By the names of ``COUNTS``: workers replaced, those of them that gave no answer, and those that held too much
+            memory.
     """
 
-    def __init__(self, env: Env, num_slots: int, num_workers: int, timeout_s: float) -> None:
+    def __init__(self, env: Env, num_slots: int, num_workers: int, timeout_s: float, memory_mib: int | None = None) -> None:
         self._env = env
         self._timeout_s = timeout_s
+        self._memory_mib = memory_mib
         self._slots = [_Slot() for _ in range(num_slots)]
-        self._processes = [_Process(env) for _ in range(min(num_workers, num_slots))]
+        self._processes = [_Process(env, memory_mib) for _ in range(min(num_workers, num_slots))]
         self._replies: dict[int, EnvReply] = {}
-        self.replaced_workers = 0
+        self.counts = Counter(dict.fromkeys(COUNTS, 0))
 
     def reset(self, slot: int, task: Task, want_expert: bool = False) -> None:
         """Starts an episode in a slot."""
@@ -137,21 +206,15 @@ class EnvPool:
         self._send(slot, None, [action])
 
     def receive(self, slot: int) -> EnvReply:
-        """Waits for the answer to the slot's last ``reset`` or ``step``."""
+        """Waits for the answer to the slot's last ``reset`` or ``step``.
+
+        Raises:
+            RunError: A worker did not start, several times in a row.
+            ConfigError: A fresh worker holds more than ``memory_mib``.
+        """
         worker = self._worker_of(slot)
         while slot not in self._replies:
-            process = self._processes[worker]
-            try:
-                if not process.connection.poll(self._timeout_s):
-                    self._replace(worker, f"no answer within {self._timeout_s:g} s")
-                    continue
-                answered, reply = process.connection.recv()
-            except (EOFError, OSError):
-                self._replace(worker, "the environment's process died")
-                continue
-            _, wanted = process.waiting.popleft()
-            if wanted:
-                self._replies[answered] = reply
+            self._listen(worker)
         reply = self._replies.pop(slot)
         if reply.error:
             self._slots[slot] = _Slot()
@@ -164,36 +227,74 @@ class EnvPool:
     def close(self) -> None:
         """Ends the workers."""
         for process in self._processes:
-            with contextlib.suppress(OSError):
-                process.connection.send(None)
+            process.send(None)
         for process in self._processes:
-            process.process.join(timeout=2)
-            process.kill()
+            process.end(patience_s=2.0)
         self._processes = []
 
     def _worker_of(self, slot: int) -> int:
         return slot % len(self._processes)
 
     def _send(self, slot: int, task: Task | None, actions: list[str], wanted: bool = True) -> None:
-        worker = self._worker_of(slot)
-        process = self._processes[worker]
+        process = self._processes[self._worker_of(slot)]
         process.waiting.append((slot, wanted))
-        # A dead process is found, and its slots are played again, when an answer is waited for.
-        with contextlib.suppress(OSError):
-            process.connection.send((slot, task, actions, self._slots[slot].want_expert))
+        process.send((slot, task, actions, self._slots[slot].want_expert))
 
-    def _replace(self, worker: int, reason: str) -> None:
-        """Kills a worker, fails the slot it was serving and plays the others again in a new process."""
+    def _listen(self, worker: int) -> None:
+        """Takes a worker's next message; a worker that gives none in time, or is dead, is replaced."""
+        process = self._processes[worker]
+        allowed_s = self._timeout_s if process.ready else _START_S
+        try:
+            if not process.connection.poll(allowed_s):
+                process.end()
+                self.counts["env_timeouts"] += process.ready
+                self._replace(worker, f"no answer within {allowed_s:g} s")
+                return
+            message = process.connection.recv()
+        except (EOFError, OSError):
+            process.end(patience_s=1.0)
+            self._replace(worker, f"the environment's process died (exit status {process.process.exitcode})")
+            return
+        if not process.ready:
+            if self._memory_mib is not None and message > self._memory_mib:
+                raise ConfigError(f"worker_memory_mib = {self._memory_mib} is too small: an idle worker holds {message:.0f}")
+            process.ready, process.failed_starts = True, 0
+            return
+        if message is None:
+            return
+        answer, outgrown = message
+        slot, wanted = process.waiting.popleft()
+        if wanted:
+            try:
+                self._replies[slot] = pickle.loads(answer)
+            except Exception as error:  # what an info holds may be known to the worker only
+                self._replies[slot] = EnvReply(error=f"unreadable answer: {type(error).__name__}: {error}")
+        if outgrown:
+            process.end(patience_s=2.0)  # it closes its environments
+            self.counts["recycled_workers"] += 1
+            self._replace(worker)
+
+    def _replace(self, worker: int, error: str = "") -> None:
+        """Starts a worker in place of one that ended and plays its episodes again; an ``error`` fails the one it served."""
         old = self._processes[worker]
-        old.kill()
-        self.replaced_workers += 1
-        self._processes[worker] = _Process(self._env)
+        failed_starts = old.failed_starts + (not old.ready)
+        if failed_starts == _STARTS:
+            raise RunError(f"a worker process of the environment did not start, {_STARTS} times in a row: {error}")
+        self.counts["replaced_workers"] += 1
         wanted = {slot for slot, wanted in old.waiting if wanted}
-        if old.waiting:
+        if error and old.ready:
             self._slots[old.waiting[0][0]] = _Slot()
         for slot in wanted:
             if self._slots[slot].task is None:
-                self._replies[slot] = EnvReply(error=reason)
-        for slot, state in enumerate(self._slots):
-            if self._worker_of(slot) == worker and state.task is not None:
-                self._send(slot, state.task, list(state.actions), slot in wanted)
+                self._replies[slot] = EnvReply(error=error or "the episode was released")
+        again = {
+            slot: state
+            for slot, state in enumerate(self._slots)
+            if self._worker_of(slot) == worker and state.task is not None
+        }
+        # What is played again may itself be too much. As many new turns must follow, or nothing would ever get done.
+        spared = 2 * sum(1 + len(state.actions) for state in again.values())
+        self._processes[worker] = _Process(self._env, self._memory_mib, spared, failed_starts)
+        for slot, state in again.items():
+            assert state.task is not None
+            self._send(slot, state.task, list(state.actions), slot in wanted)
