@@ -12,7 +12,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
 
-from tests.cli_helpers import TOY, evaluations
+from tests.cli_helpers import TOY, evaluations, weights
 
 ROOT = Path(__file__).parent.parent
 WITH_GRADIENTS = ["--trainer.callbacks+=tests.test_ddp.SaveFirstGradient"]
@@ -65,7 +65,7 @@ def test_two_ranks_give_the_gradient_of_one(one_and_two: tuple[Path, Path]) -> N
 
 
 def test_two_ranks_end_with_the_weights_of_one(one_and_two: tuple[Path, Path]) -> None:
-    one, two = (torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"] for folder in one_and_two)
+    one, two = (weights(folder) for folder in one_and_two)
     assert max(float((two[name] - weight).abs().max()) for name, weight in one.items()) < 1e-9
 
 

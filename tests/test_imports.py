@@ -20,12 +20,12 @@ LAYERS: list[set[str]] = [
     {"engines"},
     {"rollout", "buffer", "samplers"},
     {"credit"},
-    {"module", "datamodule", "metrics", "progress"},
+    {"module", "datamodule", "metrics", "progress", "checkpoints"},
     {"callbacks"},
     {"cli"},
 ]
 APART = LAYERS[1]  # these do not import each other either
-USE_LIGHTNING = {"module", "datamodule", "callbacks", "cli"}
+USE_LIGHTNING = {"module", "datamodule", "checkpoints", "callbacks", "cli"}
 
 
 def imports_of(source: str, package: str) -> set[str]:
