@@ -44,13 +44,14 @@ class KillAt(Callback):
             self._count("rollout" if request.session_id.startswith("train/") else "evaluation")
             submit(request)
 
-        def save_and_count(checkpoint: Any, file: Any) -> None:
+        def save_and_count(held: Any, file: Any) -> None:
             whole = io.BytesIO()
-            save(checkpoint, whole)
+            save(held, whole)
             half = len(whole.getvalue()) // 2
             file.write(whole.getvalue()[:half])
             file.flush()
-            self._count("checkpoint")
+            if "steppo" in held:  # not the cache of the warm start
+                self._count("checkpoint")
             file.write(whole.getvalue()[half:])
 
         def replace_and_count(source: Any, target: Any) -> None:

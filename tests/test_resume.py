@@ -152,6 +152,34 @@ def test_sigterm_ends_a_run_that_goes_on(tmp_path: Path, whole: Path) -> None:
     assert_same_run(tmp_path, whole)
 
 
+def test_a_requeued_slurm_job_goes_on(tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lightning saves when SLURM's signal comes, has the job requeued (which ends it), and finds the file by itself."""
+    (tmp_path / "bin").mkdir()
+    scontrol = tmp_path / "bin" / "scontrol"
+    scontrol.write_text(f"#!/bin/sh\necho $* >> {tmp_path}/asked\nkill -9 $PPID\n")
+    scontrol.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{scontrol.parent}:{os.environ['PATH']}")
+    slurm = {
+        "JOB_ID": "7",
+        "JOB_NAME": "toy",
+        "NTASKS": "1",
+        "PROCID": "0",
+        "LOCALID": "0",
+        "NODEID": "0",
+        "NODELIST": "here",
+    }
+    for name, value in slurm.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    requeue = ["--trainer.callbacks.event=90", "--trainer.callbacks.signal_name=SIGUSR1"]
+    root = f"--trainer.default_root_dir={tmp_path}/job"
+    assert stopped_run(tmp_path, root, *requeue).returncode == -9
+    assert (tmp_path / "asked").read_text() == "requeue 7\n"
+    again = stopped_run(tmp_path, root)
+    assert again.returncode == 0, again.stderr[-2000:]
+    assert f"{tmp_path}/job/hpc_ckpt_1.ckpt" in again.stderr
+    assert_same_run(tmp_path, whole)
+
+
 @pytest.mark.parametrize("name", ["in-train", "in-update", "after-update", "in-validate", "checkpoints/best"])
 def test_a_checkpoint_from_anywhere_goes_on(name: str, tmp_path: Path, whole: Path) -> None:
     held = torch.load(whole / f"{name}.ckpt", weights_only=True)
@@ -256,7 +284,7 @@ def test_a_full_disk_is_one_clear_line_and_costs_no_checkpoint(
     save = torch.save
 
     def save_until_full(held: dict[str, Any], file: Any) -> None:
-        if held["steppo"]["counters"]["iterations"] == 2:
+        if "steppo" in held and held["steppo"]["counters"]["iterations"] == 2:
             file.write(b"some of it")
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         save(held, file)
