@@ -173,7 +173,7 @@ def main() -> None:
             "events": events,
             "cases": [],
         }
-        print(f"events: {events}")
+        print(f"events: {events}", flush=True)
         for number in range(args.kills):
             phase, then = PHASES[number % len(PHASES)], rng.choice(PHASES)
             # the second kill counts from the resumed run's start: early enough for there to be one
