@@ -44,14 +44,15 @@ class KillAt(Callback):
             self._count("rollout" if request.session_id.startswith("train/") else "evaluation")
             submit(request)
 
-        def save_and_count(held: Any, file: Any) -> None:
-            whole = io.BytesIO()
+        def save_and_count(held: Any, *args: Any, **kwargs: Any) -> None:
+            if not isinstance(held, dict) or "steppo" not in held:  # not a checkpoint
+                return save(held, *args, **kwargs)
+            whole, (file,) = io.BytesIO(), args
             save(held, whole)
             half = len(whole.getvalue()) // 2
             file.write(whole.getvalue()[:half])
             file.flush()
-            if "steppo" in held:  # not the cache of the warm start
-                self._count("checkpoint")
+            self._count("checkpoint")
             file.write(whole.getvalue()[half:])
 
         def replace_and_count(source: Any, target: Any) -> None:
