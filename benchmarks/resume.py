@@ -48,14 +48,22 @@ def run(folder: Path, cache: Path, log: Path, *args: str) -> tuple[int, int]:
             [sys.executable, *COMMAND, *where], cwd=ROOT, env=environment, stdout=file, stderr=file, start_new_session=True
         )
         status = process.wait()
-    time.sleep(2)
-    left = 0
-    for other in psutil.pids():
+    for _ in range(30):  # seconds: they notice that nobody talks to them any more
+        if not (left := session(process.pid)):
+            break
+        time.sleep(1)
+    return status, left
+
+
+def session(leader: int) -> int:
+    """Living processes of a session."""
+    count = 0
+    for pid in psutil.pids():
         try:
-            left += os.getsid(other) == process.pid and psutil.Process(other).status() != psutil.STATUS_ZOMBIE
+            count += os.getsid(pid) == leader and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
         except (ProcessLookupError, psutil.NoSuchProcess):
             continue
-    return status, left
+    return count
 
 
 def kill_at(phase: str, event: int, counts: Path | None = None) -> list[str]:

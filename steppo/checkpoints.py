@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -40,8 +41,9 @@ def read(path: Path, mmap: bool = False) -> dict[str, Any]:
         reason = "" if isinstance(checkpoint, dict) and "steppo" in checkpoint else "it was not written by steppo"
     except OSError as error:
         reason = error.strerror or str(error)
-    except Exception:  # there is no end to what a foreign or damaged file makes the loader raise
-        reason = "it is damaged or no checkpoint; only tensors, numbers and text are read"
+    except Exception as error:  # there is no end to what a foreign or damaged file makes the loader raise
+        said = "" if isinstance(error, UnpicklingError) else f" ({' '.join(str(error).split())[:60]})"
+        reason = f"it is damaged or no checkpoint; only tensors, numbers and text are read{said}"
     if reason:
         raise ConfigError(f"cannot use the checkpoint {path}: {reason}{_another(path)}")
     return checkpoint

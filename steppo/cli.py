@@ -203,7 +203,7 @@ def _find_checkpoint(config: Namespace) -> Path:
     folders = _run_folders(config)
     found = [path for folder in folders for path in reversed(iteration_checkpoints(folder / "checkpoints"))]
     if not found:
-        raise ConfigError("there is no checkpoint to continue from in any run folder of trainer.logger")
+        raise ConfigError("there is no checkpoint to continue from: none in the run folders of trainer.logger")
     return found[0]
 
 
