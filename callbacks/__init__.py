@@ -1,9 +1,17 @@
-"""Lightning callbacks: rollouts, evaluation, warm start, quantisation, progress."""
+"""Lightning callbacks: rollouts, evaluation, warm start, checkpoints, quantisation, progress."""
 
+from callbacks.checkpoint import IterationCheckpoint
 from callbacks.evaluation import EvaluationCallback
 from callbacks.progress import StepProgressBar
 from callbacks.quantization import QuantizationCallback
 from callbacks.rollout import RolloutCallback
 from callbacks.warm_start import WarmStartCallback
 
-__all__ = ["EvaluationCallback", "QuantizationCallback", "RolloutCallback", "StepProgressBar", "WarmStartCallback"]
+__all__ = [
+    "EvaluationCallback",
+    "IterationCheckpoint",
+    "QuantizationCallback",
+    "RolloutCallback",
+    "StepProgressBar",
+    "WarmStartCallback",
+]

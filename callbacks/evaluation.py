@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +15,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from steppo.datamodule import run_seed
 from steppo.distributed import gather, rank_and_world
-from steppo.errors import ConfigError
+from steppo.errors import ConfigError, RunError
 from steppo.metrics import EpisodeStatistics
 from steppo.module import AgentModule
 from steppo.progress import phase
@@ -50,7 +51,9 @@ class EvaluationCallback(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert isinstance(pl_module, AgentModule)
-        if self.before_training and pl_module.counters.iterations == 0:
+        if trainer.ckpt_path is not None:
+            self._write(trainer, self.history)  # what came after the checkpoint is played again
+        elif self.before_training:
             metrics = self._evaluate(trainer, pl_module, "validate")
             for logger in trainer.loggers:  # Lightning's own logging starts with the first iteration
                 logger.log_metrics({f"val/{name}": value for name, value in metrics.items()}, step=0)
@@ -119,10 +122,24 @@ class EvaluationCallback(pl.Callback):
             "seconds": max(gather(time.perf_counter() - start)),
         }
         self.history.append(record)
-        folder = Path(trainer.log_dir or trainer.default_root_dir)  # asks all ranks
-        if trainer.is_global_zero:
-            folder.mkdir(parents=True, exist_ok=True)
-            with open(folder / "evaluation.jsonl", "a") as file:
-                file.write(json.dumps(record) + "\n")
+        self._write(trainer, [record], append=True)
         names = ("success_rate", "success_low", "success_high", "return_mean", "steps_mean", "invalid_action_rate", "errors")
         return {name: figures[name] for name in names}
+
+    @staticmethod
+    def _write(trainer: pl.Trainer, records: list[dict[str, Any]], append: bool = False) -> None:
+        path = Path(trainer.log_dir or trainer.default_root_dir) / "evaluation.jsonl"  # asks all ranks
+        if not trainer.is_global_zero:
+            return
+        lines = "".join(json.dumps(record) + "\n" for record in records)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if append:
+                with open(path, "a") as file:
+                    file.write(lines)
+            else:
+                part = path.with_name(f".{path.name}.part")
+                part.write_text(lines)
+                os.replace(part, path)
+        except OSError as error:
+            raise RunError(f"cannot write {path}: {error.strerror}") from error

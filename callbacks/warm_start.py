@@ -64,7 +64,7 @@ class WarmStartCallback(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert isinstance(pl_module, AgentModule)
-        if self.updates == 0 or pl_module.counters.iterations > 0:
+        if self.updates == 0 or trainer.ckpt_path is not None:
             return
         with pl_module.timed("warm_start"):
             segments = self._demonstrations(trainer, pl_module)

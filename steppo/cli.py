@@ -7,25 +7,40 @@ import difflib
 import importlib
 import inspect
 import logging
+import os
 import re
+import signal
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn, TextIO, TypeVar
 
 import torch
 import yaml
-from jsonargparse import ArgumentError
+from jsonargparse import ArgumentError, Namespace
 from jsonargparse.typing import PositiveInt
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
+from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf.errors import OmegaConfBaseException
 
-from callbacks import EvaluationCallback, QuantizationCallback, RolloutCallback, StepProgressBar, WarmStartCallback
+from callbacks import (
+    EvaluationCallback,
+    IterationCheckpoint,
+    QuantizationCallback,
+    RolloutCallback,
+    StepProgressBar,
+    WarmStartCallback,
+)
+from steppo.checkpoints import CheckpointIO, iteration_checkpoints, read
 from steppo.datamodule import StepDataModule
 from steppo.errors import ConfigError, SteppoError
 from steppo.module import AgentModule
@@ -35,7 +50,13 @@ _CLI = TypeVar("_CLI", bound="StepCLI")
 
 
 class StepCLI(LightningCLI):
-    """Adds sections with names of their own for steppo's callbacks: overlays reach them by name."""
+    """Adds sections with names of their own for steppo's callbacks: overlays reach them by name.
+
+    ``--ckpt_path last`` is the newest checkpoint of the logger's newest run folder. Where ``fit`` is given that one, by
+    ``last`` or by its path, it continues in the same folder; any other checkpoint starts a new one.
+    """
+
+    _checkpoint: Path | None = None
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument(
@@ -44,21 +65,44 @@ class StepCLI(LightningCLI):
             default=None,
             help="CPU threads of torch; part of what makes a run repeatable.",
         )
-        parser.add_lightning_class_args(RolloutCallback, "rollout")
+        # In the order in which Lightning calls them: see IterationCheckpoint.
         parser.add_lightning_class_args(WarmStartCallback, "warm_start")
         parser.add_lightning_class_args(EvaluationCallback, "evaluation")
+        parser.add_lightning_class_args(IterationCheckpoint, "checkpoint")
+        parser.add_lightning_class_args(RolloutCallback, "rollout")
         parser.add_lightning_class_args(QuantizationCallback, "quantization")
         parser.add_lightning_class_args(StepProgressBar, "progress")
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        """``fit``, ``validate`` and ``test``: nothing predicts."""
-        return {name: skip for name, skip in LightningCLI.subcommands().items() if name != "predict"}
+        """``fit``, ``validate`` and ``test``: nothing predicts. Checkpoints are always read as weights only."""
+        return {name: skip | {"weights_only"} for name, skip in LightningCLI.subcommands().items() if name != "predict"}
+
+    def _parse_ckpt_path(self) -> None:
+        """Lightning would take hyper-parameters from the checkpoint here; steppo's hold none."""
+
+    @property
+    def _options(self) -> Namespace:
+        return self.config[self.subcommand] if self.subcommand else self.config
+
+    def before_instantiate_classes(self) -> None:
+        config = self._options
+        if config.num_threads is not None:
+            torch.set_num_threads(config.num_threads)
+        if config.trainer.enable_progress_bar is False:
+            config.trainer.enable_progress_bar, config.progress.enabled = None, False
+        if "verbose" in config:
+            config.verbose = False  # the progress bar prints the table
+        if config.ckpt_path is not None:
+            self._checkpoint = _find_checkpoint(config)
+            if self._checkpoint.is_file():
+                read(self._checkpoint, mmap=True)  # before games are made and models are built
 
     def instantiate_classes(self) -> None:
         """As Lightning's; what a component refuses is said in its own words, not the parser's."""
         try:
-            super().instantiate_classes()
+            with self._in_its_run_folder():
+                super().instantiate_classes()
         except (ValueError, TypeError) as error:
             cause: BaseException | None = error
             while cause is not None and not isinstance(cause, SteppoError):
@@ -66,18 +110,38 @@ class StepCLI(LightningCLI):
             raise cause or ArgumentError(None, str(error)) from None
         if self.trainer and isinstance(self.trainer.strategy.launcher, _MultiProcessingLauncher):
             raise ConfigError("trainer.strategy must start processes by their command line: use ddp, not spawn or fork")
+        if self._checkpoint is not None:
+            self.config_init[self.subcommand].ckpt_path = str(self._checkpoint)
+            self.datamodule.from_checkpoint = True
 
-    def before_instantiate_classes(self) -> None:
-        config = self.config[self.subcommand] if self.subcommand else self.config
-        if config.num_threads is not None:
-            torch.set_num_threads(config.num_threads)
-        if config.trainer.enable_progress_bar is False:
-            config.trainer.enable_progress_bar, config.progress.enabled = None, False
-        if "verbose" in config:
-            config.verbose = False  # the progress bar prints the table
-        path = config.get("ckpt_path")
-        if path and path not in ("best", "last", "hpc") and not Path(path).exists():
-            raise ConfigError(f"there is no checkpoint {path}")
+    @contextmanager
+    def _in_its_run_folder(self) -> Iterator[None]:
+        """Has the logger continue the checkpoint's run folder, if the run goes on there. The config stays as it was."""
+        config, path = self._options, self._checkpoint
+        arguments = _logger_arguments(config)
+        if path is None or arguments is None or self.subcommand != "fit" or not _goes_on(path, config):
+            if path is not None:
+                _say(f"Checkpoint: {path}")
+            yield
+            return
+        folder = path.resolve().parent.parent
+        _say(f"Continuing {folder} from {path.name}")
+        version = arguments.version
+        try:
+            arguments.version = folder.name if version is None else version
+            yield
+        finally:
+            arguments.version = version
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """As Lightning's, but without its default ModelCheckpoint and with checkpoints that are written whole."""
+        config = self.config_init[self.subcommand].trainer
+        if not any(isinstance(callback, Checkpoint) for callback in config.callbacks or []):
+            kwargs["enable_checkpointing"] = False
+        trainer = super().instantiate_trainer(**kwargs)
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+            trainer.strategy.checkpoint_io = CheckpointIO()
+        return trainer
 
 
 class PartsCLI(StepCLI):
@@ -154,6 +218,7 @@ def mistakes_in_one_line() -> Iterator[None]:
     warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
     warnings.filterwarnings("ignore", message="LightningCLI's args parameter.*")
     warnings.filterwarnings("ignore", message=".*IterableDataset. has .__len__. defined.*")
+    warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
     warnings.filterwarnings("ignore", message="Already found a `peft_config`.*")  # the critic's adapter beside the policy's
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor.*")  # nothing is done in place
     warnings.filterwarnings("ignore", message="`gradient_checkpointing_enable` is deprecated.*")
@@ -163,6 +228,9 @@ def mistakes_in_one_line() -> Iterator[None]:
     )
     try:
         yield
+    except SIGTERMException:
+        _say("stopped by SIGTERM; a fit continues with --ckpt_path last", sys.stderr)
+        raise SystemExit(128 + signal.SIGTERM) from None
     except (
         SteppoError,
         ArgumentError,
@@ -224,3 +292,49 @@ def _suggestion(reason: str) -> str:
     owner: Any = getattr(importlib.import_module(module), name)
     near = difflib.get_close_matches(option, inspect.signature(owner).parameters, n=1)
     return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def _find_checkpoint(config: Namespace) -> Path:
+    """The file that ``ckpt_path`` means."""
+    if config.ckpt_path != "last":
+        path = Path(config.ckpt_path)
+        if not path.exists():
+            raise ConfigError(f"there is no checkpoint {path}")
+        return path
+    folders = _run_folders(config)
+    found = [path for folder in folders for path in reversed(iteration_checkpoints(folder / "checkpoints"))]
+    if not found:
+        raise ConfigError("there is no checkpoint to continue from: none in the run folders of trainer.logger")
+    return found[0]
+
+
+def _goes_on(path: Path, config: Namespace) -> bool:
+    """Whether a checkpoint is the newest of a run folder of the configured logger, and the logger can add to that."""
+    folder = path.resolve().parent.parent
+    newest = iteration_checkpoints(folder / "checkpoints")[-1:]
+    return newest == [path.resolve()] and folder in [other.resolve() for other in _run_folders(config)]
+
+
+def _run_folders(config: Namespace) -> list[Path]:
+    """Folders of the configured logger's runs, the newest first."""
+    arguments = _logger_arguments(config)
+    if arguments is None:
+        return []
+    root = Path(os.path.expandvars(arguments.save_dir)).expanduser() / (arguments.name or "")
+    if arguments.version is not None:
+        return [root / (arguments.version if isinstance(arguments.version, str) else f"version_{arguments.version}")]
+    numbered = [path for path in root.glob("version_*") if path.name.removeprefix("version_").isdecimal()]
+    return sorted(numbered, key=lambda path: int(path.name.removeprefix("version_")), reverse=True)
+
+
+def _logger_arguments(config: Namespace) -> Namespace | None:
+    """Of the first logger, if it is TensorBoard's: others number their runs in other ways, or begin their files anew."""
+    loggers = config.trainer.logger if isinstance(config.trainer.logger, list) else [config.trainer.logger]
+    found = [logger for logger in loggers[:1] if isinstance(logger, Namespace)]
+    return found[0].init_args if found and found[0].class_path.endswith(".TensorBoardLogger") else None
+
+
+@rank_zero_only
+def _say(line: str, file: TextIO | None = None) -> None:
+    """Prints a line once, whatever the number of processes."""
+    print(line, file=file, flush=True)

@@ -74,6 +74,7 @@ class StepDataModule(pl.LightningDataModule):
         self.train_tasks = train_tasks
         self.eval_tasks = eval_tasks
         self.global_steps: GlobalSteps | None = None
+        self.from_checkpoint = False
 
     @property
     def updates_per_iteration(self) -> int:
@@ -96,11 +97,15 @@ class StepDataModule(pl.LightningDataModule):
 
     def corpus(self) -> list[str]:
         """Texts of the training environment: of its first tasks, which is enough for a tokenizer."""
+        if self.from_checkpoint:  # it brings its tokenizer
+            return []
         return self.source.corpus(self.tasks()[:_CORPUS_TASKS])
 
     def prepare_data(self) -> None:
         """Has the environment make what the tasks need, once per machine."""
-        tasks = [*self.tasks(), *self.panel("test" if self._testing else "validate")]
+        tasks = self.panel("test" if self._testing else "validate")
+        if not self.from_checkpoint or (self.trainer is not None and self.trainer.training):
+            tasks = [*self.tasks(), *tasks]
         with phase(self.trainer, "preparing tasks") as advance:
             self.source.prepare(tasks, advance)
 
@@ -109,11 +114,11 @@ class StepDataModule(pl.LightningDataModule):
         return self.trainer is not None and bool(self.trainer.testing)
 
     def train_dataloader(self) -> DataLoader:
-        return DataLoader(_Replay(self), batch_size=None)
+        return DataLoader(_Replay(self), batch_size=None, generator=torch.Generator())  # draws nothing from the run's own
 
     def val_dataloader(self) -> DataLoader:
         """One empty item: the evaluation callback plays the panel, so that Lightning's schedule is the schedule."""
-        return DataLoader(TensorDataset(torch.zeros(1)), batch_size=None)
+        return DataLoader(TensorDataset(torch.zeros(1)), batch_size=None, generator=torch.Generator())
 
     def test_dataloader(self) -> DataLoader:
         return self.val_dataloader()
@@ -131,8 +136,7 @@ class StepDataModule(pl.LightningDataModule):
     def updates(self) -> Iterator[list[Microbatch]]:
         """This rank's part of each update. An update is the same set of steps whatever the number of ranks."""
         steps = self.global_steps
-        if steps is None:
-            raise ConfigError("the checkpoint was written within an iteration; resume from one of an iteration's end")
+        assert steps is not None
         total = len(steps.lengths_N)
         if total < self.num_minibatches:
             raise RunError(f"the iteration gave {total} steps, too few for {self.num_minibatches} minibatches")

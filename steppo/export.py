@@ -14,11 +14,12 @@ from huggingface_hub import ModelCardData
 from rich.console import Console
 from transformers import GenerationConfig
 
-from steppo.checkpoint import read_checkpoint, restore_policy
+from steppo.checkpoints import read
 from steppo.cli import OwnOptions, PartsCLI, build_parts, mistakes_in_one_line
 from steppo.contexts import PLAIN_TEMPLATE
 from steppo.errors import ConfigError
 from steppo.models import Policy
+from steppo.models.adapters import LoRASettings
 from steppo.rollout import EnvSource
 
 _SECRET = re.compile(r"(^|_)(token|secret|password|passwd|credentials?|api_?key)$", re.IGNORECASE)
@@ -44,11 +45,11 @@ def main(args: Sequence[str] | None = None) -> None:
         raise ConfigError(f"{out} exists already and is not an empty folder")
     console = Console(highlight=False, soft_wrap=True)
     console.print(f"reading {options.ckpt_path}")
-    checkpoint = read_checkpoint(options.ckpt_path)
+    checkpoint = read(options.ckpt_path)
     parts = build_parts(options, overrides)
     policy: Policy = parts.model.policy
     parts.quantization.apply(parts.model, torch.device("cpu"))
-    restore_policy(policy, parts.model.lora, checkpoint)
+    _restore(policy, parts.model.lora, checkpoint)
     policy.tokenizer.chat_template = policy.tokenizer.chat_template or PLAIN_TEMPLATE
     policy.model.generation_config = _generation(parts)
     records = _evaluations(checkpoint, options.ckpt_path.parent.parent / "evaluation.jsonl")
@@ -61,6 +62,25 @@ def main(args: Sequence[str] | None = None) -> None:
     except OSError as error:
         raise ConfigError(f"cannot write to {out}: {error.strerror or error}") from error
     console.print("done: " + ", ".join(sorted(path.name for path in out.iterdir())))
+
+
+def _restore(policy: Policy, lora: LoRASettings | None, checkpoint: dict[str, Any]) -> None:
+    """Builds a policy as it is in a checkpoint: weights and tokenizer. Raises ``ConfigError`` if they do not fit."""
+    policy.build(list)
+    if lora is not None:
+        policy.add_lora(lora)
+    if checkpoint["steppo"]["tokenizer"]:
+        policy.load_tokenizer_state(checkpoint["steppo"]["tokenizer"])
+    weights = {k.removeprefix("policy."): w for k, w in checkpoint["state_dict"].items() if k.startswith("policy.")}
+    own = policy.state_dict()
+    # The critic's and the reference's adapters sit on the same base; its own weights are not in the checkpoint.
+    weights = {k: w for k, w in weights.items() if k in own or policy.adapters is None or not policy.adapters.owns(k)}
+    weights = {k: w for k, w in own.items() if policy.is_base_weight(k)} | weights
+    try:
+        policy.load_state_dict(weights)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ConfigError(f"the checkpoint does not fit the config's model: {reason}") from error
 
 
 def _generation(parts: PartsCLI) -> GenerationConfig:

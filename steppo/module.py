@@ -419,26 +419,37 @@ class AgentModule(pl.LightningModule):
         return name.startswith("policy.") and self.policy.is_base_weight(name)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if "steppo" in checkpoint:  # of an earlier checkpoint: this one is taken within an iteration
+            return
         checkpoint["state_dict"] = {
             name: weight for name, weight in checkpoint["state_dict"].items() if not self._is_base_weight(name)
         }
         checkpoint["steppo"] = {
             "counters": dict(vars(self.counters)),
+            "skipped_in_a_row": self._skipped_in_a_row,
             "seconds": dict(self.seconds),
             "tokenizer": self.policy.tokenizer_state(),
             "rng": rng_state(),
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        state = checkpoint.get("steppo")
-        if state is None:
-            raise ConfigError("the checkpoint was not written by steppo")
+        state = checkpoint["steppo"]
+        if not state:
+            raise ConfigError("the checkpoint was written before the first iteration: start the run anew")
+        if self.trainer.training and "optimizer_states" not in checkpoint:
+            raise ConfigError("the checkpoint holds weights only: it can be evaluated, not continued")
         self.counters = Counters(**state["counters"])
+        self._skipped_in_a_row = state["skipped_in_a_row"]
         self.seconds = dict(state["seconds"])
         if state["tokenizer"]:
             self.policy.load_tokenizer_state(state["tokenizer"])
             self.data.source.bind(self.policy)
         set_rng_state(state["rng"])
+        # Wherever in Lightning's loops it was written, the run goes on with the start of the next iteration.
+        loops = checkpoint["loops"]["fit_loop"]
+        over = dict.fromkeys(("ready", "started", "processed", "completed"), self.counters.iterations)
+        loops["epoch_progress"] = {"total": over, "current": dict(over)}
+        loops["epoch_loop.batch_progress"]["current"] = dict.fromkeys(over, 0)
 
 
 def _credit_statistics(steps: GlobalSteps) -> dict[str, float]:

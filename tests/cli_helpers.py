@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from steppo.checkpoints import iteration_checkpoints
 from steppo.cli import StepCLI, main
 
 TOY = Path(__file__).parent / "toy.yaml"
@@ -24,10 +25,14 @@ def evaluations(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "evaluation.jsonl").read_text().splitlines()]
 
 
+def checkpoint(folder: Path) -> Path:
+    """The newest checkpoint of a run."""
+    return iteration_checkpoints(folder / "checkpoints")[-1]
+
+
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     """Weights of the last checkpoint, which holds nothing that could run code."""
-    checkpoint = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
-    return checkpoint["state_dict"]
+    return torch.load(checkpoint(folder), weights_only=True)["state_dict"]
 
 
 def same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:

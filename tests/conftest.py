@@ -60,6 +60,6 @@ def tiny_policy() -> TinyPolicy:
 
 @pytest.fixture(scope="session")
 def toy_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[StepCLI, Path]:
-    """A short run of ``toy.yaml``, and its folder. Its policy is the one of ``last.ckpt``."""
+    """A short run of ``toy.yaml``, and its folder. Its policy is the one of the newest checkpoint."""
     folder = tmp_path_factory.mktemp("toy_run")
     return run(folder), folder

@@ -18,14 +18,14 @@ from steppo.export import clean_config, main
 from steppo.models import Policy, TinyPolicy
 from steppo.packing import PaddedPacker
 from steppo.types import Group, Observation, RolloutPlan, Segment, Step
-from tests.cli_helpers import TOY, evaluations, run
+from tests.cli_helpers import TOY, checkpoint, evaluations, run
 from tests.test_train import CHAT
 
 OPENING = Observation("You are in room 1.", "Take the coin in room 0.", ("left", "right", "take"))
 
 
 def export(run_folder: Path, out: Path, *args: str) -> None:
-    main([f"--ckpt_path={run_folder}/checkpoints/last.ckpt", f"--out={out}", *args])
+    main([f"--ckpt_path={checkpoint(run_folder)}", f"--out={out}", *args])
 
 
 def front_matter(folder: Path) -> dict[str, Any]:
@@ -147,9 +147,9 @@ def test_the_card_tells_what_was_trained_and_how_it_went(toy_run: tuple[StepCLI,
 
 
 def test_results_of_a_moved_checkpoint_come_from_its_own_history(toy_run: tuple[StepCLI, Path], tmp_path: Path) -> None:
-    moved = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    moved = tmp_path / "run" / "checkpoints" / "iteration-000002.ckpt"
     moved.parent.mkdir(parents=True)
-    moved.write_bytes((toy_run[1] / "checkpoints" / "last.ckpt").read_bytes())
+    moved.write_bytes(checkpoint(toy_run[1]).read_bytes())
     export(tmp_path / "run", tmp_path / "out", f"--config={TOY}")
     card = (tmp_path / "out" / "README.md").read_text()
     assert card.count("| valid |") >= 2

@@ -20,13 +20,13 @@ LAYERS: list[set[str]] = [
     {"engines"},
     {"rollout", "buffer", "samplers"},
     {"credit"},
-    {"module", "datamodule", "metrics", "progress", "checkpoint"},
+    {"module", "datamodule", "metrics", "progress", "checkpoints"},
     {"callbacks"},
     {"cli", "gguf"},
     {"export", "play"},
 ]
 APART = LAYERS[1]  # these do not import each other either
-USE_LIGHTNING = {"module", "datamodule", "callbacks", "cli", "play"}
+USE_LIGHTNING = {"module", "datamodule", "checkpoints", "callbacks", "cli", "play"}
 
 
 def imports_of(source: str, package: str) -> set[str]:

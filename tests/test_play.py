@@ -15,7 +15,7 @@ import pytest
 
 from steppo.cli import StepCLI
 from steppo.play.command import main
-from tests.cli_helpers import TOY, evaluations
+from tests.cli_helpers import TOY, checkpoint, evaluations
 from tests.toy_env import CorridorEnv
 
 TOY_CONFIG = f"--config={TOY}"
@@ -71,7 +71,7 @@ def test_random_play_repeats_with_its_seed_and_takes_overrides(capsys: pytest.Ca
 def test_the_policy_plays_as_it_was_evaluated(toy_run: tuple[StepCLI, Path], capsys: pytest.CaptureFixture[str]) -> None:
     """Greedy on the panel: success, return and steps of the run's last evaluation."""
     folder = toy_run[1]
-    text = play(capsys, f"--ckpt_path={folder}/checkpoints/last.ckpt", "--episodes=8")
+    text = play(capsys, f"--ckpt_path={checkpoint(folder)}", "--episodes=8")
     record = evaluations(folder)[-1]
     expected = (
         f"8 episodes: success {record['success_rate']:.2f}, return {record['return_mean']:.3g}, "

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from steppo.models import TinyPolicy
-from tests.cli_helpers import evaluations, run, same, weights
+from tests.cli_helpers import checkpoint, evaluations, run, same, weights
 from tests.test_train import KEEP, kept, scalars
 
 
@@ -66,11 +66,11 @@ def test_a_checkpoint_of_adapters_evaluates_and_resumes_exactly(folder: str, tmp
     options = ["--quantization.bits=4", "--model.loss.kl=loss"]
     fit(tmp_path / "whole", folder, *options, "--trainer.max_epochs=2")
     fit(tmp_path / "part", folder, *options)
-    checkpoint = f"--ckpt_path={tmp_path}/part/checkpoints/last.ckpt"
-    fit(tmp_path / "again", folder, *options, checkpoint, command="validate")
+    last = f"--ckpt_path={checkpoint(tmp_path / 'part')}"
+    fit(tmp_path / "again", folder, *options, last, command="validate")
     expected, found = evaluations(tmp_path / "part")[-1], evaluations(tmp_path / "again")[-1]
     assert {**found, "seconds": 0} == {**expected, "seconds": 0}
-    fit(tmp_path / "rest", folder, *options, checkpoint, "--trainer.max_epochs=2")
+    fit(tmp_path / "rest", folder, *options, last, "--trainer.max_epochs=2")
     assert same(weights(tmp_path / "whole"), weights(tmp_path / "rest"))
 
 

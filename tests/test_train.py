@@ -17,7 +17,7 @@ from steppo.advantages import StepGAE
 from steppo.models import TinyPolicy
 from steppo.module import AgentModule
 from steppo.types import Credit, CreditBatch, Segment
-from tests.cli_helpers import evaluations, run, same, weights
+from tests.cli_helpers import checkpoint, evaluations, run, same, weights
 from tests.toy_env import CorridorEnv
 
 RECORD = {
@@ -166,24 +166,15 @@ def test_same_seed_same_weights(tmp_path: Path) -> None:
 
 def test_validate_repeats_the_recorded_evaluation(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run(tmp_path / "fit")
-    checkpoint = f"--ckpt_path={tmp_path}/fit/checkpoints/last.ckpt"
-    run(tmp_path / "again", checkpoint, command="validate")
+    path = f"--ckpt_path={checkpoint(tmp_path / 'fit')}"
+    run(tmp_path / "again", path, command="validate")
     expected, found = evaluations(tmp_path / "fit")[-1], evaluations(tmp_path / "again")[-1]
     same_figures = RECORD - {"seconds"}
     assert {name: found[name] for name in same_figures} == {name: expected[name] for name in same_figures}
     capsys.readouterr()
-    run(tmp_path / "test", checkpoint, "--data.test_split=train", command="test")
+    run(tmp_path / "test", path, "--data.test_split=train", command="test")
     assert evaluations(tmp_path / "test")[-1]["split"] == "train"
     assert "Evaluation on train, 8 episodes" in capsys.readouterr().out
-
-
-def test_resume_continues_as_if_never_stopped(tmp_path: Path) -> None:
-    run(tmp_path / "whole", "--trainer.max_epochs=3")
-    run(tmp_path / "part", "--trainer.max_epochs=2")
-    checkpoint = f"--ckpt_path={tmp_path}/part/checkpoints/last.ckpt"
-    run(tmp_path / "rest", checkpoint, "--trainer.max_epochs=3", "--warm_start.lr=1.0")  # must not warm-start again
-    assert same(weights(tmp_path / "whole"), weights(tmp_path / "rest"))
-    assert [record["iteration"] for record in evaluations(tmp_path / "rest")] == [3]
 
 
 @pytest.mark.parametrize(
@@ -235,8 +226,10 @@ def test_critic_warms_up_alone(tmp_path: Path) -> None:
 
 def test_warm_start_is_cached_by_what_it_depends_on(tmp_path: Path) -> None:
     found = []
-    for options in ([], [], ["--warm_start.updates=31"], ["--warm_start.actions=expert"]):
-        start = kept(run(tmp_path, "--trainer.max_epochs=1", "--warm_start.updates=30", *options, *KEEP))[0]
+    cache = f"--warm_start.cache_dir={tmp_path}/cache"
+    for number, options in enumerate(([], [], ["--warm_start.updates=31"], ["--warm_start.actions=expert"])):
+        folder = tmp_path / str(number)
+        start = kept(run(folder, cache, "--trainer.max_epochs=1", "--warm_start.updates=30", *options, *KEEP))[0]
         found.append((start, len(list((tmp_path / "cache").iterdir()))))
     assert [count for _, count in found] == [1, 1, 2, 3]
     assert same(found[0][0], found[1][0])

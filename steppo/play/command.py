@@ -11,7 +11,7 @@ import torch
 from lightning.fabric import Fabric
 from rich.console import Console
 
-from steppo.checkpoint import read_checkpoint
+from steppo.checkpoints import read
 from steppo.cli import OwnOptions, PartsCLI, build_parts, mistakes_in_one_line
 from steppo.datamodule import run_seed
 from steppo.engines import Engine, ScriptedEngine, expert_action, random_action
@@ -44,7 +44,7 @@ def main(args: Sequence[str] | None = None) -> None:
     options, overrides = parser.parse_known_args(args)
     if options.episodes < 1 or options.temperature < 0:
         raise ConfigError("--episodes must be at least 1 and --temperature at least 0")
-    checkpoint = read_checkpoint(options.ckpt_path) if options.ckpt_path else None
+    checkpoint = read(options.ckpt_path) if options.ckpt_path else None
     parts = build_parts(options, overrides)
     source = parts.datamodule.source
     if not isinstance(source, EnvSource):

@@ -1,0 +1,109 @@
+"""Writes the state of the run between iterations, so that it can be continued exactly."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, cast
+
+import lightning.pytorch as pl
+from lightning.pytorch.loggers import TensorBoardLogger
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+
+from steppo.checkpoints import iteration_checkpoints, iteration_path, iterations_of, read
+from steppo.errors import ConfigError
+from steppo.module import AgentModule
+
+
+class IterationCheckpoint(pl.Callback):
+    """Saves before the first iteration, between iterations and at the end of the run, in ``checkpoints/`` of its folder.
+
+    A run that was killed goes on from there as if it had never stopped: the iteration that was cut is played again.
+
+    Args:
+        every_n_iterations: Save after every n-th iteration; so many may have to be played again.
+        keep: Keep the newest so many.
+    """
+
+    # An iteration is over when its metrics are logged and every callback has seen its end. Only the start of the next one
+    # is late enough, and there this callback must come before the rollout, which moves on in the tasks; at the end of the
+    # run it must come after the last evaluation. `StepCLI` adds it between the two.
+
+    def __init__(self, every_n_iterations: int = 1, keep: int = 2) -> None:
+        if every_n_iterations < 1 or keep < 1:
+            raise ConfigError("checkpoint: every_n_iterations and keep must be at least 1")
+        self.every_n_iterations = every_n_iterations
+        self.keep = keep
+        self._folder = Path()
+        self._newest: Path | None = None
+        self._between_iterations = False
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._folder = Path(trainer.log_dir or trainer.default_root_dir) / "checkpoints"  # asks all ranks
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        assert isinstance(pl_module, AgentModule)
+        if not trainer.strategy.restore_checkpoint_after_setup:  # else it is not known yet how far the run is
+            self._refuse_to_go_back(pl_module.counters.iterations)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        assert isinstance(pl_module, AgentModule)
+        self._refuse_to_go_back(pl_module.counters.iterations)
+        if trainer.ckpt_path is None:
+            return
+        path = iteration_path(self._folder, pl_module.counters.iterations)
+        if path.exists() and path.samefile(trainer.ckpt_path):
+            self._newest = path
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
+                # Readers of the curves then drop what earlier files of the folder hold from this step on.
+                start = Event(step=pl_module.counters.updates + 1, session_log=SessionLog(status=SessionLog.START))
+                logger.experiment.file_writer.add_event(start)
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        assert isinstance(pl_module, AgentModule)
+        self._between_iterations = True
+        if self._newest is None or pl_module.counters.iterations % self.every_n_iterations == 0:
+            self._save(trainer, pl_module)
+        self._between_iterations = False
+
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """ModelCheckpoint saves soon after: by then the iteration is whole, if this follows its last update."""
+        self._between_iterations = trainer.is_last_batch
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._between_iterations = trainer.is_last_batch
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        assert isinstance(pl_module, AgentModule)
+        if self._between_iterations:  # not in an iteration that a limit of steps or time has cut
+            self._save(trainer, pl_module)
+
+    def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Whoever saves within an iteration gets the state of the last checkpoint, from which the run can go on."""
+        if self._between_iterations or not trainer.is_global_zero:
+            return
+        if self._newest is None:
+            checkpoint["steppo"] = {}  # before the first iteration: nothing to go on from
+        else:
+            checkpoint.clear()
+            checkpoint |= read(self._newest)
+
+    def _refuse_to_go_back(self, iterations: int) -> None:
+        """A run folder holds one run: what is further than this run's start would be taken for its end."""
+        newest = next(reversed(iteration_checkpoints(self._folder)), None)
+        if newest is not None and iterations_of(newest) > iterations:
+            raise ConfigError(
+                f"{self._folder.parent} holds a run that is further, {newest.name}: continue it with --ckpt_path last, or "
+                "give the logger another version"
+            )
+
+    def _save(self, trainer: pl.Trainer, module: AgentModule) -> None:
+        path = iteration_path(self._folder, module.counters.iterations)
+        if path == self._newest or cast(Any, trainer).fast_dev_run:
+            return
+        for logger in trainer.loggers:
+            logger.save()  # what is logged must not be lost with the process, for it will not be logged again
+        trainer.save_checkpoint(path, weights_only=False)
+        self._newest = path
+        for old in iteration_checkpoints(self._folder)[: -self.keep]:
+            trainer.strategy.remove_checkpoint(old)

@@ -1,0 +1,92 @@
+"""Checkpoints on disk: names, reading without running code, writing whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+
+from steppo.errors import ConfigError, RunError
+
+
+def iteration_path(folder: Path, iterations: int) -> Path:
+    """Where the state after so many iterations is kept."""
+    return folder / f"iteration-{iterations:06d}.ckpt"
+
+
+def iterations_of(path: Path) -> int:
+    """The number in the name of an iteration's checkpoint."""
+    return int(path.stem.removeprefix("iteration-"))
+
+
+def iteration_checkpoints(folder: Path) -> list[Path]:
+    """The iterations' checkpoints of a folder, the oldest first."""
+    found = [path for path in folder.glob("iteration-*.ckpt") if path.stem.removeprefix("iteration-").isdecimal()]
+    return sorted(found, key=iterations_of)
+
+
+def read(path: Path, mmap: bool = False) -> dict[str, Any]:
+    """A checkpoint of steppo on the CPU; with ``mmap``, tensors are read when they are looked at.
+
+    Raises:
+        ConfigError: It cannot be read, holds more than tensors, numbers and text, or is not steppo's.
+    """
+    if not path.is_file():
+        raise ConfigError(f"there is no checkpoint {path}")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        reason = "" if isinstance(checkpoint, dict) and "steppo" in checkpoint else "it was not written by steppo"
+    except OSError as error:
+        reason = error.strerror or str(error)
+    except Exception as error:  # there is no end to what a foreign or damaged file makes the loader raise
+        said = "" if isinstance(error, UnpicklingError) else f" ({' '.join(str(error).split())[:60]})"
+        reason = f"it is damaged or no checkpoint; only tensors, numbers and text are read{said}"
+    if reason:
+        raise ConfigError(f"cannot use the checkpoint {path}: {reason}{_another(path)}")
+    return checkpoint
+
+
+def _another(path: Path) -> str:
+    """Names the newest other checkpoint of the folder that can be read, if there is one."""
+    others = [other for other in path.parent.glob("*.ckpt") if other != path]
+    for other in sorted(others, key=lambda other: other.stat().st_mtime, reverse=True):
+        with contextlib.suppress(Exception):
+            if "steppo" in torch.load(other, map_location="cpu", weights_only=True):
+                return f"; the newest other one there that can be read is {other}"
+    return ""
+
+
+class CheckpointIO(TorchCheckpointIO):
+    """Writes beside the file and renames, so that a checkpoint is whole whenever the process dies; reads weights only.
+
+    Lightning's own writes to the temporary folder first. From there to another disk a file is copied, not renamed.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | os.PathLike, storage_options: Any = None) -> None:
+        path = Path(path)
+        part = path.with_name(f".{path.name}.part")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                with open(part, "wb") as file:
+                    torch.save(checkpoint, file)
+                    file.flush()
+                    os.fsync(file.fileno())
+                os.replace(part, path)
+            except BaseException:
+                with contextlib.suppress(OSError):
+                    part.unlink()
+                raise
+        except (OSError, RuntimeError) as error:  # torch's writer gives a full disk as RuntimeError
+            reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
+            raise RunError(f"cannot write the checkpoint {path}: {reason}; earlier checkpoints are as they were") from error
+
+    def load_checkpoint(
+        self, path: str | os.PathLike, map_location: Any = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        return read(Path(path))
