@@ -22,7 +22,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from omegaconf.errors import OmegaConfBaseException
 
-from callbacks import EvaluationCallback, RolloutCallback, StepProgressBar, WarmStartCallback
+from callbacks import EvaluationCallback, RolloutCallback, StepProgressBar, TranscriptCallback, WarmStartCallback
 from steppo.datamodule import StepDataModule
 from steppo.errors import ConfigError, SteppoError
 from steppo.module import AgentModule
@@ -31,7 +31,7 @@ _LONGEST_ERROR = 500
 
 
 class StepCLI(LightningCLI):
-    """Adds the sections ``rollout``, ``warm_start``, ``evaluation`` and ``progress``: overlays reach them by name."""
+    """Adds sections for the callbacks ``rollout``, ``warm_start``, ``evaluation``, ``transcripts`` and ``progress``."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument(
@@ -43,6 +43,7 @@ class StepCLI(LightningCLI):
         parser.add_lightning_class_args(RolloutCallback, "rollout")
         parser.add_lightning_class_args(WarmStartCallback, "warm_start")
         parser.add_lightning_class_args(EvaluationCallback, "evaluation")
+        parser.add_lightning_class_args(TranscriptCallback, "transcripts")
         parser.add_lightning_class_args(StepProgressBar, "progress")
 
     @staticmethod

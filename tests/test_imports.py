@@ -20,7 +20,7 @@ LAYERS: list[set[str]] = [
     {"engines"},
     {"rollout", "buffer", "samplers"},
     {"credit"},
-    {"module", "datamodule", "metrics", "progress"},
+    {"module", "datamodule", "metrics", "progress", "transcripts"},
     {"callbacks"},
     {"cli"},
 ]
