@@ -24,7 +24,8 @@ class TranscriptCallback(pl.Callback):
     """Writes episodes to ``transcripts.jsonl`` and ``transcripts.html`` (a page to browse) in the run's folder.
 
     At each evaluation some episodes also go to TensorBoard, as text and as a figure of values, advantages and rewards. For
-    these the critic is asked and credit is assigned among them; other episodes of an evaluation have neither.
+    these the critic is asked and credit is assigned among them; other episodes of an evaluation have neither. Both files
+    hold the whole prompt of every step: where prompts are long, write fewer training episodes.
 
     Args:
         train_episodes: Training episodes to write per iteration, the first ones of the plan; all unless given.
@@ -133,10 +134,12 @@ def as_figure(record: dict[str, Any]) -> Figure:
     """Value, advantage and reward of each step, above its action: what is not known is left out."""
     steps = record["steps"]
     names = [name for name in ("value", "advantage", "reward") if any(step[name] is not None for step in steps)]
-    width, height = min(max(5.0, 0.55 * len(steps)), 20.0), 1.5 + 1.1 * len(names)
-    figure = Figure(figsize=(width, height))
+    labels = [_plain(step["action"], 20) for step in steps]
     # Margins in inches; a layout engine would draw everything twice.
-    figure.subplots_adjust(0.75 / width, 1.1 / height, 1 - 0.15 / width, 1 - 0.35 / height, hspace=0.15)
+    bottom = 0.3 + 0.045 * max(map(len, labels), default=0)
+    width, height = min(max(5.0, 0.55 * len(steps)), 20.0), bottom + 0.35 + 1.1 * max(len(names), 1)
+    figure = Figure(figsize=(width, height))
+    figure.subplots_adjust(0.75 / width, bottom / height, 1 - 0.15 / width, 1 - 0.35 / height, hspace=0.12)
     axes = figure.subplots(max(len(names), 1), 1, sharex=True, squeeze=False)[:, 0]
     for axis, name in zip(axes, names, strict=False):
         heights = [step[name] or 0.0 for step in steps]
@@ -146,8 +149,9 @@ def as_figure(record: dict[str, Any]) -> Figure:
         else:
             axis.bar(range(len(steps)), heights, color=colours, width=0.6)
         axis.axhline(0, color="grey", linewidth=0.6)
-        axis.set_ylabel(name)
-    labels = [_plain(step["action"], 24) for step in steps]
+        axis.set_ylabel(name, fontsize=9)
+        axis.tick_params(labelsize=8)
+    figure.align_ylabels(axes)
     axes[-1].set_xticks(range(len(steps)), labels, rotation=35, ha="right", fontsize=8, parse_math=False)
     axes[0].set_title(_plain(_headline(record), 100), fontsize=9, parse_math=False)
     return figure

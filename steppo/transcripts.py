@@ -131,7 +131,7 @@ class TranscriptWriter:
         _mend(self._lines, b"\n")
         _mend(self._page, _BLOCK_END)
         if not self._page.stat().st_size:
-            self._page.write_bytes(_shell(folder.name))
+            self._page.write_bytes(_shell("/".join(folder.resolve().parts[-2:])))
 
     def write(self, kind: str, iteration: int, records: Sequence[dict[str, Any]]) -> None:
         """Adds the episodes of one iteration or evaluation."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -74,6 +75,20 @@ def test_the_panel_is_split_and_counted_once(one_and_two: tuple[Path, Path]) -> 
     assert [record["iteration"] for record in two] == [0, 1, 2]
     for left, right in zip(one, two, strict=True):
         assert {**left, "seconds": 0} == {**right, "seconds": 0}
+
+
+def test_transcripts_hold_the_episodes_of_all_ranks_once(one_and_two: tuple[Path, Path]) -> None:
+    one, two = (
+        [json.loads(line) for line in (folder / "transcripts.jsonl").read_text().splitlines()] for folder in one_and_two
+    )
+    assert [record["kind"] for record in two] == ["valid"] * 8 + (["train"] * 5 + ["valid"] * 8) * 2
+    assert any(step["advantage"] is not None for record in two if record["kind"] == "valid" for step in record["steps"])
+    for left, right in zip(one, two, strict=True):
+        for mine, other in zip(left.pop("steps"), right.pop("steps"), strict=True):
+            for name in ("value", "advantage", "ratio"):
+                assert mine.pop(name) == pytest.approx(other.pop(name), abs=1e-6)
+            assert mine == other
+        assert left == right
 
 
 def test_more_processes_than_tasks_is_refused(tmp_path: Path) -> None:
