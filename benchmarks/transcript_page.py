@@ -1,10 +1,10 @@
 """The page of a run with 5,000 episodes in a real browser: how long it takes to load, to filter and to open an episode.
 
-    python benchmarks/transcript_page.py --browser chromium
+    python benchmarks/transcript_page.py --browser chromium --pictures pictures
 
 Makes the page with the run's own writer, drives a headless Chromium by its DevTools protocol, compares every filter with
-the same question asked in Python, and writes ``benchmarks/results/transcript_page.json`` and ``docs/transcripts.png``.
-aiohttp comes with Lightning. Takes about half a minute.
+the same question asked in Python, and writes ``benchmarks/results/transcript_page.json`` and screenshots
+(``docs/transcripts.png`` is one). aiohttp comes with Lightning. Takes about half a minute.
 """
 
 from __future__ import annotations
@@ -56,6 +56,7 @@ def episode(rng: random.Random, name: str, order: int, skill: float) -> Episode:
     reason = rng.choices([StopReason.TERMINATED, StopReason.CONTEXT_OVERFLOW, StopReason.ENV_ERROR], [96, 3, 1])[0]
     steps: list[Step] = []
     past: list[str] = []
+    window = rng.randint(1, 4)  # what a prompt shows of the past
     for index in range(length):
         room, exits = rng.choice(ROOMS), rng.sample(["north", "south", "east", "west"], rng.randint(1, 4))
         seen = rng.choices(THINGS, k=rng.randint(1, 8))
@@ -66,8 +67,8 @@ def episode(rng: random.Random, name: str, order: int, skill: float) -> Episode:
         invalid = rng.random() < 0.08
         action = rng.choice([f"open the {seen[0]} with"] if invalid else [f"go {exits[0]}", f"take {seen[0]}", "look"])
         commands = ", ".join([f"go {way}" for way in exits] + [f"take {thing}" for thing in seen] + ["look", "inventory"])
-        done = ", ".join(past)
-        prompt = f"Find the coin, take it and bring it to the garden.\nDone: {done}\n{text}\nCommands: {commands}\n>"
+        before = "\n".join(past[-window:])[-1200:]
+        prompt = f"Find the coin, take it and bring it to the garden.\n{before}\n{text}\nCommands: {commands}\n>"
         prompt = prompt[:2000].ljust(500, ".")
         last = index == length - 1
         steps.append(
@@ -87,7 +88,7 @@ def episode(rng: random.Random, name: str, order: int, skill: float) -> Episode:
                 policy_version=0,
             )
         )
-        past.append(action)
+        past.append(f"{text}\n> {action}")
     return Episode(
         id=f"{name}/{order}",
         order=order,
@@ -170,7 +171,7 @@ class Browser:
         await self.call("Page.navigate", url="about:blank")
         start = time.perf_counter()
         await self.call("Page.navigate", url=address)
-        while await self.ask("document.documentElement.dataset.ready ?? ''") != "yes":
+        while await self.ask("document.documentElement?.dataset.ready ?? ''") != "yes":
             await asyncio.sleep(0.02)
         await self.ask(_PAINTED)
         return 1000 * (time.perf_counter() - start)
@@ -193,16 +194,18 @@ _FILTER = """(async () => {{
   await {painted};
   return performance.now() - start;
 }})()"""
-_OPEN = """(async () => {
+# Milliseconds until another episode is there, painted.
+_OPEN = """(async () => {{
   const start = performance.now();
-  document.querySelectorAll("#list .row")[5].click();
-  const wanted = document.querySelector("#list .row.chosen span:nth-child(3)").textContent;
+  document.querySelectorAll("#list .row")[{row}].click();
+  const wanted = document.querySelector("#list .row.chosen span:nth-child(3)").title;
   while (document.querySelector("#episode h2")?.textContent !== wanted) await new Promise(done => setTimeout(done, 1));
+  await {painted};
   return performance.now() - start;
-})()"""
+}})()"""
 
 
-async def measure(browser: Browser, page: Path, records: list[dict[str, Any]], pictures: Path | None) -> dict[str, Any]:
+async def measure(browser: Browser, page: Path, records: list[dict[str, Any]], pictures: Path) -> dict[str, Any]:
     """Loads, filters and opens; a wrong answer ends the benchmark."""
     address = page.as_uri()
     for domain in ("Page", "Runtime", "Network", "Log"):
@@ -232,26 +235,24 @@ async def measure(browser: Browser, page: Path, records: list[dict[str, Any]], p
         if not by_hand == by_link == expected > 0:
             raise SystemExit(f"{question}: {by_hand} by hand and {by_link} by link, not {expected}")
         await browser.open(address)
-    opened = [await browser.ask(_OPEN) for _ in range(3)]
+    opened = [await browser.ask(_OPEN.format(row=row, painted=_PAINTED)) for row in (5, 8, 11)]
 
     panel = [record for record in records if (record["kind"], record["iteration"]) == ("train", 40)]
-    chosen = next(record for record in panel if record["success"] and len(record["steps"]) == 12)
+    solved = [record for record in panel if record["success"] and not record["steps"][1]["action_valid"]]
+    chosen = min(solved or panel, key=lambda record: abs(len(record["steps"]) - 13))
     link = f"{address}#kind=train&sort=-iteration&episode=train/40/{chosen['id']}"
     await browser.open(link)
     await asyncio.sleep(0.3)
     shown = await browser.ask("[...document.querySelectorAll('.step > pre')].map(part => part.textContent)")
     if shown != [step["observation"] for step in chosen["steps"]]:
         raise SystemExit("the page shows other observations than were written")
-    if pictures is not None:
-        await browser.picture(pictures / "episode.png")
-        await browser.picture(pictures / "dark.png", dark=True)
-        await browser.picture(pictures / "narrow.png", width=480, height=900)
-        await browser.open(address)
-        await browser.picture(pictures / "list.png")
-        hostile = next(r for r in records if r["kind"] == "train" and r["iteration"] == 7)
-        await browser.open(f"{address}#episode=train/7/{hostile['id']}")
-        await asyncio.sleep(0.3)
-        await browser.picture(pictures / "hostile.png")
+    await browser.picture(pictures / "transcripts.png")
+    await browser.picture(pictures / "dark.png", dark=True)
+    await browser.picture(pictures / "narrow.png", width=480, height=900)
+    await browser.open(f"{address}#episode=train/7/train/7/0")  # its first observation is hostile
+    await asyncio.sleep(0.3)
+    if (shown := await browser.ask("document.querySelector('.step > pre').textContent")) != HOSTILE:
+        raise SystemExit(f"the page shows {shown!r}")
     if await browser.ask("'broken' in window"):
         raise SystemExit("text of an environment was run as a script")
     requests = [event["params"] for event in browser.events if event["method"] == "Network.requestWillBeSent"]
@@ -269,7 +270,7 @@ async def measure(browser: Browser, page: Path, records: list[dict[str, Any]], p
     }
 
 
-async def drive(program: str, page: Path, records: list[dict[str, Any]], pictures: Path | None) -> dict[str, Any]:
+async def drive(program: str, page: Path, records: list[dict[str, Any]], pictures: Path) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
         options = ["--headless=new", "--no-sandbox", "--remote-debugging-port=0", f"--user-data-dir={profile}"]
         process = subprocess.Popen([program, *options, "about:blank"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -296,17 +297,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--browser", default="chromium", help="a Chromium or Chrome")
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results" / "transcript_page.json")
-    parser.add_argument("--pictures", type=Path, help="folder for screenshots")
+    parser.add_argument("--pictures", type=Path, required=True, help="folder for screenshots: light, dark and narrow")
     args = parser.parse_args()
+    args.pictures.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
-        run = Path(folder) / "coin-collector"
+        run = Path(folder) / "coin-collector" / "version_0"
         records, seconds = make_run(run)
         page = run / "transcripts.html"
         lengths = [len(step["prompt"]) for record in records for step in record["steps"]]
-        if args.pictures is not None:
-            args.pictures.mkdir(parents=True, exist_ok=True)
         report = {
-            "command": "python benchmarks/transcript_page.py",
+            "command": "python benchmarks/transcript_page.py --pictures pictures",
             "date": datetime.date.today().isoformat(),
             "machine": f"{os.cpu_count()} CPU cores, {platform.machine()}",
             "episodes": len(records),
