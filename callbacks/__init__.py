@@ -1,10 +1,11 @@
-"""Lightning callbacks: rollouts, evaluation, warm start, checkpoints, quantisation, progress."""
+"""Lightning callbacks: rollouts, evaluation, transcripts, warm start, checkpoints, quantisation, progress."""
 
 from callbacks.checkpoint import IterationCheckpoint
 from callbacks.evaluation import EvaluationCallback
 from callbacks.progress import StepProgressBar
 from callbacks.quantization import QuantizationCallback
 from callbacks.rollout import RolloutCallback
+from callbacks.transcript import TranscriptCallback
 from callbacks.warm_start import WarmStartCallback
 
 __all__ = [
@@ -13,5 +14,6 @@ __all__ = [
     "QuantizationCallback",
     "RolloutCallback",
     "StepProgressBar",
+    "TranscriptCallback",
     "WarmStartCallback",
 ]

@@ -19,7 +19,7 @@ from steppo.errors import ConfigError, RunError
 from steppo.metrics import EpisodeStatistics
 from steppo.module import AgentModule
 from steppo.progress import phase
-from steppo.types import Group, RolloutPlan, Task
+from steppo.types import Episode, Group, RolloutPlan, Task
 
 
 def panel_sha256(tasks: Sequence[Task]) -> str:
@@ -31,7 +31,8 @@ class EvaluationCallback(pl.Callback):
     """Evaluates whenever Lightning validates or tests, and in ``fit`` also before training and at its end.
 
     Each evaluation is a line of ``evaluation.jsonl`` in the run's folder, and ``val/...`` (``test/...``) metrics, which
-    ModelCheckpoint and EarlyStopping can monitor.
+    ModelCheckpoint and EarlyStopping can monitor. ``episodes`` keeps this rank's share of the last panel until a
+    callback that comes after sets it to ``None``.
 
     Args:
         samples: Episodes per task of the panel.
@@ -48,6 +49,7 @@ class EvaluationCallback(pl.Callback):
         self.temperature = temperature
         self.before_training = before_training
         self.history: list[dict[str, Any]] = []
+        self.episodes: list[Episode] | None = None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert isinstance(pl_module, AgentModule)
@@ -91,7 +93,8 @@ class EvaluationCallback(pl.Callback):
         groups = [Group(index, task, self.samples) for index, task in enumerate(panel)][rank::world]
         plan = RolloutPlan(name=stage, seed=run_seed(), temperature=self.temperature, version=module.counters.updates)
         statistics = EpisodeStatistics().to(module.device)
-        start, done = time.perf_counter(), 0
+        start = time.perf_counter()
+        self.episodes = episodes = []
         module.data.source.load_weights(module.policy.named_parameters(), plan.version)
         with (
             module.timed("evaluation"),
@@ -103,8 +106,8 @@ class EvaluationCallback(pl.Callback):
                     raise SIGTERMException
                 for episode in group:
                     statistics.update(episode)
-                done += len(group)
-                advance(done)
+                episodes += group
+                advance(len(episodes))
         figures = statistics.compute()
         record = {
             "iteration": module.counters.iterations,

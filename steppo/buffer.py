@@ -35,7 +35,9 @@ class Scores:
 class StepBuffer:
     """Holds whole groups of episodes; after scoring and credit, cuts updates into microbatches.
 
-    Episodes that broke are kept for counting, but none of their steps is learned from.
+    Episodes that broke are kept for counting, but none of their steps is learned from. ``ratio_N`` and ``clipped_N``
+    (float32) hold the mean over a step's tokens of the importance ratio, and of its lying outside the trust region, at the
+    step's last update; NaN before it.
 
     Args:
         packer: Steps -> token batches.
@@ -58,6 +60,12 @@ class StepBuffer:
         self._starts_N = np.zeros(0, dtype=np.int64)
         self.scores: Scores | None = None
         self.credit: Credit | None = None
+        self.ratio_N = torch.zeros(0)
+        self.clipped_N = torch.zeros(0)
+
+    def empty(self) -> StepBuffer:
+        """Another buffer, of the same packer and size."""
+        return StepBuffer(self._packer, self.max_tokens)
 
     def fill(self, episodes: Sequence[Episode]) -> None:
         """Takes an iteration's episodes, in whatever order they were finished."""
@@ -70,6 +78,8 @@ class StepBuffer:
         self._segments = [Segment(step.prompt_ids, step.action_ids) for step in self.steps]
         self.lengths_N = np.asarray([len(step.action_ids) for step in self.steps], dtype=np.int64)
         self._starts_N = np.cumsum(self.lengths_N) - self.lengths_N
+        self.ratio_N = torch.full((len(self.steps),), torch.nan)
+        self.clipped_N = torch.full((len(self.steps),), torch.nan)
 
     @property
     def num_tokens(self) -> int:
@@ -132,6 +142,7 @@ class StepBuffer:
                     ref_logprobs_A=None if scores.ref_logprobs_A is None else scores.ref_logprobs_A[actions],
                     advantage_A=advantage_A,
                     weight_N=torch.ones(len(rows), dtype=advantage_A.dtype),
+                    index_N=steps,
                     old_value=old_value,
                     target=target,
                     update_steps=update_steps,
@@ -154,6 +165,7 @@ class StepBuffer:
             ref_logprobs_A=None if self.scores.ref_logprobs_A is None else zero,
             advantage_A=zero,
             weight_N=zero,
+            index_N=torch.full((1,), -1),
             old_value=zero if valued else None,
             target=zero if valued else None,
             update_steps=update_steps,

@@ -38,6 +38,7 @@ from callbacks import (
     QuantizationCallback,
     RolloutCallback,
     StepProgressBar,
+    TranscriptCallback,
     WarmStartCallback,
 )
 from steppo.checkpoints import CheckpointIO, iteration_checkpoints, read
@@ -71,6 +72,7 @@ class StepCLI(LightningCLI):
         parser.add_lightning_class_args(IterationCheckpoint, "checkpoint")
         parser.add_lightning_class_args(RolloutCallback, "rollout")
         parser.add_lightning_class_args(QuantizationCallback, "quantization")
+        parser.add_lightning_class_args(TranscriptCallback, "transcripts")
         parser.add_lightning_class_args(StepProgressBar, "progress")
 
     @staticmethod

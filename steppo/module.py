@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
@@ -20,15 +20,15 @@ from steppo.advantages import Advantage
 from steppo.buffer import Scores, StepBuffer
 from steppo.credit import GlobalSteps, assign_credit
 from steppo.datamodule import StepDataModule
-from steppo.distributed import average_gradients, shard, unsharded
+from steppo.distributed import average_gradients, gather, shard, unsharded
 from steppo.errors import ConfigError, RunError
-from steppo.losses import LossSettings, kl_penalty, policy_loss, token_weights, value_loss
+from steppo.losses import LossSettings, kl_penalty, policy_loss, step_means, token_weights, value_loss
 from steppo.models import Critic, Policy
 from steppo.models.adapters import LoRASettings
 from steppo.models.policy import AdapterView
 from steppo.optim import OptimizerSettings, learning_rate_factor
 from steppo.rng import rng_state, set_rng_state
-from steppo.types import Microbatch, TokenBatch
+from steppo.types import Episode, Microbatch, TokenBatch
 
 
 @dataclass
@@ -173,8 +173,8 @@ class AgentModule(pl.LightningModule):
         with self.timed("score"):
             with self.reading():
                 buffer.scores = self._score(buffer)
-            kl_coef = self.loss.kl_coef if self.loss.kl == "reward" else 0.0
-            steps = assign_credit(buffer, self.advantage, kl_coef)
+            steps = assign_credit(buffer, self.advantage, self._reward_kl_coef)
+        buffer.ratio_N, buffer.clipped_N = buffer.ratio_N.to(self.device), buffer.clipped_N.to(self.device)
         if steps.gap > self.data.source.logprob_tolerance:
             rank_zero_warn(
                 f"the sampler's log-probabilities are up to {steps.gap:.2g} off the learner's, more than its tolerance of "
@@ -187,6 +187,24 @@ class AgentModule(pl.LightningModule):
         self.counters.environment_steps += len(steps.lengths_N)
         self.counters.episodes += len(steps.batch.terminated_E)
         self.report(_credit_statistics(steps))
+
+    def appraise(self, episodes: Sequence[Episode]) -> StepBuffer:
+        """Scores episodes that are not learned from, and assigns credit among them; training does not notice.
+
+        All ranks must take part, each with its share of the episodes (or none). Without credit if the scheme compares the
+        episodes of a task, which nobody promises here, or if there is not one step.
+        """
+        buffer = self.data.buffer.empty()
+        buffer.fill(episodes)
+        with self.reading():
+            buffer.scores = self._score(buffer)
+        if not self.advantage.needs_groups and any(gather(len(buffer.steps))):
+            assign_credit(buffer, self.advantage, self._reward_kl_coef)
+        return buffer
+
+    @property
+    def _reward_kl_coef(self) -> float:
+        return self.loss.kl_coef if self.loss.kl == "reward" else 0.0
 
     def _score(self, buffer: StepBuffer) -> Scores:
         """Old log-probabilities, reference log-probabilities and values of all steps."""
@@ -286,6 +304,9 @@ class AgentModule(pl.LightningModule):
         if batch.scale:
             self._sums["ratio_min"] = torch.minimum(self._sums["ratio_min"], surrogate.ratio_A.min())
             self._sums["ratio_max"] = torch.maximum(self._sums["ratio_max"], surrogate.ratio_A.max())
+            seen = self.data.buffer
+            seen.ratio_N[batch.index_N] = step_means(surrogate.ratio_A.float(), tokens.step_of_A, tokens.num_steps)
+            seen.clipped_N[batch.index_N] = step_means(surrogate.clipped_A.float(), tokens.step_of_A, tokens.num_steps)
         return loss / total, hidden
 
     def _value_loss(self, batch: Microbatch, hidden: Tensor | None) -> Tensor:

@@ -299,6 +299,7 @@ class Microbatch:
         ref_logprobs_A: float, the reference policy's; ``None`` without KL.
         advantage_A: float, a step's advantage repeated over its tokens, or the tokens' own.
         weight_N: float, importance weight of each step (1 on-policy).
+        index_N: int64, the steps' indices in this rank's buffer.
         old_value: float [N] or [A], as the critic reads them; ``None`` without critic.
         target: float, same shape.
         update_steps: Steps in the whole update, over all microbatches and ranks.
@@ -312,6 +313,7 @@ class Microbatch:
     ref_logprobs_A: Tensor | None
     advantage_A: Tensor
     weight_N: Tensor
+    index_N: Tensor
     old_value: Tensor | None
     target: Tensor | None
     update_steps: int

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -144,6 +145,20 @@ def test_two_processes_train_adapters_on_a_4_bit_base(processes: list[str], tiny
     one, two = (weights(tmp_path / name) for name in ("one", "two"))
     assert one.keys() == two.keys()
     assert all(float((two[name] - weight).abs().max()) < 1e-3 for name, weight in one.items())  # float32
+
+
+def test_transcripts_hold_the_episodes_of_all_ranks_once(one_and_two: tuple[Path, Path]) -> None:
+    one, two = (
+        [json.loads(line) for line in (folder / "transcripts.jsonl").read_text().splitlines()] for folder in one_and_two
+    )
+    assert [record["kind"] for record in two] == ["valid"] * 8 + (["train"] * 5 + ["valid"] * 8) * 2
+    assert any(step["advantage"] is not None for record in two if record["kind"] == "valid" for step in record["steps"])
+    for left, right in zip(one, two, strict=True):
+        for mine, other in zip(left.pop("steps"), right.pop("steps"), strict=True):
+            for name in ("value", "advantage", "ratio"):
+                assert mine.pop(name) == pytest.approx(other.pop(name), abs=1e-6)
+            assert mine == other
+        assert left == right
 
 
 def test_more_processes_than_tasks_is_refused(tmp_path: Path) -> None:

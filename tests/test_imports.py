@@ -20,7 +20,7 @@ LAYERS: list[set[str]] = [
     {"engines"},
     {"rollout", "buffer", "samplers"},
     {"credit"},
-    {"module", "datamodule", "metrics", "progress", "checkpoints"},
+    {"module", "datamodule", "metrics", "progress", "checkpoints", "transcripts"},
     {"callbacks"},
     {"cli", "gguf"},
     {"export", "play"},

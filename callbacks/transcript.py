@@ -1,0 +1,169 @@
+"""Lets people see what the agent does: every episode in files, a few in TensorBoard."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import lightning.pytorch as pl
+from lightning.pytorch.loggers import TensorBoardLogger
+from matplotlib.figure import Figure
+
+from callbacks.evaluation import EvaluationCallback
+from steppo.distributed import gather
+from steppo.errors import ConfigError
+from steppo.module import AgentModule
+from steppo.transcripts import TranscriptWriter, episode_records
+from steppo.types import Episode
+
+Kind = Literal["train", "valid", "test"]
+
+
+class TranscriptCallback(pl.Callback):
+    """Writes episodes to ``transcripts.jsonl`` and ``transcripts.html`` (a page to browse) in the run's folder.
+
+    At each evaluation some episodes also go to TensorBoard, as text and as a figure of values, advantages and rewards. For
+    these the critic is asked and credit is assigned among them; other episodes of an evaluation have neither. Both files
+    hold the whole prompt of every step: where prompts are long, write fewer training episodes.
+
+    Args:
+        train_episodes: Training episodes to write per iteration, the first ones of the plan; all unless given.
+        num_shown: Episodes of an evaluation to show: a success, a failure, then in the panel's order.
+        enabled: Write anything at all.
+    """
+
+    def __init__(self, train_episodes: int | None = None, num_shown: int = 4, enabled: bool = True) -> None:
+        if num_shown < 0 or (train_episodes is not None and train_episodes < 0):
+            raise ConfigError("transcripts: train_episodes and num_shown must be at least 0")
+        self.train_episodes = train_episodes
+        self.num_shown = num_shown
+        self.enabled = enabled
+        self._writer: TranscriptWriter | None = None
+        self._version = 0
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        assert isinstance(pl_module, AgentModule)
+        self._version = pl_module.counters.updates
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        assert isinstance(pl_module, AgentModule)
+        if not self.enabled or not trainer.is_last_batch:  # before it ratios are not final
+            return
+        buffer = pl_module.data.buffer
+        most = self.train_episodes
+        episodes = [episode for episode in buffer.episodes if most is None or episode.order < most]
+        with pl_module.timed("transcripts"):
+            common = {"kind": "train", "iteration": pl_module.counters.iterations, "updates": self._version}
+            self._write(trainer, common, episode_records(episodes, pl_module.policy.tokenizer, buffer, **common))
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._panel(trainer, pl_module, "valid")
+
+    def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._panel(trainer, pl_module, "valid")
+
+    def on_test_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._panel(trainer, pl_module, "test")
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._panel(trainer, pl_module, "valid")
+
+    def _panel(self, trainer: pl.Trainer, module: pl.LightningModule, kind: Kind) -> None:
+        """Writes the panel that was just played, if one was."""
+        assert isinstance(module, AgentModule)
+        callbacks: list[pl.Callback] = cast(Any, trainer).callbacks
+        evaluation = next((callback for callback in callbacks if isinstance(callback, EvaluationCallback)), None)
+        if not self.enabled or evaluation is None or evaluation.episodes is None:
+            return
+        episodes, evaluation.episodes = evaluation.episodes, None
+        counters = module.counters
+        with module.timed("transcripts"):
+            shown = shown_orders(episodes, self.num_shown)
+            buffer = module.appraise([episode for episode in episodes if episode.order in shown]) if shown else None
+            common = {"kind": kind, "iteration": counters.iterations, "updates": counters.updates}
+            records = episode_records(episodes, module.policy.tokenizer, buffer, **common)
+            everyone = self._write(trainer, common, records)
+            by_order = {record["order"]: record for record in everyone}
+            for logger in trainer.loggers:
+                if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
+                    for number, order in enumerate(shown):
+                        tag = f"{kind}_episodes/{number}"
+                        logger.experiment.add_text(tag, as_text(by_order[order]), counters.updates)
+                        logger.experiment.add_figure(tag, as_figure(by_order[order]), counters.updates, close=False)
+
+    def _write(self, trainer: pl.Trainer, common: dict[str, Any], mine: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Puts all ranks' records together, in logical order; one rank writes them."""
+        records = sorted((record for part in gather(mine) for record in part), key=lambda record: record["order"])
+        folder = Path(trainer.log_dir or trainer.default_root_dir)  # asks all ranks
+        if trainer.is_global_zero:
+            self._writer = self._writer or TranscriptWriter(folder)
+            self._writer.write(common["kind"], common["iteration"], records)
+        return records
+
+
+def shown_orders(episodes: Sequence[Episode], count: int) -> list[int]:
+    """Orders of the episodes to show, over all ranks: the first success, the first failure, then as they come.
+
+    Broken episodes are not shown.
+    """
+    mine = [(episode.order, bool(episode.success)) for episode in episodes if not episode.stop_reason.failed]
+    played = sorted(pair for part in gather(mine) for pair in part)
+    first = [next((order for order, success in played if success is wanted), None) for wanted in (True, False)]
+    orders = dict.fromkeys([order for order in first if order is not None] + [order for order, _ in played])
+    return list(orders)[:count]
+
+
+def as_text(record: dict[str, Any]) -> str:
+    """An episode as a block of Markdown that takes nothing in it for markup."""
+    lines = [_headline(record)]
+    for number, step in enumerate(record["steps"]):
+        invalid = "" if step["action_valid"] else "  (invalid)"
+        lines += ["", f"--- step {number}", step["observation"], f"> {step['action']}{invalid}"]
+        figures = [f"{name} {step[name]:.3g}" for name in ("value", "advantage", "reward") if step[name] is not None]
+        lines.append("  ".join(figures))
+    if record["error"]:
+        lines += ["", record["error"]]
+    text = "\n".join(lines).encode("utf-8", "replace").decode()
+    return "\n".join("    " + line for line in text.splitlines())
+
+
+def as_figure(record: dict[str, Any]) -> Figure:
+    """Value, advantage and reward of each step, above its action: what is not known is left out."""
+    steps = record["steps"]
+    names = [name for name in ("value", "advantage", "reward") if any(step[name] is not None for step in steps)]
+    labels = [_plain(step["action"], 20) for step in steps]
+    # Margins in inches; a layout engine would draw everything twice.
+    bottom = 0.3 + 0.045 * max(map(len, labels), default=0)
+    width, height = min(max(5.0, 0.55 * len(steps)), 20.0), bottom + 0.35 + 1.1 * max(len(names), 1)
+    figure = Figure(figsize=(width, height))
+    figure.subplots_adjust(0.75 / width, bottom / height, 1 - 0.15 / width, 1 - 0.35 / height, hspace=0.12)
+    axes = figure.subplots(max(len(names), 1), 1, sharex=True, squeeze=False)[:, 0]
+    for axis, name in zip(axes, names, strict=False):
+        heights = [step[name] or 0.0 for step in steps]
+        colours = ["#2a6fbb" if height >= 0 else "#c8502d" for height in heights]
+        if name == "value":
+            axis.plot(range(len(steps)), heights, marker="o", color="#2a6fbb")
+        else:
+            axis.bar(range(len(steps)), heights, color=colours, width=0.6)
+        axis.axhline(0, color="grey", linewidth=0.6)
+        axis.set_ylabel(name, fontsize=9)
+        axis.tick_params(labelsize=8)
+    figure.align_ylabels(axes)
+    axes[-1].set_xticks(range(len(steps)), labels, rotation=35, ha="right", fontsize=8, parse_math=False)
+    axes[0].set_title(_plain(_headline(record), 100), fontsize=9, parse_math=False)
+    return figure
+
+
+def _headline(record: dict[str, Any]) -> str:
+    result = {True: "success", False: "failure", None: "no verdict"}[record["success"]]
+    total = "unknown" if record["return"] is None else f"{record['return']:.3g}"
+    return f"{record['task']}, iteration {record['iteration']}: {result}, return {total}, {record['stop_reason']}"
+
+
+def _plain(text: str, longest: int) -> str:
+    """Text that any font can show on one line."""
+    shown = "".join(char if char.isascii() and char.isprintable() else "?" for char in " ".join(text.split()))
+    return shown if len(shown) <= longest else shown[: longest - 1] + "~"

@@ -1,0 +1,194 @@
+"""What the agent did, step by step: records of episodes, as lines of JSON and as a page to browse.
+
+A record is a dict of one episode. Its ``steps`` hold texts and, as far as they are known, what the learner made of them;
+what is not known, or not finite, is ``None``. The page is append-only, so that a run costs no more per iteration when it is
+long: a shell with the script, then blocks of data that no browser takes for markup.
+"""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import hashlib
+import html
+import json
+import math
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from steppo.buffer import StepBuffer
+from steppo.types import Episode
+
+_SHELL = Path(__file__).with_name("transcript_page.html")
+_BLOCK_END = b"</script>\n"
+_EPISODES_PER_CHUNK = 32
+
+
+def episode_records(
+    episodes: Sequence[Episode], tokenizer: Any, buffer: StepBuffer | None = None, **common: Any
+) -> list[dict[str, Any]]:
+    """Records of episodes, in their order.
+
+    Args:
+        episodes: Of an iteration or a panel.
+        tokenizer: Decodes prompts and actions; each distinct one once.
+        buffer: Knows values, advantages and ratios of (some of) the episodes' steps.
+        common: What all records say: kind, iteration, updates.
+    """
+    prompts = _texts([step.prompt_ids for episode in episodes for step in episode.steps], tokenizer)
+    actions = _texts([step.action_ids for episode in episodes for step in episode.steps], tokenizer)
+    known = _step_figures(buffer) if buffer is not None else {}
+    unknown = dict.fromkeys(("value", "advantage", "ratio", "clipped"))
+    records = []
+    for episode in sorted(episodes, key=lambda episode: episode.order):
+        figures = known.get(episode.order, [unknown] * len(episode.steps))
+        records.append(
+            {
+                **common,
+                "id": episode.id,
+                "order": episode.order,
+                "task": episode.task_id,
+                "group": episode.group_id,
+                "stop_reason": str(episode.stop_reason),
+                "success": None if episode.success is None else bool(episode.success),
+                "return": _number(episode.episode_return),
+                "error": episode.error,
+                "steps": [
+                    {
+                        "prompt": prompts[step.prompt_ids.tobytes()],
+                        "observation": step.observation,
+                        "text": actions[step.action_ids.tobytes()],
+                        "action": step.action,
+                        "action_valid": bool(step.action_valid),
+                        "reward": _number(step.reward),
+                        **figures_of_step,
+                        "finish_reason": step.finish_reason,
+                        "prompt_tokens": len(step.prompt_ids),
+                        "action_tokens": len(step.action_ids),
+                    }
+                    for step, figures_of_step in zip(episode.steps, figures, strict=True)
+                ],
+            }
+        )
+    return records
+
+
+def _texts(ids: list[Any], tokenizer: Any) -> dict[bytes, str]:
+    distinct = {row.tobytes(): row.tolist() for row in ids}
+    texts = tokenizer.batch_decode(list(distinct.values()), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    return dict(zip(distinct, texts, strict=True))
+
+
+def _step_figures(buffer: StepBuffer) -> dict[int, list[dict[str, float | None]]]:
+    """Value, advantage, ratio and clipped share of each step, by the order of its episode.
+
+    Where values and advantages are of tokens, a step has the value at its prompt and the mean advantage of its tokens.
+    """
+    value = advantage = None
+    first_N = torch.from_numpy(buffer.lengths_N.cumsum() - buffer.lengths_N)
+    if buffer.scores is not None:
+        value = buffer.scores.value_N
+        if buffer.scores.value_A is not None:
+            value = buffer.scores.value_A[first_N]
+    if buffer.credit is not None:
+        advantage = buffer.credit.advantage_N
+        if buffer.credit.advantage_A is not None:
+            lengths_N = torch.from_numpy(buffer.lengths_N)
+            step_of_A = torch.repeat_interleave(torch.arange(len(lengths_N)), lengths_N)
+            sums = torch.zeros(len(lengths_N), dtype=buffer.credit.advantage_A.dtype)
+            advantage = sums.index_add(0, step_of_A, buffer.credit.advantage_A) / lengths_N
+    columns = {"value": value, "advantage": advantage, "ratio": buffer.ratio_N, "clipped": buffer.clipped_N}
+    lists = [_numbers(column, len(buffer.steps)) for column in columns.values()]
+    found: dict[int, list[dict[str, float | None]]] = {}
+    for order, *figures in zip(buffer.order_N.tolist(), *lists, strict=True):
+        found.setdefault(order, []).append(dict(zip(columns, figures, strict=True)))
+    return found
+
+
+def _numbers(column: Tensor | None, length: int) -> list[float | None]:
+    return [None] * length if column is None else [_number(value) for value in column.tolist()]
+
+
+def _number(value: float) -> float | None:
+    return float(value) if math.isfinite(value) else None
+
+
+class TranscriptWriter:
+    """Appends records to ``transcripts.jsonl`` and ``transcripts.html`` of a run's folder.
+
+    What a killed run left half-written at the end of a file is cut off. A resumed run may play an iteration again: both
+    files keep both, and the later one counts; the page shows no other.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._lines, self._page = folder / "transcripts.jsonl", folder / "transcripts.html"
+        folder.mkdir(parents=True, exist_ok=True)
+        _mend(self._lines, b"\n")
+        _mend(self._page, _BLOCK_END)
+        if not self._page.stat().st_size:
+            self._page.write_bytes(_shell("/".join(folder.resolve().parts[-2:])))
+
+    def write(self, kind: str, iteration: int, records: Sequence[dict[str, Any]]) -> None:
+        """Adds the episodes of one iteration or evaluation."""
+        with open(self._lines, "a", encoding="ascii") as file:
+            file.writelines(json.dumps(record, allow_nan=False) + "\n" for record in records)
+        with open(self._page, "ab") as page:
+            page.write(page_blocks(kind, iteration, records))
+
+
+def _mend(path: Path, ending: bytes) -> None:
+    """Cuts a file behind the last ``ending``, and makes it if there is none."""
+    with open(path, "ab+") as file:
+        size = file.seek(0, 2)
+        file.seek(max(size - len(ending), 0))
+        if size and file.read() != ending:
+            file.seek(0)
+            last = file.read().rfind(ending)
+            file.truncate(last + len(ending) if last >= 0 else 0)
+
+
+def page_blocks(kind: str, iteration: int, records: Sequence[dict[str, Any]]) -> bytes:
+    """Blocks of the page: the episodes in compressed chunks, then the index of all of them.
+
+    The index comes last and names the number of chunks before it: one that is there is whole.
+    """
+    chunks = [records[first : first + _EPISODES_PER_CHUNK] for first in range(0, len(records), _EPISODES_PER_CHUNK)]
+    blocks = [("text/plain", "chunk", _packed(chunk)) for chunk in chunks]
+    rows = [
+        [
+            record["id"],
+            record["task"],
+            record["stop_reason"],
+            record["success"],
+            record["return"],
+            len(record["steps"]),
+            sum(not step["action_valid"] for step in record["steps"]),
+        ]
+        for record in records
+    ]
+    index = {"kind": kind, "iteration": iteration, "chunks": len(chunks), "per_chunk": _EPISODES_PER_CHUNK, "rows": rows}
+    # Nothing in an episode's text can end the block: "<" is written as JSON's escape.
+    blocks.append(("application/json", "index", json.dumps(index, allow_nan=False).replace("<", "\\u003c").encode("ascii")))
+    return b"".join(
+        f'<script type="{media}" class="{name}">'.encode() + content + _BLOCK_END for media, name, content in blocks
+    )
+
+
+def _packed(chunk: Sequence[dict[str, Any]]) -> bytes:
+    return base64.b64encode(gzip.compress(json.dumps(chunk, allow_nan=False).encode("ascii"), 6, mtime=0))
+
+
+def _shell(title: str) -> bytes:
+    """The page without data. Its policy allows its own script and style and nothing else: no network, no inline handler."""
+    page = _SHELL.read_text(encoding="utf-8").replace("{title}", html.escape(title))
+    hashes = {}
+    for tag in ("script", "style"):
+        [content] = re.findall(f"<{tag}>(.*?)</{tag}>", page, re.DOTALL)
+        hashes[tag] = base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
+    policy = f"default-src 'none'; script-src 'sha256-{hashes['script']}'; style-src 'sha256-{hashes['style']}'"
+    return page.replace("{policy}", policy).encode()
