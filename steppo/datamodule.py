@@ -103,9 +103,8 @@ class StepDataModule(pl.LightningDataModule):
 
     def prepare_data(self) -> None:
         """Has the environment make what the tasks need, once per machine."""
-        tasks = self.panel("test" if self._testing else "validate")
-        if not self.from_checkpoint or (self.trainer is not None and self.trainer.training):
-            tasks = [*self.tasks(), *tasks]
+        learns = not self.from_checkpoint or (self.trainer is not None and self.trainer.training)
+        tasks = [*(self.tasks() if learns else []), *self.panel("test" if self._testing else "validate")]
         with phase(self.trainer, "preparing tasks") as advance:
             self.source.prepare(tasks, advance)
 
