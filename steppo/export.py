@@ -53,8 +53,10 @@ def main(args: Sequence[str] | None = None) -> None:
     policy.tokenizer.chat_template = policy.tokenizer.chat_template or PLAIN_TEMPLATE
     policy.model.generation_config = _generation(parts)
     records = _evaluations(checkpoint, options.ckpt_path.parent.parent / "evaluation.jsonl")
-    card = _card(out.resolve().name, parts, checkpoint, records)
-    console.print(f"writing {sum(weight.numel() for weight in policy.model.parameters()):,} parameters to {out}")
+    adapter = policy.adapters is not None and not options.merge
+    card = _card(out.resolve().name, parts, checkpoint, records, adapter)
+    weights = policy.trained_parameters() if adapter else list(policy.model.parameters())
+    console.print(f"writing {sum(weight.numel() for weight in weights):,} parameters to {out}")
     try:
         out.mkdir(parents=True, exist_ok=True)
         policy.export(out, options.merge)
@@ -73,11 +75,12 @@ def _restore(policy: Policy, lora: LoRASettings | None, checkpoint: dict[str, An
         policy.load_tokenizer_state(checkpoint["steppo"]["tokenizer"])
     weights = {k.removeprefix("policy."): w for k, w in checkpoint["state_dict"].items() if k.startswith("policy.")}
     own = policy.state_dict()
-    # The critic's and the reference's adapters sit on the same base; its own weights are not in the checkpoint.
+    # The critic's and the reference's adapters sit on the same base; the base's own weights are not in the checkpoint.
     weights = {k: w for k, w in weights.items() if k in own or policy.adapters is None or not policy.adapters.owns(k)}
-    weights = {k: w for k, w in own.items() if policy.is_base_weight(k)} | weights
     try:
-        policy.load_state_dict(weights)
+        found = policy.load_state_dict(weights, strict=policy.adapters is None)
+        if not all(policy.is_base_weight(name) for name in found.missing_keys):
+            raise RuntimeError("it holds no adapter")
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:200]
         raise ConfigError(f"the checkpoint does not fit the config's model: {reason}") from error
@@ -108,13 +111,13 @@ def _evaluations(checkpoint: dict[str, Any], path: Path) -> list[dict[str, Any]]
     return [by_place[place] for place in sorted(by_place)]
 
 
-def _card(name: str, parts: PartsCLI, checkpoint: dict[str, Any], records: list[dict[str, Any]]) -> str:
+def _card(name: str, parts: PartsCLI, checkpoint: dict[str, Any], records: list[dict[str, Any]], adapter: bool) -> str:
     """The model card: front matter, what it was trained on, results, use, config."""
     base = parts.model.policy.base_model()
     on_hub = base is not None and not Path(base).exists()
     front = ModelCardData(
         base_model=base if on_hub else None,
-        library_name="transformers",
+        library_name="peft" if adapter else "transformers",
         pipeline_tag="text-generation",
         tags=["steppo", "reinforcement-learning", "agent"],
     )
@@ -143,10 +146,11 @@ def _card(name: str, parts: PartsCLI, checkpoint: dict[str, Any], records: list[
             "## Use",
             "",
             "```python",
-            "from transformers import AutoModelForCausalLM, AutoTokenizer",
+            *(["from peft import AutoPeftModelForCausalLM"] if adapter else []),
+            f"from transformers import {'' if adapter else 'AutoModelForCausalLM, '}AutoTokenizer",
             "",
             f'tokenizer = AutoTokenizer.from_pretrained("{name}")',
-            f'model = AutoModelForCausalLM.from_pretrained("{name}")',
+            f'model = Auto{"Peft" if adapter else ""}ModelForCausalLM.from_pretrained("{name}")',
             'prompt = [{"role": "user", "content": "..."}]  # rendered as the context in the config below does',
             "text = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)",
             'inputs = tokenizer(text, add_special_tokens=False, return_tensors="pt")',

@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
 
 from steppo.cli import StepCLI
 from steppo.contexts import AppendContext, StateContext
@@ -32,10 +34,11 @@ def front_matter(folder: Path) -> dict[str, Any]:
     return yaml.safe_load((folder / "README.md").read_text().split("---\n")[1])
 
 
-def assert_same_policy(policy: Policy, folder: Path) -> None:
+def assert_same_policy(policy: Policy, folder: Path, model: Any = None) -> None:
     """Same ids and same log-probabilities, in float32."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    model = model or AutoModelForCausalLM.from_pretrained(folder)
+    model.eval()
     context = StateContext()
     context.bind(policy.tokenizer, policy.stop_ids)
     prompt = context.prompt_ids([OPENING], [])
@@ -61,6 +64,36 @@ def test_transformers_loads_the_same_policy(toy_run: tuple[StepCLI, Path], tmp_p
     generation = GenerationConfig.from_pretrained(tmp_path / "out")
     assert (generation.max_new_tokens, generation.eos_token_id, generation.pad_token_id) == (4, [1], 0)
     assert not generation.do_sample  # as evaluated
+
+
+@pytest.mark.parametrize("bits", [[], ["--quantization.bits=4"]], ids=["lora", "4-bit"])
+def test_peft_loads_the_same_adapter(bits: list[str], tiny_policy: TinyPolicy, tmp_path: Path) -> None:
+    tiny_policy.model.save_pretrained(tmp_path / "base")
+    tiny_policy.tokenizer.save_pretrained(tmp_path / "base")
+    cli = run(
+        tmp_path / "run",
+        "--model.policy=steppo.models.HFPolicy",
+        f"--model.policy.name_or_path={tmp_path}/base",
+        "--model.critic=steppo.models.AdapterCritic",
+        "--model.loss.kl=loss",
+        "--quantization.lora_rank=4",
+        "--trainer.max_epochs=1",
+        *bits,
+    )
+    export(tmp_path / "run", tmp_path / "adapter")
+    saved = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert sum(weight.numel() for weight in saved.values()) == sum(w.numel() for w in cli.model.policy.trained_parameters())
+    assert front_matter(tmp_path / "adapter")["library_name"] == "peft"
+    quantized = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", quantization_config=quantized if bits else None)
+    base.train()  # in evaluation mode 4-bit layers of a toy's size fail on some CPUs
+    model = PeftModel.from_pretrained(base, tmp_path / "adapter", is_trainable=True)
+    model.eval = lambda: model  # type: ignore[method-assign]
+    assert_same_policy(cli.model.policy, tmp_path / "adapter", model)
+    export(tmp_path / "run", tmp_path / "merged", "--merge")
+    assert front_matter(tmp_path / "merged")["library_name"] == "transformers"
+    if not bits:  # merged weights are whole: the base's rounding to 4 bits is gone
+        assert_same_policy(cli.model.policy, tmp_path / "merged")
 
 
 def test_generate_gives_the_action_that_the_engine_gives(toy_run: tuple[StepCLI, Path], tmp_path: Path) -> None:
