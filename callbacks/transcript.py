@@ -107,9 +107,10 @@ class TranscriptCallback(pl.Callback):
 def shown_orders(episodes: Sequence[Episode], count: int) -> list[int]:
     """Orders of the episodes to show, over all ranks: the first success, the first failure, then as they come.
 
-    Broken episodes are not shown.
+    Broken episodes and those without a step are not shown.
     """
-    mine = [(episode.order, bool(episode.success)) for episode in episodes if not episode.stop_reason.failed]
+    candidates = [episode for episode in episodes if episode.steps and not episode.stop_reason.failed]
+    mine = [(episode.order, bool(episode.success)) for episode in candidates]
     played = sorted(pair for part in gather(mine) for pair in part)
     first = [next((order for order, success in played if success is wanted), None) for wanted in (True, False)]
     orders = dict.fromkeys([order for order in first if order is not None] + [order for order, _ in played])

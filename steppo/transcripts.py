@@ -79,7 +79,7 @@ def episode_records(
 
 
 def _texts(ids: list[Any], tokenizer: Any) -> dict[bytes, str]:
-    if not ids:  # one empty text otherwise
+    if not ids:  # a tokenizer would take an empty batch for one empty text
         return {}
     distinct = {row.tobytes(): row.tolist() for row in ids}
     texts = tokenizer.batch_decode(list(distinct.values()), skip_special_tokens=False, clean_up_tokenization_spaces=False)

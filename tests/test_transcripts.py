@@ -6,6 +6,7 @@ import base64
 import gzip
 import hashlib
 import json
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -197,6 +198,8 @@ def test_prompts_are_decoded_with_all_their_tokens(tiny_policy: TinyPolicy) -> N
     [record] = episode_records([Episode("", 0, 0, "", (step,), StopReason.TERMINATED)], tiny_policy.tokenizer)
     assert record["steps"][0]["prompt"] == NASTY + "<|end|>"
     assert record["steps"][0]["text"] == "<|end|>"
+    [record] = episode_records([Episode("", 0, 0, "", (), StopReason.CONTEXT_OVERFLOW)], tiny_policy.tokenizer)
+    assert record["steps"] == []
 
 
 @pytest.mark.parametrize("torn", ["page", "index", "tag"])
@@ -274,6 +277,7 @@ def test_shown_are_a_success_a_failure_and_then_the_first() -> None:
     assert shown_orders(episodes[::-1], 4) == [3, 0, 1, 2]
     assert shown_orders(episodes, 1) == [3]
     assert shown_orders(episodes[:1], 4) == []
+    assert shown_orders([replace(episodes[1], steps=())], 4) == []
 
 
 class Grouped(StepGAE):
