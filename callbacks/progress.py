@@ -137,6 +137,8 @@ class StepProgressBar(ProgressBar):
         if self._enabled:
             self._console.print(_seconds_table(pl_module))
             self._console.print(f"Results: {folder / 'evaluation.jsonl'}", soft_wrap=True)
+            if (folder / "transcripts.html").exists():
+                self._console.print(f"Episodes: {folder / 'transcripts.html'} (open it in a browser)", soft_wrap=True)
             for logger in trainer.loggers:
                 if isinstance(logger, TensorBoardLogger):
                     self._console.print(f"Curves:  tensorboard --logdir {logger.save_dir}", soft_wrap=True)

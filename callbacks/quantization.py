@@ -13,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 
 from steppo.errors import ConfigError
-from steppo.models import AdapterCritic, SharedCritic
+from steppo.models import AdapterCritic, SeparateCritic
 from steppo.models.adapters import LoRASettings
 from steppo.module import AgentModule
 
@@ -98,10 +98,8 @@ class QuantizationCallback(pl.Callback):
             raise ConfigError(
                 f"quantised weights need a CPU or CUDA, not {strategy.root_device.type}; leave quantization.bits out"
             )
-        if self.lora_rank and critic is not None and not isinstance(critic, (AdapterCritic, SharedCritic)):
-            raise ConfigError(
-                f"{type(critic).__name__} would be a second model beside the frozen base: use steppo.models.AdapterCritic"
-            )
+        if self.lora_rank and isinstance(critic, SeparateCritic):
+            raise ConfigError("SeparateCritic would copy a frozen base: with LoRA use steppo.models.AdapterCritic instead")
         if self.lora_rank == 0 and isinstance(critic, AdapterCritic):
             raise ConfigError("AdapterCritic shares a frozen base: set quantization.lora_rank, or use SeparateCritic")
 

@@ -81,7 +81,7 @@ def one_and_two(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPat
     one, two = (tmp_path_factory.mktemp(name) for name in ("one", "two"))
     for folder, machine in ((one, ["--trainer.devices=1"]), (two, processes)):
         done = fit(folder, *options, *machine)
-        assert done.returncode == 0, done.stderr[-2000:]
+        assert done.returncode == 0, done.stderr
     if shape[0] == EQUAL[0]:
         assert evaluations(one)[-1]["environment_steps"] == 32
     return one, two, tolerance
@@ -137,26 +137,31 @@ def test_two_processes_train_adapters_on_a_4_bit_base(processes: list[str], tiny
         "--model.loss.kl=loss",
         "--quantization.bits=4",
         "--quantization.lora_rank=4",
-        "--warm_start.updates=3",
+        "--warm_start.updates=0",
+        *WITH_GRADIENTS,
     ]
     for name, machine in (("one", ["--trainer.devices=1"]), ("two", processes)):
         done = fit(tmp_path / name, *options, *machine)
-        assert done.returncode == 0, done.stderr[-2000:]
+        assert done.returncode == 0, done.stderr
     one, two = (weights(tmp_path / name) for name in ("one", "two"))
     assert one.keys() == two.keys()
-    assert all(float((two[name] - weight).abs().max()) < 1e-3 for name, weight in one.items())  # float32
+    one, two = (torch.load(tmp_path / name / "gradients.pt", weights_only=True) for name in ("one", "two"))
+    assert one.keys() == two.keys()
+    assert all(float((two[name] - gradient).norm()) <= 1e-3 * float(gradient.norm()) for name, gradient in one.items())
 
 
-def test_transcripts_hold_the_episodes_of_all_ranks_once(one_and_two: tuple[Path, Path]) -> None:
+def test_transcripts_hold_the_episodes_of_all_ranks_once(one_and_two: tuple[Path, Path, float]) -> None:
     one, two = (
-        [json.loads(line) for line in (folder / "transcripts.jsonl").read_text().splitlines()] for folder in one_and_two
+        [json.loads(line) for line in (folder / "transcripts.jsonl").read_text().splitlines()] for folder in one_and_two[:2]
     )
-    assert [record["kind"] for record in two] == ["valid"] * 8 + (["train"] * 5 + ["valid"] * 8) * 2
+    iterations = len(evaluations(one_and_two[0])) - 1
+    tasks = sum(record["kind"] == "train" for record in one) // iterations
+    assert [record["kind"] for record in two] == ["valid"] * 8 + (["train"] * tasks + ["valid"] * 8) * iterations
     assert any(step["advantage"] is not None for record in two if record["kind"] == "valid" for step in record["steps"])
     for left, right in zip(one, two, strict=True):
         for mine, other in zip(left.pop("steps"), right.pop("steps"), strict=True):
             for name in ("value", "advantage", "ratio"):
-                assert mine.pop(name) == pytest.approx(other.pop(name), abs=1e-6)
+                assert mine.pop(name) == pytest.approx(other.pop(name), abs=1e-3)
             assert mine == other
         assert left == right
 

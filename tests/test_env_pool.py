@@ -138,7 +138,7 @@ def test_other_workers_do_not_notice(make_pool: Callable[..., EnvPool]) -> None:
     pool = make_pool(FaultyEnv(die_tasks=[TASKS[1].id]), num_slots=2, num_workers=2)
     pool.reset(0, TASKS[0])
     pool.reset(1, TASKS[1])
-    process_ids = {child.pid for child in mp.active_children()}
+    process_ids = {process.process.pid for process in pool._processes}
     for slot in (0, 1):
         pool.receive(slot)
         pool.step(slot, "right")
@@ -146,7 +146,7 @@ def test_other_workers_do_not_notice(make_pool: Callable[..., EnvPool]) -> None:
         pool.step(slot, "right")
     assert pool.receive(1).error
     assert pool.receive(0) == play_here(TASKS[0], ["right", "right"])[-1]
-    assert len(process_ids & {child.pid for child in mp.active_children()}) == 1
+    assert len(process_ids & {process.process.pid for process in pool._processes}) == 1
 
 
 def test_an_episode_in_its_pause_survives_two_deaths(make_pool: Callable[..., EnvPool]) -> None:

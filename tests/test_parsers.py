@@ -230,7 +230,7 @@ def test_any_text_has_an_answer(text: str, commands: list[str] | None, data: st.
         text = data.draw(st.sampled_from([text, *commands, f" {commands[0]}\n", commands[-1].upper()]))
     observation = Observation("A room.", "", None if commands is None else tuple(commands))
     check(text, observation)
-    if commands is not None and text in commands:
+    if commands is not None and text in commands and "think>" not in text:  # such a command could not be said
         for parser in PARSERS:
             assert parser.parse(parser.answer(text), observation).command == text
 

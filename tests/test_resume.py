@@ -36,7 +36,7 @@ OPTIONS = [
     "--trainer.callbacks.enable_version_counter=false",
 ]
 NUMBERED = ["--trainer.logger.init_args.version=null"]
-TIMES = ("seconds/", "per_second")
+TIMES = ("seconds/", "per_second", "memory/")
 
 
 class SaveAnywhere(Callback):

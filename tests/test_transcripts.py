@@ -237,13 +237,12 @@ def test_an_iteration_that_is_played_again_counts_once_on_the_page(tmp_path: Pat
 
 def test_a_resumed_run_goes_on_in_the_same_files(tmp_path: Path) -> None:
     run(tmp_path, *SHORT[:2])
-    checkpoint = f"--ckpt_path={tmp_path}/checkpoints/last.ckpt"
-    run(tmp_path, checkpoint, "--trainer.max_epochs=2")
+    run(tmp_path, "--ckpt_path=last", "--trainer.max_epochs=2")
     keys = [(kind, iteration) for iteration in range(3) for kind in ("train", "valid") if (kind, iteration) != ("train", 0)]
     page = Page(tmp_path / "transcripts.html").episodes()
     assert list(page) == keys
     assert [record for episodes in page.values() for record in episodes] == lines(tmp_path)
-    run(tmp_path, checkpoint, command="test")
+    run(tmp_path, "--ckpt_path=last", command="test")
     assert list(Page(tmp_path / "transcripts.html").episodes()) == [*keys, ("test", 2)]
 
 
