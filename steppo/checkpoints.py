@@ -82,8 +82,11 @@ class CheckpointIO(TorchCheckpointIO):
                 with contextlib.suppress(OSError):
                     part.unlink()
                 raise
-        except (OSError, RuntimeError) as error:  # torch's writer gives a full disk as RuntimeError
-            reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
+        except (OSError, RuntimeError) as error:
+            cause: BaseException = error
+            while not isinstance(cause, OSError) and cause.__context__ is not None:
+                cause = cause.__context__  # torch's writer says something else when it closes the file
+            reason = getattr(cause, "strerror", None) or " ".join(str(error).split())[:200]
             raise RunError(f"cannot write the checkpoint {path}: {reason}; earlier checkpoints are as they were") from error
 
     def load_checkpoint(

@@ -103,8 +103,10 @@ class StepDataModule(pl.LightningDataModule):
 
     def prepare_data(self) -> None:
         """Has the environment make what the tasks need, once per machine."""
-        learns = not self.from_checkpoint or (self.trainer is not None and self.trainer.training)
-        tasks = [*(self.tasks() if learns else []), *self.panel("test" if self._testing else "validate")]
+        evaluating = self.trainer is not None and not self.trainer.training
+        # Without a checkpoint an evaluation needs the training tasks too: a tokenizer may be made of their words.
+        tasks = [] if evaluating and self.from_checkpoint else self.tasks()
+        tasks = [*tasks, *self.panel("test" if self._testing else "validate")]
         with phase(self.trainer, "preparing tasks") as advance:
             self.source.prepare(tasks, advance)
 
