@@ -37,6 +37,22 @@ class GlobalSteps:
     mine_N: np.ndarray
     gap: float
 
+    def statistics(self) -> dict[str, float]:
+        """What the critic was worth, and how far sampler and learner are apart."""
+        figures = {"train/sampler_logprob_gap": self.gap}
+        by_step = self.credit.target_N is not None
+        target = self.credit.target_N if by_step else self.credit.target_A
+        value = self.batch.value_N if by_step else self.batch.value_A
+        if target is not None and value is not None and target.numel() > 1:
+            variance = float(target.var())
+            explained = 1 - float((target - value).var()) / variance if variance > 0 else 0.0
+            figures |= {
+                "train/explained_variance": explained,
+                "train/value_mean": float(value.mean()),
+                "train/target_mean": float(target.mean()),
+            }
+        return figures
+
 
 def assign_credit(buffer: StepBuffer, advantage: Advantage, kl_coef: float) -> GlobalSteps:
     """Assigns credit over all ranks and stores this rank's share in its buffer.

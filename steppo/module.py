@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from steppo.advantages import Advantage
-from steppo.buffer import Scores, StepBuffer
-from steppo.credit import GlobalSteps, assign_credit
+from steppo.buffer import StepBuffer
+from steppo.credit import assign_credit
 from steppo.datamodule import StepDataModule
 from steppo.distributed import average_gradients, gather, shard, unsharded
 from steppo.errors import ConfigError, RunError
@@ -28,6 +28,7 @@ from steppo.models.adapters import LoRASettings
 from steppo.models.policy import AdapterView
 from steppo.optim import OptimizerSettings, learning_rate_factor
 from steppo.rng import rng_state, set_rng_state
+from steppo.scoring import score, value_positions
 from steppo.types import Episode, Microbatch, TokenBatch
 
 
@@ -172,7 +173,7 @@ class AgentModule(pl.LightningModule):
         buffer = self.data.buffer
         with self.timed("score"):
             with self.reading():
-                buffer.scores = self._score(buffer)
+                buffer.scores = score(buffer, self.policy, self.reference, self.critic, self.advantage.needs_values)
             steps = assign_credit(buffer, self.advantage, self._reward_kl_coef)
         buffer.ratio_N, buffer.clipped_N = buffer.ratio_N.to(self.device), buffer.clipped_N.to(self.device)
         if steps.gap > self.data.source.logprob_tolerance:
@@ -186,7 +187,7 @@ class AgentModule(pl.LightningModule):
         self.counters.iterations += 1
         self.counters.environment_steps += len(steps.lengths_N)
         self.counters.episodes += len(steps.batch.terminated_E)
-        self.report(_credit_statistics(steps))
+        self.report(steps.statistics())
 
     def appraise(self, episodes: Sequence[Episode]) -> StepBuffer:
         """Scores episodes that are not learned from, and assigns credit among them; training does not notice.
@@ -197,7 +198,7 @@ class AgentModule(pl.LightningModule):
         buffer = self.data.buffer.empty()
         buffer.fill(episodes)
         with self.reading():
-            buffer.scores = self._score(buffer)
+            buffer.scores = score(buffer, self.policy, self.reference, self.critic, self.advantage.needs_values)
         if not self.advantage.needs_groups and any(gather(len(buffer.steps))):
             assign_credit(buffer, self.advantage, self._reward_kl_coef)
         return buffer
@@ -206,45 +207,9 @@ class AgentModule(pl.LightningModule):
     def _reward_kl_coef(self) -> float:
         return self.loss.kl_coef if self.loss.kl == "reward" else 0.0
 
-    def _score(self, buffer: StepBuffer) -> Scores:
-        """Old log-probabilities, reference log-probabilities and values of all steps."""
-        wide = torch.promote_types(self.policy.dtype, torch.float32)
-        columns = {"old": torch.zeros(buffer.num_tokens, dtype=wide)}
-        if self.reference is not None:
-            columns["ref"] = torch.zeros(buffer.num_tokens, dtype=wide)
-        at = self.advantage.needs_values
-        if at != "none":
-            columns["value"] = torch.zeros(len(buffer.steps) if at == "step" else buffer.num_tokens, dtype=wide)
-        temperatures = buffer.temperatures() if buffer.steps else torch.zeros(0)
-        for steps, actions, batch in buffer.batches():
-            batch = self.transfer_batch_to_device(batch, self.device, 0)
-            temperature_A = temperatures[actions].to(self.device)
-            output = self.policy(batch, temperature_A)
-            columns["old"][actions] = output.logprobs_A.cpu()
-            if self.reference is not None:
-                columns["ref"][actions] = self.reference(batch, temperature_A).logprobs_A.cpu()
-            if self.critic is not None:
-                columns["value"][steps if at == "step" else actions] = self._values(batch, output.hidden).to(wide).cpu()
-
-        final: dict[int, float] = {}
-        if self.critic is not None:
-            for episodes, batch in buffer.final_batches():
-                batch = self.transfer_batch_to_device(batch, self.device, 0)
-                states = self.policy(batch).hidden if self.critic.needs_policy_hidden else None
-                values = self.critic(batch, batch.value_at_N, states)
-                final.update(zip((episode.order for episode in episodes), values.tolist(), strict=True))
-        return Scores(
-            old_logprobs_A=columns["old"],
-            ref_logprobs_A=columns.get("ref"),
-            value_N=columns["value"] if at == "step" else None,
-            value_A=columns["value"] if at == "token" else None,
-            bootstrap_N=torch.tensor([final.get(order, 0.0) for order in buffer.order_N.tolist()], dtype=wide),
-        )
-
     def _values(self, batch: TokenBatch, hidden: Tensor | None) -> Tensor:
         assert self.critic is not None
-        positions = batch.value_at_N if self.advantage.needs_values == "step" else batch.predict_at_A
-        return self.critic(batch, positions, hidden)
+        return self.critic(batch, value_positions(batch, self.advantage.needs_values), hidden)
 
     # ---- updates ----
 
@@ -471,20 +436,3 @@ class AgentModule(pl.LightningModule):
         over = dict.fromkeys(("ready", "started", "processed", "completed"), self.counters.iterations)
         loops["epoch_progress"] = {"total": over, "current": dict(over)}
         loops["epoch_loop.batch_progress"]["current"] = dict.fromkeys(over, 0)
-
-
-def _credit_statistics(steps: GlobalSteps) -> dict[str, float]:
-    """What the critic and the groups were worth, and how far sampler and learner are apart."""
-    batch, credit = steps.batch, steps.credit
-    statistics = {"train/sampler_logprob_gap": steps.gap}
-    target = credit.target_N if credit.target_N is not None else credit.target_A
-    value = batch.value_N if credit.target_N is not None else batch.value_A
-    if target is not None and value is not None and target.numel() > 1:
-        variance = float(target.var())
-        explained = 1 - float((target - value).var()) / variance if variance > 0 else 0.0
-        statistics |= {
-            "train/explained_variance": explained,
-            "train/value_mean": float(value.mean()),
-            "train/target_mean": float(target.mean()),
-        }
-    return statistics

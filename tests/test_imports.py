@@ -19,7 +19,7 @@ LAYERS: list[set[str]] = [
     {"models"},
     {"engines"},
     {"rollout", "buffer", "samplers"},
-    {"credit"},
+    {"credit", "scoring"},
     {"module", "datamodule", "metrics", "progress", "checkpoints", "transcripts"},
     {"callbacks"},
     {"cli", "gguf"},
