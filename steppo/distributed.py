@@ -66,6 +66,9 @@ def shard(module: nn.Module, blocks: Sequence[str], device_type: str) -> None:
 @contextmanager
 def unsharded(modules: Sequence[nn.Module]) -> Iterator[None]:
     """Holds sharded modules whole on every rank, so that ranks need not make the same number of passes."""
+    for root in modules:
+        if isinstance(root, FSDPModule):  # the engine calls parts of it, maybe before its own first call
+            root._get_fsdp_state()._lazy_init()
     parts = [part for module in modules for part in module.modules() if isinstance(part, FSDPModule)]
     for part in parts:
         part.set_reshard_after_forward(False, recurse=False)
