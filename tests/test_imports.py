@@ -22,10 +22,11 @@ LAYERS: list[set[str]] = [
     {"credit"},
     {"module", "datamodule", "metrics", "progress"},
     {"callbacks"},
+    {"mistakes"},
     {"cli"},
 ]
 APART = LAYERS[1]  # these do not import each other either
-USE_LIGHTNING = {"module", "datamodule", "callbacks", "cli"}
+USE_LIGHTNING = {"module", "datamodule", "callbacks", "mistakes", "cli"}
 
 
 def imports_of(source: str, package: str) -> set[str]:
