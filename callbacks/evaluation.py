@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import time
 from collections.abc import Sequence
@@ -41,8 +42,8 @@ class EvaluationCallback(pl.Callback):
     """
 
     def __init__(self, samples: int = 1, temperature: float = 0.0, before_training: bool = True) -> None:
-        if samples < 1 or temperature < 0:
-            raise ConfigError("evaluation: samples must be at least 1 and temperature at least 0")
+        if samples < 1 or not 0 <= temperature < math.inf:
+            raise ConfigError("evaluation: samples must be at least 1 and temperature at least 0 and finite")
         if samples > 1 and temperature == 0:
             raise ConfigError("evaluation: greedy episodes of a task are all the same; several samples need a temperature")
         self.samples = samples

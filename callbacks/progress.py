@@ -15,6 +15,7 @@ from rich.table import Table
 from torch import nn
 
 from callbacks.evaluation import EvaluationCallback
+from steppo.errors import ConfigError
 from steppo.module import AgentModule
 
 
@@ -28,7 +29,9 @@ class StepProgressBar(ProgressBar):
 
     def __init__(self, every_n_iterations: int = 1, enabled: bool = True) -> None:
         super().__init__()
-        self.every_n_iterations = max(1, every_n_iterations)
+        if every_n_iterations < 1:
+            raise ConfigError("progress: every_n_iterations must be at least 1; progress.enabled false shows nothing")
+        self.every_n_iterations = every_n_iterations
         self._console = Console(highlight=False)
         self._progress: Progress | None = None
         self._task: TaskID | None = None

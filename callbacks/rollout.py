@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 
 import lightning.pytorch as pl
@@ -32,8 +33,10 @@ class RolloutCallback(pl.Callback):
     ) -> None:
         if tasks_per_iteration < 1 or group_size < 1:
             raise ConfigError("rollout: tasks_per_iteration and group_size must be at least 1")
-        if temperature <= 0:
-            raise ConfigError("rollout: temperature must be above 0, or there is nothing to explore")
+        if not 0 < temperature < math.inf:
+            raise ConfigError(
+                f"rollout: temperature must be above 0 and finite, not {temperature}, or there is nothing to explore"
+            )
         if not 0 <= min_healthy <= 1:
             raise ConfigError(f"rollout: min_healthy is a share, from 0 to 1, not {min_healthy}")
         self.tasks_per_iteration = tasks_per_iteration

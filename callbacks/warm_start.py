@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import math
 import os
 import tempfile
 from pathlib import Path
@@ -55,6 +56,8 @@ class WarmStartCallback(pl.Callback):
     ) -> None:
         if updates < 0 or episodes < 1 or batch_size < 1:
             raise ConfigError("warm_start: updates must be at least 0, episodes and batch_size at least 1")
+        if not 0 < lr < math.inf:
+            raise ConfigError(f"warm_start: lr must be above 0 and finite, not {lr}")
         self.updates = updates
         self.actions = actions
         self.episodes = episodes

@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import difflib
-import importlib
-import inspect
 import logging
 import os
-import re
 import signal
 import sys
 import warnings
@@ -44,9 +40,9 @@ from callbacks import (
 from steppo.checkpoints import CheckpointIO, iteration_checkpoints, read
 from steppo.datamodule import StepDataModule
 from steppo.errors import ConfigError, SteppoError
+from steppo.mistakes import check_config, check_config_files, explain, in_one_line, refusal
 from steppo.module import AgentModule
 
-_LONGEST_ERROR = 500
 _CLI = TypeVar("_CLI", bound="StepCLI")
 
 
@@ -80,6 +76,24 @@ class StepCLI(LightningCLI):
         """``fit``, ``validate`` and ``test``: nothing predicts. Checkpoints are always read as weights only."""
         return {name: skip | {"weights_only"} for name, skip in LightningCLI.subcommands().items() if name != "predict"}
 
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """As Lightning's; what is wrong is said in one line."""
+        check_config_files(sys.argv[1:] if args is None else args)
+        parsers = [self.parser, *getattr(self, "_subcommand_parsers", {}).values()]
+        try:
+            super().parse_arguments(parser, args)
+        except ArgumentError as error:
+            options = {action.dest for known in parsers for action in known._actions}
+            raise ConfigError(explain(error, options)) from None
+        chosen = self.config.get("subcommand")
+        check_config(self.config[chosen] if chosen else self.config, self._parser(chosen)._actions)
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        try:
+            super()._run_subcommand(subcommand)
+        except (RuntimeError, ValueError, OSError) as error:
+            raise in_one_line(error) from error
+
     def _parse_ckpt_path(self) -> None:
         """Lightning would take hyper-parameters from the checkpoint here; steppo's hold none."""
 
@@ -95,6 +109,14 @@ class StepCLI(LightningCLI):
             config.trainer.enable_progress_bar, config.progress.enabled = None, False
         if "verbose" in config:
             config.verbose = False  # the progress bar prints the table
+        if config.trainer.max_time is not None:  # Lightning's own timer would stop within an iteration
+            timer = Namespace(duration=config.trainer.max_time, interval="epoch")
+            callbacks = config.trainer.callbacks or []
+            config.trainer.callbacks = [
+                *(callbacks if isinstance(callbacks, list) else [callbacks]),
+                Namespace(class_path="lightning.pytorch.callbacks.Timer", init_args=timer),
+            ]
+            config.trainer.max_time = None
         if config.ckpt_path is not None:
             self._checkpoint = _find_checkpoint(config)
             if self._checkpoint.is_file():
@@ -105,11 +127,8 @@ class StepCLI(LightningCLI):
         try:
             with self._in_its_run_folder():
                 super().instantiate_classes()
-        except (ValueError, TypeError) as error:
-            cause: BaseException | None = error
-            while cause is not None and not isinstance(cause, SteppoError):
-                cause = cause.__cause__ or cause.__context__
-            raise cause or ArgumentError(None, str(error)) from None
+        except Exception as error:
+            raise refusal(error) from None
         if self.trainer and isinstance(self.trainer.strategy.launcher, _MultiProcessingLauncher):
             raise ConfigError("trainer.strategy must start processes by their command line: use ddp, not spawn or fork")
         if self._checkpoint is not None:
@@ -260,6 +279,7 @@ def _make(kind: type[_CLI], args: Sequence[str] | None, run: bool) -> _CLI:
         StepDataModule,
         subclass_mode_model=True,
         subclass_mode_data=True,
+        auto_configure_optimizers=False,  # the module's own: one group each for policy and critic
         seed_everything_default=0,
         save_config_kwargs={"overwrite": True},
         parser_kwargs={**strict, **dict.fromkeys(StepCLI.subcommands(), strict)},
@@ -267,33 +287,6 @@ def _make(kind: type[_CLI], args: Sequence[str] | None, run: bool) -> _CLI:
         args=list(args) if args is not None else None,
         run=run,
     )
-
-
-def explain(error: Exception) -> str:
-    """One line that says where and what, without the parser's lists of all that it tried."""
-    text = " ".join(str(error).split())
-    if not isinstance(error, ArgumentError):
-        return text[:_LONGEST_ERROR]
-    text, _, given = text.partition(" Given value type:")
-    *_, reason = re.split(r'Parser key "[^"]*": |Errors: - ', text)
-    reason = reason.removesuffix(" - Expected a <class 'NoneType'>")
-    reason = re.sub(r"<class '([\w.]+)'>", r"\1", reason).replace("typing.", "")
-    value = given.partition("Given value: ")[2]
-    if value and "NestedArg" not in value and "Got value" not in reason and len(value) < 80:
-        reason += f". Got value: {value}"
-    where = ".".join(re.findall(r'Parser key "([^"]*)"', text))
-    return f"{where + ': ' if where else ''}{reason}{_suggestion(reason)}"[:_LONGEST_ERROR]
-
-
-def _suggestion(reason: str) -> str:
-    """The parameter that was probably meant."""
-    match = re.search(r"class_path '([\w.]+)\.(\w+)'.*(?:Option '|Key ')([\w.]+)'", reason)
-    if match is None:
-        return ""
-    module, name, option = match.groups()
-    owner: Any = getattr(importlib.import_module(module), name)
-    near = difflib.get_close_matches(option, inspect.signature(owner).parameters, n=1)
-    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def _find_checkpoint(config: Namespace) -> Path:

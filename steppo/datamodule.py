@@ -61,10 +61,15 @@ class StepDataModule(pl.LightningDataModule):
         eval_tasks: int = 100,
     ) -> None:
         super().__init__()
-        if min(update_epochs, num_minibatches, max_tokens_per_microbatch, eval_tasks) < 1:
-            raise ConfigError(
-                "StepDataModule: update_epochs, num_minibatches, max_tokens_per_microbatch and eval_tasks must be at least 1"
-            )
+        for name, value in (
+            ("update_epochs", update_epochs),
+            ("num_minibatches", num_minibatches),
+            ("max_tokens_per_microbatch", max_tokens_per_microbatch),
+            ("train_tasks", train_tasks),
+            ("eval_tasks", eval_tasks),
+        ):
+            if value is not None and value < 1:
+                raise ConfigError(f"StepDataModule: {name} must be at least 1, not {value}")
         self.source = source
         self.sampler = sampler or ShuffledSampler()
         self.buffer = StepBuffer(packer or PaddedPacker(), max_tokens_per_microbatch)

@@ -5,6 +5,7 @@ Paper equations: step-level importance ratio and clipped objective (policy_loss)
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -51,8 +52,10 @@ class LossSettings:
 
     def __post_init__(self) -> None:
         for name in ("clip_low", "clip_high", "vf_coef", "value_clip", "ent_coef", "kl_coef"):
-            if not getattr(self, name) >= 0:
-                raise ConfigError(f"loss.{name} must be at least 0, not {getattr(self, name)}")
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ConfigError(f"loss.{name} must be at least 0 and finite, not {getattr(self, name)}")
+        if self.clip_low > 1:
+            raise ConfigError(f"loss.clip_low must be at most 1, not {self.clip_low}: a ratio is never below 0")
 
 
 def token_weights(step_of_A: Tensor, weight_N: Tensor, aggregation: Aggregation) -> Tensor:

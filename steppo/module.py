@@ -73,6 +73,8 @@ class AgentModule(pl.LightningModule):
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
+        if critic_warmup_updates < 0 or max_skipped_updates < 1:
+            raise ConfigError("AgentModule: critic_warmup_updates must be at least 0 and max_skipped_updates at least 1")
         if advantage.needs_values != "none" and critic is None:
             raise ConfigError(f"{type(advantage).__name__} needs values: give the model a critic, such as SharedCritic")
         self.policy = policy

@@ -29,9 +29,11 @@ class OptimizerSettings:
     schedule: Literal["constant", "linear", "cosine"] = "constant"
 
     def __post_init__(self) -> None:
-        for name in ("lr", "weight_decay", "max_grad_norm", "warmup_updates"):
-            if not getattr(self, name) >= 0:
-                raise ConfigError(f"an optimizer's {name} must be at least 0, not {getattr(self, name)}")
+        if not 0 < self.lr < math.inf:
+            raise ConfigError(f"an optimizer's lr must be above 0 and finite, not {self.lr}")
+        for name in ("weight_decay", "max_grad_norm", "warmup_updates"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ConfigError(f"an optimizer's {name} must be at least 0 and finite, not {getattr(self, name)}")
 
 
 def learning_rate_factor(settings: OptimizerSettings, total_updates: float) -> Callable[[int], float]:

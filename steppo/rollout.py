@@ -20,7 +20,7 @@ from steppo.contexts import ContextPolicy
 from steppo.engines import Engine
 from steppo.envs import Env
 from steppo.envs.pool import COUNTS, EnvPool, EnvReply
-from steppo.errors import ConfigError, SteppoError
+from steppo.errors import ConfigError, SteppoError, blamed_on
 from steppo.parsers import ActionParser, CommandParser, ParsedAction
 from steppo.types import Completion, Episode, Group, Observation, Request, RolloutPlan, Sampling, Step, StopReason, Task
 
@@ -157,8 +157,10 @@ class EnvSource(EpisodeSource):
             raise ConfigError(f"EnvSource: {type(env).__name__} has no step limit, so max_steps must be given")
         if max_steps is not None and max_steps < 1:
             raise ConfigError(f"EnvSource: max_steps must be at least 1, not {max_steps}")
-        if env_timeout <= 0:
-            raise ConfigError(f"EnvSource: env_timeout must be above 0, not {env_timeout}")
+        if not env_timeout > 0:
+            raise ConfigError(f"EnvSource: env_timeout must be above 0 seconds, not {env_timeout}")
+        if not 0 <= invalid_penalty < math.inf:
+            raise ConfigError(f"EnvSource: invalid_penalty must be at least 0 and finite, not {invalid_penalty}")
         if worker_memory_mib is not None and worker_memory_mib < 1:
             raise ConfigError(f"EnvSource: worker_memory_mib must be at least 1, not {worker_memory_mib}")
         self.env = env
@@ -187,10 +189,12 @@ class EnvSource(EpisodeSource):
         return self._pool
 
     def tasks(self, split: str) -> list[Task]:
-        return self.env.tasks(split)
+        with blamed_on(f"{type(self.env).__name__}.tasks({split!r})"):
+            return self.env.tasks(split)
 
     def prepare(self, tasks: Sequence[Task], progress: Callable[[int, int], None]) -> None:
-        self.env.prepare(tasks, progress)
+        with blamed_on(f"{type(self.env).__name__}.prepare"):
+            self.env.prepare(tasks, progress)
 
     def bind(self, policy: Policy) -> None:
         longest = self.max_prompt_tokens + self.max_new_tokens

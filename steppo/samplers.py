@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
@@ -59,8 +60,9 @@ class WeightedSampler(TaskSampler):
 
     def __init__(self, weights: dict[str, float]) -> None:
         super().__init__()
-        if any(weight < 0 for weight in weights.values()):
-            raise ConfigError("WeightedSampler: weights must not be negative")
+        for pattern, weight in weights.items():
+            if not 0 <= weight < math.inf:
+                raise ConfigError(f"WeightedSampler: the weight of {pattern!r} must be at least 0 and finite, not {weight}")
         self.weights = weights
         self._cumulative: tuple[tuple[str, ...], np.ndarray] | None = None
 

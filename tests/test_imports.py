@@ -22,11 +22,12 @@ LAYERS: list[set[str]] = [
     {"credit", "scoring"},
     {"module", "datamodule", "metrics", "progress", "checkpoints", "transcripts"},
     {"callbacks"},
+    {"mistakes"},
     {"cli", "gguf"},
     {"export", "play"},
 ]
 APART = LAYERS[1]  # these do not import each other either
-USE_LIGHTNING = {"module", "datamodule", "checkpoints", "callbacks", "cli", "play"}
+USE_LIGHTNING = {"module", "datamodule", "checkpoints", "callbacks", "mistakes", "cli", "play"}
 
 
 def imports_of(source: str, package: str) -> set[str]:

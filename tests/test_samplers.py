@@ -126,5 +126,5 @@ def test_weighted_patterns(weights: dict[str, float], possible: set[str]) -> Non
 
 
 def test_weights_must_not_be_negative() -> None:
-    with pytest.raises(ConfigError, match="must not be negative"):
+    with pytest.raises(ConfigError, match="must be at least 0 and finite, not -1"):
         WeightedSampler({"easy/*": 1.0, "hard/*": -1.0})

@@ -95,8 +95,9 @@ def test_unknown_split() -> None:
 
 
 def test_settings_that_make_no_game(tmp_path: Path) -> None:
-    env = TextWorldEnv("coin_collector", {"level": 0}, num_train=2, cache_dir=str(tmp_path), num_generators=1)
-    with pytest.raises(ConfigError, match="level"):
+    settings = {"recipe_seed": 1, "take": 0}  # each is allowed
+    env = TextWorldEnv("cooking", settings, num_train=2, cache_dir=str(tmp_path), num_generators=1)
+    with pytest.raises(ConfigError, match="requires the 'take' skill"):
         env.prepare(env.tasks("train"), lambda done, total: None)
 
 

@@ -8,6 +8,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from steppo.errors import ConfigError
 from steppo.types import Credit, CreditBatch
 
 
@@ -25,6 +26,13 @@ class Advantage(ABC):
     @abstractmethod
     def __call__(self, batch: CreditBatch) -> Credit:
         """Assigns credit. The result is in the order of the batch and does not depend on it."""
+
+
+def check_decays(scheme: Advantage, **decays: float) -> None:
+    """Discounts and the like are shares; ``ConfigError`` names the one that is not."""
+    for name, value in decays.items():
+        if not 0 <= value <= 1:
+            raise ConfigError(f"{type(scheme).__name__}: {name} must be from 0 to 1, not {value}")
 
 
 def whiten(x: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-from steppo.advantages.base import Advantage, final_values, generalised_advantages, time_order, unsort, whiten
+from steppo.advantages.base import Advantage, check_decays, final_values, generalised_advantages, time_order, unsort, whiten
 from steppo.types import Credit, CreditBatch
 
 
@@ -22,6 +22,7 @@ class StepGAE(Advantage):
     needs_values: ClassVar[Literal["none", "step", "token"]] = "step"
 
     def __init__(self, gamma: float = 1.0, gae_lambda: float = 1.0, bootstrap_truncated: bool = False) -> None:
+        check_decays(self, gamma=gamma, gae_lambda=gae_lambda)
         self.gamma = gamma
         self.gae_lambda = gae_lambda
         self.bootstrap_truncated = bootstrap_truncated

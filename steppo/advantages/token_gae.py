@@ -6,7 +6,7 @@ from typing import ClassVar, Literal
 
 import torch
 
-from steppo.advantages.base import Advantage, final_values, generalised_advantages, time_order, unsort, whiten
+from steppo.advantages.base import Advantage, check_decays, final_values, generalised_advantages, time_order, unsort, whiten
 from steppo.types import Credit, CreditBatch
 
 
@@ -25,6 +25,7 @@ class TokenGAE(Advantage):
     needs_values: ClassVar[Literal["none", "step", "token"]] = "token"
 
     def __init__(self, gamma: float = 1.0, gae_lambda: float = 1.0, bootstrap_truncated: bool = False) -> None:
+        check_decays(self, gamma=gamma, gae_lambda=gae_lambda)
         self.gamma = gamma
         self.gae_lambda = gae_lambda
         self.bootstrap_truncated = bootstrap_truncated

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from steppo.contexts.base import ContextPolicy
+from steppo.errors import ConfigError
 from steppo.types import Observation, Step
 
 
@@ -28,6 +29,8 @@ class StateContext(ContextPolicy):
         template_kwargs: dict[str, Any] | None = None,
     ) -> None:
         super().__init__(instructions, template_kwargs)
+        if max_past_actions is not None and max_past_actions < 0:
+            raise ConfigError(f"StateContext: max_past_actions must be at least 0, not {max_past_actions}")
         self.max_past_actions = max_past_actions
 
     def prompt_ids(self, observations: Sequence[Observation], steps: Sequence[Step]) -> np.ndarray:

@@ -9,6 +9,7 @@ import torch
 from transformers import DynamicCache
 
 from steppo.engines.base import Engine, failed
+from steppo.errors import ConfigError
 from steppo.types import Completion, Request
 
 if TYPE_CHECKING:
@@ -26,6 +27,8 @@ class HFEngine(Engine):
     """
 
     def __init__(self, max_batch_size: int = 64) -> None:
+        if max_batch_size < 1:
+            raise ConfigError(f"HFEngine: max_batch_size must be at least 1, not {max_batch_size}")
         self.max_batch_size = max_batch_size
         self._policy: Policy | None = None
         self._queue: list[Request] = []

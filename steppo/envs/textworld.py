@@ -40,6 +40,17 @@ _DEFAULT_SETTINGS: dict[str, dict[str, Any]] = {
         "recipe_seed": 0,
     },
 }
+# What settings may be; those that are not here are switches. Further rules are the generator's own.
+_ALLOWED: dict[tuple[str, str], Sequence[Any]] = {
+    ("coin_collector", "level"): range(1, 301),
+    ("treasure_hunter", "level"): range(1, 31),
+    ("simple", "rewards"): ("dense", "balanced", "sparse"),
+    ("simple", "goal"): ("detailed", "brief", "none"),
+    ("cooking", "recipe"): range(1, 6),
+    ("cooking", "take"): range(6),
+    ("cooking", "go"): (1, 6, 9, 12),
+    ("cooking", "recipe_seed"): range(2**32),
+}
 _SPLITS = ("train", "valid", "test")
 _SEEDS_PER_SPLIT = 1_000_000
 
@@ -117,8 +128,13 @@ class TextWorldEnv(Env):
         unknown = sorted(set(settings or {}) - set(defaults))
         if unknown:
             raise ConfigError(f"TextWorldEnv: {challenge} has no setting {', '.join(unknown)}; it has {', '.join(defaults)}")
-        if max(num_train, num_valid, num_test) > _SEEDS_PER_SPLIT:
-            raise ConfigError(f"TextWorldEnv: a split holds at most {_SEEDS_PER_SPLIT:,} games")
+        for name, value in (settings or {}).items():
+            allowed = _ALLOWED.get((challenge, name), (False, True))
+            if value not in allowed or type(value) is not type(allowed[0]):
+                wanted = f"{allowed[0]} to {allowed[-1]}" if isinstance(allowed, range) else ", ".join(map(str, allowed))
+                raise ConfigError(f"TextWorldEnv: {challenge}'s setting {name} must be one of {wanted}, not {value!r}")
+        if not 0 <= min(num_train, num_valid, num_test) <= max(num_train, num_valid, num_test) <= _SEEDS_PER_SPLIT:
+            raise ConfigError(f"TextWorldEnv: a split holds 0 to {_SEEDS_PER_SPLIT:,} games")
         if num_generators is not None and num_generators < 1:
             raise ConfigError(f"TextWorldEnv: num_generators must be at least 1, not {num_generators}")
         if max_steps < 1:

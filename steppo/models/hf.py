@@ -45,6 +45,11 @@ class HFPolicy(Policy):
         revision: str = "main",
     ) -> None:
         super().__init__()
+        if not name_or_path or (name_or_path[0] in "./~" and not Path(name_or_path).is_dir()):
+            raise ConfigError(
+                f"HFPolicy: there is no folder {name_or_path!r}; give a folder with a model, or the id of one of "
+                "the Hugging Face hub, such as HuggingFaceTB/SmolLM2-135M-Instruct"
+            )
         self.name_or_path = name_or_path
         self.load_dtype = dtype
         self.attn_implementation = attn_implementation

@@ -39,8 +39,13 @@ class TinyPolicy(Policy):
         super().__init__()
         if vocab_size < _BYTES_AND_SPECIALS:
             raise ConfigError(f"TinyPolicy: vocab_size must be at least {_BYTES_AND_SPECIALS}, not {vocab_size}")
-        if hidden_size % num_heads or num_heads % 2:
-            raise ConfigError("TinyPolicy: num_heads must be even and divide hidden_size")
+        if min(hidden_size, num_layers, num_heads, max_positions) < 1:
+            raise ConfigError("TinyPolicy: hidden_size, num_layers, num_heads and max_positions must be at least 1")
+        if num_heads % 2 or hidden_size % (2 * num_heads):
+            raise ConfigError(
+                f"TinyPolicy: num_heads must be even, and hidden_size a multiple of 2 * num_heads, not {num_heads} and "
+                f"{hidden_size}"
+            )
         self.seed = seed
         self.config = Qwen3Config(
             vocab_size=vocab_size,
