@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from steppo.cli import main
-from tests.cli_helpers import TOY, evaluations, run
+from tests.cli_helpers import TOY, checkpoint, evaluations, run
 
 CALLBACKS = "lightning.pytorch.callbacks"
 SHORT = ["--warm_start.updates=0", "--evaluation.before_training=false", "--data.eval_tasks=4"]
@@ -88,7 +88,7 @@ def test_time_limit(tmp_path: Path) -> None:
     assert 0 < done < 10000
     assert cli.model.counters.updates == 2 * done
     assert evaluations(tmp_path)[-1]["iteration"] == done
-    last = f"--ckpt_path={tmp_path}/checkpoints/last.ckpt"
+    last = f"--ckpt_path={checkpoint(tmp_path)}"
     resumed = run(tmp_path / "rest", *SHORT, last, f"--trainer.max_epochs={done + 1}")
     assert resumed.model.counters.updates == 2 * (done + 1)
 
@@ -100,7 +100,7 @@ def test_fast_dev_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cli = run(tmp_path / "run", *SHORT, "--trainer.fast_dev_run=true")
     assert cli.model.counters.updates == 1
     assert not (tmp_path / "run").exists()
-    assert [path.name for path in tmp_path.iterdir()] == ["evaluation.jsonl"]
+    assert {path.name for path in tmp_path.iterdir()} == {"evaluation.jsonl", "transcripts.jsonl", "transcripts.html"}
 
 
 def test_profiler(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
