@@ -23,7 +23,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher, _SubprocessScriptLauncher
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf.errors import OmegaConfBaseException
@@ -91,8 +91,13 @@ class StepCLI(LightningCLI):
     def _run_subcommand(self, subcommand: str) -> None:
         try:
             super()._run_subcommand(subcommand)
-        except (RuntimeError, ValueError, OSError) as error:
-            raise in_one_line(error) from error
+        except BaseException as error:
+            launcher = self.trainer.strategy.launcher
+            if isinstance(launcher, _SubprocessScriptLauncher):
+                launcher.kill(signal.SIGKILL)  # the others would wait for this process in a collective
+            if isinstance(error, RuntimeError | ValueError | OSError):
+                raise in_one_line(error) from error
+            raise
 
     def _parse_ckpt_path(self) -> None:
         """Lightning would take hyper-parameters from the checkpoint here; steppo's hold none."""

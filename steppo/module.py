@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
 
 import lightning.pytorch as pl
@@ -18,6 +19,7 @@ from torch.distributed.tensor import DTensor
 
 from steppo.advantages import Advantage
 from steppo.buffer import StepBuffer
+from steppo.checkpoints import read
 from steppo.credit import assign_credit
 from steppo.datamodule import StepDataModule
 from steppo.distributed import average_gradients, gather, shard, unsharded
@@ -114,6 +116,9 @@ class AgentModule(pl.LightningModule):
         if self.policy.model is None:
             self.build_models(self.data.corpus)
             if isinstance(self.trainer.strategy, ModelParallelStrategy):
+                if self.trainer.ckpt_path is not None:  # of sharded weights nobody would check whether they fit
+                    weights = read(Path(self.trainer.ckpt_path), mmap=True)["state_dict"]
+                    self.load_state_dict(weights, strict=self.strict_loading)
                 blocks = self.policy.blocks
                 for module in self._models():
                     shard(module, blocks, self.trainer.strategy.root_device.type)
@@ -162,6 +167,11 @@ class AgentModule(pl.LightningModule):
     def on_train_start(self) -> None:
         """Settings win over what a checkpoint brought back: a resumed run takes its learning rates from the config."""
         optimizer, schedule = self.trainer.optimizers[0], cast(Any, self.lr_schedulers())
+        if isinstance(self.trainer.strategy, ModelParallelStrategy) and not optimizer.state:
+            for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+                # torch would fill these in when a checkpoint is saved, and count that as a step.
+                zeros = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+                optimizer.state[parameter] = {"step": torch.tensor(0.0), **zeros}
         groups = list(zip(optimizer.param_groups, (self.policy_optimizer, self.critic_optimizer), strict=False))
         schedule.base_lrs = [settings.lr for _, settings in groups]
         for (group, settings), factor in zip(groups, schedule.lr_lambdas, strict=True):

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from steppo.buffer import StepBuffer
+from steppo.errors import RunError
 from steppo.types import Episode
 
 _SHELL = Path(__file__).with_name("transcript_page.html")
@@ -137,10 +138,13 @@ class TranscriptWriter:
 
     def write(self, kind: str, iteration: int, records: Sequence[dict[str, Any]]) -> None:
         """Adds the episodes of one iteration or evaluation."""
-        with open(self._lines, "a", encoding="ascii") as file:
-            file.writelines(json.dumps(record, allow_nan=False) + "\n" for record in records)
-        with open(self._page, "ab") as page:
-            page.write(page_blocks(kind, iteration, records))
+        try:
+            with open(self._lines, "a", encoding="ascii") as file:
+                file.writelines(json.dumps(record, allow_nan=False) + "\n" for record in records)
+            with open(self._page, "ab") as page:
+                page.write(page_blocks(kind, iteration, records))
+        except OSError as error:
+            raise RunError(f"cannot write transcripts beside {self._page}: {error.strerror}") from error
 
 
 def _mend(path: Path, ending: bytes) -> None:

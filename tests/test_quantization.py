@@ -36,7 +36,12 @@ def fit(where: Path, folder: str, *options: str, command: str = "fit") -> Any:
 
 
 # A 4-bit layer takes one row by another kernel than many on some CPUs, so sampler and learner differ by more.
-BASES = {"lora": ([], 1e-4), "4-bit": (["--quantization.bits=4"], 1e-3), "8-bit": (["--quantization.bits=8"], 0.1)}
+BASES = {
+    "lora": ([], 1e-4),
+    "bfloat16": (["--quantization.base_dtype=bfloat16"], 0.1),
+    "4-bit": (["--quantization.bits=4"], 1e-3),
+    "8-bit": (["--quantization.bits=8"], 0.1),
+}
 
 
 @pytest.mark.parametrize(("options", "tolerance"), BASES.values(), ids=BASES)

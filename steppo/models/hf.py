@@ -109,7 +109,8 @@ class HFPolicy(Policy):
         """Some models scale or cap their logits behind the output embedding; read there, they would be another policy."""
         ids = torch.arange(4, device=self.device)[None] + 10
         whole = self.model(input_ids=ids, use_cache=False).logits[0, -1].float()
-        ours = self.logits(self.trunk(input_ids=ids, use_cache=False).last_hidden_state[0, -1]).float()
+        # In one product of the same shape: in 16 bits another one rounds otherwise.
+        ours = self.logits(self.trunk(input_ids=ids, use_cache=False).last_hidden_state)[0, -1].float()
         if not torch.allclose(whole, ours, atol=1e-3, rtol=1e-3):
             raise ConfigError(
                 f"HFPolicy: {self.model.config.model_type} changes its logits behind the output embedding (scaling or "

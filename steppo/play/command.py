@@ -111,6 +111,7 @@ def _load(console: Console, parts: PartsCLI, checkpoint: dict[str, Any] | None, 
 
     precision = fabric.strategy.precision
     parts.quantization.apply(module, fabric.device)
+    module.gradient_checkpointing = False  # it would forbid the engine's cache
     if checkpoint is None:
         console.print("untrained: there is no --ckpt_path", style="yellow")
         module.build_models(corpus)
@@ -118,7 +119,7 @@ def _load(console: Console, parts: PartsCLI, checkpoint: dict[str, Any] | None, 
     else:
         module.build_models(list)  # a tokenizer that was trained is in the checkpoint
         precision.convert_module(module)
-        module.load_state_dict(checkpoint["state_dict"])
+        module.load_state_dict(checkpoint["state_dict"], strict=module.strict_loading)
         if checkpoint["steppo"]["tokenizer"]:
             module.policy.load_tokenizer_state(checkpoint["steppo"]["tokenizer"])
     module.to(fabric.device).eval()
