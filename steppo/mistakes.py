@@ -23,7 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from steppo.errors import ConfigError, SteppoError, located
 
-_LONGEST_ERROR = 300
+_LONGEST_ERROR = 500
 _PASSES_NONE = (Any, inspect.Parameter.empty, None, NoneType)
 
 # What Lightning offers and steppo does otherwise: option -> values that change nothing, what to use.

@@ -291,7 +291,7 @@ def refused(args: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     assert "Traceback" not in said
     errors = [line for line in said.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1
-    assert len(errors[0]) <= len("error: ") + 300
+    assert len(errors[0]) <= len("error: ") + 500
     return errors[0]
 
 

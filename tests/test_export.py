@@ -252,7 +252,7 @@ MISTAKES = {
     "no_out": (lambda folder: ["--out="], "is not an empty folder"),
     "no_checkpoint": (lambda folder: ["--ckpt_path=nowhere.ckpt"], "there is no checkpoint nowhere.ckpt"),
     "no_config_of_the_run": (_alone, "give its config with --config"),
-    "no_config": (lambda folder: ["--config=nowhere.yaml"], "does not exist"),
+    "no_config": (lambda folder: ["--config=nowhere.yaml"], "cannot read config nowhere.yaml"),
     "foreign": (_foreign, "was not written by steppo"),
     "unreadable": (_unreadable, "damaged or no checkpoint"),
     "pickled": (_pickled, "damaged or no checkpoint"),

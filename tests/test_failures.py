@@ -65,7 +65,7 @@ def play(folder: Path, model: Path, *args: str) -> tuple[list[Episode], dict[str
         f"--model.policy.name_or_path={model}",
         "--model.policy.dtype=float64",
         "--trainer.precision=64-true",
-        "--model.policy_optimizer.lr=0",
+        "--model.policy_optimizer.lr=1e-30",
         "--warm_start.updates=0",
         "--data.eval_tasks=1",
         "--data.source.env=tests.toy_env.UnreliableEnv",

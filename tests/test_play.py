@@ -10,6 +10,7 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -179,7 +180,9 @@ def test_workers_have_no_torch_and_end_with_ctrl_c(tmp_path: Path) -> None:
     root = str(TOY.parent.parent)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([root, str(tmp_path)]), "PYTHONUNBUFFERED": "1"}
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    with subprocess.Popen(command, env=environment, text=True, **pipes) as process:
+    # Where the suite runs in the background, its children would ignore Ctrl-C.
+    heed: Any = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
+    with subprocess.Popen(command, env=environment, text=True, **pipes, **heed) as process:
         assert process.stdin is not None
         assert process.stdout is not None
         process.stdin.write("1\n")

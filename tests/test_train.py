@@ -279,6 +279,8 @@ def test_a_pretrained_model_of_a_folder_trains(context: str, tiny_policy: TinyPo
         "--model.critic=steppo.models.SeparateCritic",
         f"--data.source.context=steppo.contexts.{context}",
         "--data.source.max_prompt_tokens=900",
+        "--data.source.env.max_steps=4",
+        "--warm_start.updates=10",
         "--trainer.max_epochs=1",
     )
     assert cli.model.policy.tokenizer.chat_template == CHAT
