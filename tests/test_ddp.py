@@ -132,8 +132,7 @@ def test_a_crash_on_one_rank_ends_both(rank: int, tmp_path: Path) -> None:
     assert f"rank {rank} is broken on purpose" in done.stderr
 
 
-@pytest.mark.parametrize("processes", [DDP, FSDP], ids=["ddp", "sharded"])
-def test_two_processes_train_adapters_on_a_4_bit_base(processes: list[str], tiny_policy: TinyPolicy, tmp_path: Path) -> None:
+def test_two_processes_train_adapters_on_a_4_bit_base(tiny_policy: TinyPolicy, tmp_path: Path) -> None:
     tiny_policy.model.save_pretrained(tmp_path / "model")
     tiny_policy.tokenizer.save_pretrained(tmp_path / "model")
     options = [
@@ -144,16 +143,18 @@ def test_two_processes_train_adapters_on_a_4_bit_base(processes: list[str], tiny
         "--quantization.bits=4",
         "--quantization.lora_rank=4",
         "--warm_start.updates=0",
+        "--trainer.max_epochs=1",
         *WITH_GRADIENTS,
     ]
-    for name, machine in (("one", ["--trainer.devices=1"]), ("two", processes)):
+    for name, machine in (("one", ["--trainer.devices=1"]), ("ddp", DDP), ("sharded", FSDP)):
         done = fit(tmp_path / name, *options, *machine)
         assert done.returncode == 0, done.stderr
-    one, two = (weights(tmp_path / name) for name in ("one", "two"))
-    assert one.keys() == two.keys()
-    one, two = (torch.load(tmp_path / name / "gradients.pt", weights_only=True) for name in ("one", "two"))
-    assert one.keys() == two.keys()
-    assert all(float((two[name] - gradient).norm()) <= 1e-3 * float(gradient.norm()) for name, gradient in one.items())
+    one = torch.load(tmp_path / "one" / "gradients.pt", weights_only=True)
+    for name in ("ddp", "sharded"):
+        assert weights(tmp_path / name).keys() == weights(tmp_path / "one").keys()
+        two = torch.load(tmp_path / name / "gradients.pt", weights_only=True)
+        assert one.keys() == two.keys()
+        assert all(float((two[key] - gradient).norm()) <= 1e-3 * float(gradient.norm()) for key, gradient in one.items())
 
 
 def test_transcripts_hold_the_episodes_of_all_ranks_once(one_and_two: tuple[Path, Path, float]) -> None:
