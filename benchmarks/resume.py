@@ -34,7 +34,7 @@ ROOT = Path(__file__).parent.parent
 PHASES = ("rollout", "update", "evaluation", "checkpoint")
 COMMAND = [
     *("train.py", "fit", "--config", "configs/quickstart.yaml", "--trainer.max_epochs=4"),
-    *("--trainer.check_val_every_n_epoch=2", "--rollout.tasks_per_iteration=16", "--data.eval_tasks=16"),
+    *("--trainer.check_val_every_n_epoch=2", "--rollout.episodes_per_iteration=16", "--data.eval_tasks=16"),
     *("--data.source.env.num_train=32", "--data.source.env.num_valid=16", "--warm_start.updates=60"),
 ]
 

@@ -6,6 +6,7 @@ import math
 from collections import Counter
 
 import lightning.pytorch as pl
+from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from steppo.datamodule import StepDataModule, run_seed
@@ -18,31 +19,45 @@ from steppo.types import Episode, RolloutPlan
 
 
 class RolloutCallback(pl.Callback):
-    """Plays ``tasks_per_iteration`` tasks, ``group_size`` episodes each, at the start of every iteration.
+    """Plays ``episodes_per_iteration`` episodes, ``group_size`` of each task, at the start of every iteration.
 
     Args:
-        tasks_per_iteration: Tasks drawn per iteration, over all processes.
+        episodes_per_iteration: Over all processes; a multiple of ``group_size``.
         group_size: Episodes per task, from the same start.
         temperature: Of sampling; the learner divides its logits by the same.
         min_healthy: The run stops when a smaller share of an iteration's episodes is healthy (did not fail), and always when
             none is.
+        max_environment_steps: The run ends with the iteration that reaches so many steps learned from, whatever
+            ``trainer.max_epochs`` says; 0 ends it after the first evaluation, with no training at all.
     """
 
     def __init__(
-        self, tasks_per_iteration: int = 64, group_size: int = 1, temperature: float = 1.0, min_healthy: float = 0.5
+        self,
+        episodes_per_iteration: int = 64,
+        group_size: int = 1,
+        temperature: float = 1.0,
+        min_healthy: float = 0.5,
+        max_environment_steps: int | None = None,
     ) -> None:
-        if tasks_per_iteration < 1 or group_size < 1:
-            raise ConfigError("rollout: tasks_per_iteration and group_size must be at least 1")
+        if episodes_per_iteration < 1 or group_size < 1:
+            raise ConfigError("rollout: episodes_per_iteration and group_size must be at least 1")
+        if episodes_per_iteration % group_size:
+            raise ConfigError(
+                f"rollout: episodes_per_iteration, {episodes_per_iteration}, must be a multiple of group_size, {group_size}"
+            )
         if not 0 < temperature < math.inf:
             raise ConfigError(
                 f"rollout: temperature must be above 0 and finite, not {temperature}, or there is nothing to explore"
             )
         if not 0 <= min_healthy <= 1:
             raise ConfigError(f"rollout: min_healthy is a share, from 0 to 1, not {min_healthy}")
-        self.tasks_per_iteration = tasks_per_iteration
+        if max_environment_steps is not None and max_environment_steps < 0:
+            raise ConfigError(f"rollout: max_environment_steps must be at least 0, not {max_environment_steps}")
+        self.tasks_per_iteration = episodes_per_iteration // group_size
         self.group_size = group_size
         self.temperature = temperature
         self.min_healthy = min_healthy
+        self.max_environment_steps = max_environment_steps
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         assert isinstance(pl_module, AgentModule)
@@ -50,7 +65,37 @@ class RolloutCallback(pl.Callback):
             scheme = type(pl_module.advantage).__name__
             raise ConfigError(f"{scheme} compares episodes of a group: set rollout.group_size to 2 or more")
         if stage == "fit" and trainer.world_size > self.tasks_per_iteration:
-            raise ConfigError(f"rollout.tasks_per_iteration must be at least the number of processes, {trainer.world_size}")
+            raise ConfigError(
+                f"rollout: {self.tasks_per_iteration} tasks per iteration (episodes_per_iteration / group_size) are fewer than "
+                f"the {trainer.world_size} processes"
+            )
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Says which parts of the method are at work."""
+        assert isinstance(pl_module, AgentModule)
+        advantage, loss = pl_module.advantage, pl_module.loss
+        critic = f"{type(pl_module.critic).__name__} read per {advantage.needs_values}" if pl_module.critic else "no critic"
+        kl = {
+            "none": "no KL",
+            "loss": f"KL as a loss ({loss.kl_estimator}, {loss.kl_coef:g})",
+            "reward": f"KL in the reward ({loss.kl_coef:g})",
+        }
+        rank_zero_info(
+            f"credit by {type(advantage).__name__}, {critic}, {loss.ratio} ratio clipped at -{loss.clip_low:g} / "
+            f"+{loss.clip_high:g}, {kl[loss.kl]}, groups of {self.group_size}"
+        )
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._check_budget(trainer, pl_module)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._check_budget(trainer, pl_module)
+
+    def _check_budget(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        assert isinstance(pl_module, AgentModule)
+        budget = self.max_environment_steps
+        if budget is not None and pl_module.counters.environment_steps >= budget:
+            trainer.should_stop = True
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert isinstance(pl_module, AgentModule)

@@ -68,6 +68,7 @@ def assign_credit(buffer: StepBuffer, advantage: Advantage, kl_coef: float) -> G
     """
     parts = gather(_local_part(buffer, kl_coef))
     joined = {name: torch.cat([part[name] for part in parts]) for name in parts[0] if name != "gap"}
+    texts = gather([step.observation for step in buffer.steps] if advantage.needs_observations else [])
     if joined["order_N"].numel() == 0:
         raise RunError(f"the iteration gave no step to learn from: {why_nothing(buffer.episodes)}")
     rank, _ = rank_and_world()
@@ -77,6 +78,7 @@ def assign_credit(buffer: StepBuffer, advantage: Advantage, kl_coef: float) -> G
     sort_A = _tokens_in_order(joined["length_N"], sort_N)
     steps = {name: column[sort_N] for name, column in joined.items() if name.endswith("_N")}
     tokens = {name: column[sort_A] for name, column in joined.items() if name.endswith("_A")}
+    observations = [text for part in texts for text in part]
     _, episode_N, count_E = torch.unique_consecutive(steps["order_N"], return_inverse=True, return_counts=True)
     first_E = count_E.cumsum(0) - count_E
 
@@ -92,6 +94,7 @@ def assign_credit(buffer: StepBuffer, advantage: Advantage, kl_coef: float) -> G
         value_N=steps.get("value_N"),
         value_A=tokens.get("value_A"),
         anchor_N=steps["anchor_N"],
+        observation_N=[observations[row] for row in sort_N.tolist()] if advantage.needs_observations else None,
     )
     credit = advantage(batch)
     _check(credit, batch, advantage)

@@ -30,6 +30,7 @@ class LossSettings:
         ratio: One length-normalised importance ratio per step (StepPO, GSPO), or one per token (PPO).
         clip_low: Trust region of the ratio below 1.
         clip_high: Trust region of the ratio above 1.
+        dual_clip: With token ratios: a bad token's loss stops growing where its ratio passes this number; 0 for never.
         aggregation: Mean over the tokens of a step, then over steps; or over all tokens alike.
         vf_coef: Weight of the value loss.
         value_clip: Largest change of a value that counts in one iteration; 0 for plain squared error.
@@ -42,6 +43,7 @@ class LossSettings:
     ratio: Ratio = "step"
     clip_low: float = 0.2
     clip_high: float = 0.2
+    dual_clip: float = 10.0
     aggregation: Aggregation = "step-mean"
     vf_coef: float = 1.0
     value_clip: float = 0.5
@@ -51,11 +53,13 @@ class LossSettings:
     kl_estimator: KLEstimator = "k3"
 
     def __post_init__(self) -> None:
-        for name in ("clip_low", "clip_high", "vf_coef", "value_clip", "ent_coef", "kl_coef"):
+        for name in ("clip_low", "clip_high", "dual_clip", "vf_coef", "value_clip", "ent_coef", "kl_coef"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ConfigError(f"loss.{name} must be at least 0 and finite, not {getattr(self, name)}")
         if self.clip_low > 1:
             raise ConfigError(f"loss.clip_low must be at most 1, not {self.clip_low}: a ratio is never below 0")
+        if 0 < self.dual_clip <= 1 + self.clip_high:
+            raise ConfigError(f"loss.dual_clip must be 0, or above 1 + clip_high, not {self.dual_clip}")
 
 
 def token_weights(step_of_A: Tensor, weight_N: Tensor, aggregation: Aggregation) -> Tensor:
@@ -108,9 +112,13 @@ def policy_loss(
     ratio: Ratio,
     clip_low: float,
     clip_high: float,
+    dual_clip: float = 0.0,
     aggregation: Aggregation = "step-mean",
 ) -> PolicyLoss:
     """Clipped surrogate ``- sum min(w A, clip(w, 1 - clip_low, 1 + clip_high) A)``.
+
+    With token ratios and a dual clip ``c`` the objective is at least ``c A`` where ``A < 0``: a token that has become much
+    more likely although it was bad does not dominate the update.
 
     Args:
         logprobs_A: Current policy; the gradient flows here only.
@@ -121,11 +129,14 @@ def policy_loss(
         ratio: One length-normalised ratio per step, or one per token.
         clip_low: Trust region below 1.
         clip_high: Trust region above 1.
+        dual_clip: ``c``, for token ratios only; 0 for none.
         aggregation: How tokens are summed, see ``token_weights``.
     """
     ratio_A = log_ratios(logprobs_A, old_logprobs_A, step_of_A, weight_N.shape[0], ratio).exp()
     clipped_ratio_A = ratio_A.clamp(1 - clip_low, 1 + clip_high)
     objective_A = torch.minimum(ratio_A * advantage_A, clipped_ratio_A * advantage_A)
+    if dual_clip and ratio == "token":
+        objective_A = torch.where(advantage_A < 0, torch.maximum(objective_A, dual_clip * advantage_A), objective_A)
     loss = -(objective_A * token_weights(step_of_A, weight_N, aggregation)).sum()
     detached_A = ratio_A.detach()
     return PolicyLoss(loss, detached_A, (detached_A < 1 - clip_low) | (detached_A > 1 + clip_high))

@@ -262,6 +262,7 @@ class AgentModule(pl.LightningModule):
             ratio=settings.ratio,
             clip_low=settings.clip_low,
             clip_high=settings.clip_high,
+            dual_clip=settings.dual_clip,
             aggregation=settings.aggregation,
         )
         weights_A = token_weights(tokens.step_of_A, torch.ones_like(batch.weight_N), settings.aggregation)

@@ -263,6 +263,7 @@ class CreditBatch:
         value_N: float, value of each step's prompt, for advantages that need step values.
         value_A: float, value before each action token, for advantages that need token values.
         anchor_N: int64, equal for steps with the same observation.
+        observation_N: The observations' texts, for advantages that ask for them.
     """
 
     reward_N: Tensor
@@ -276,6 +277,7 @@ class CreditBatch:
     value_N: Tensor | None = None
     value_A: Tensor | None = None
     anchor_N: Tensor | None = None
+    observation_N: list[str] | None = None
 
 
 @dataclass

@@ -85,7 +85,7 @@ OPTIONS = {
     "threads": (["--num_threads=0"], "num_threads: "),
     # ranges
     "group_size": (["--rollout.group_size=0"], "group_size must be at least 1"),
-    "tasks": (["--rollout.tasks_per_iteration=-3"], "rollout: tasks_per_iteration and group_size must be at least 1"),
+    "tasks": (["--rollout.episodes_per_iteration=-3"], "rollout: episodes_per_iteration and group_size must be at least 1"),
     "temperature": (["--rollout.temperature=0"], "temperature must be above 0"),
     "infinite_temperature": (["--rollout.temperature=.inf"], "temperature must be above 0 and finite"),
     "greedy_samples": (["--evaluation.samples=4"], "several samples need a temperature"),
@@ -265,7 +265,7 @@ FILES = {
         "begin with the subcommand: ${fit.rollout.name}",
     ),
     "cycle": (
-        "rollout: {group_size: '${.tasks_per_iteration}', tasks_per_iteration: '${.group_size}'}\n",
+        "rollout: {group_size: '${.episodes_per_iteration}', episodes_per_iteration: '${.group_size}'}\n",
         "Recursive interpolation",
     ),
     "open_interpolation": ("rollout: {group_size: '${.nothing'}\n", "rollout.group_size: mismatched input"),

@@ -36,7 +36,7 @@ def test_complete_configs_instantiate(build: Any, path: Path) -> None:
 @pytest.mark.parametrize("overlay", OVERLAYS, ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_overlays_instantiate(build: Any, overlay: Path) -> None:
     cli = build("--config", CONFIGS / "textworld.yaml", "--config", overlay, "--trainer.accelerator=cpu")  # GPU configs too
-    assert cli.config.fit.rollout.tasks_per_iteration == 64
+    assert cli.config.fit.rollout.episodes_per_iteration == 64
 
 
 @pytest.mark.parametrize("path", WHOLE + OVERLAYS, ids=lambda path: path.stem)
@@ -78,12 +78,12 @@ def test_later_files_and_options_win(build: Any, tmp_path: Path) -> None:
 def test_overrides_reach_every_copy_of_a_value(build: Any, tmp_path: Path) -> None:
     copies = tmp_path / "copies.yaml"
     copies.write_text(
-        "rollout: {group_size: '${.tasks_per_iteration}'}\n"
+        "rollout: {group_size: '${.episodes_per_iteration}'}\n"
         "data: {init_args: {source: {init_args: {num_slots: '${.max_new_tokens}'}}}}\n"
         "model: {init_args: {critic_optimizer: {lr: '${..policy_optimizer.lr}'}}}\n"
     )
     second = tmp_path / "second.yaml"
-    second.write_text("rollout: {tasks_per_iteration: 11}\nmodel: {init_args: {policy_optimizer: {lr: 0.25}}}\n")
+    second.write_text("rollout: {episodes_per_iteration: 11}\nmodel: {init_args: {policy_optimizer: {lr: 0.25}}}\n")
     cli = build("--config", TOY, "--config", copies, "--config", second, "--data.source.max_new_tokens=7")
     assert cli.config.fit.rollout.group_size == 11
     assert cli.datamodule.source.num_slots == 7

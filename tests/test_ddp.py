@@ -57,7 +57,7 @@ FSDP = [
     "--trainer.strategy.init_args.save_distributed_checkpoint=false",
 ]
 # 5 tasks: ranks of unequal numbers of rows and microbatches. 8 tasks of exactly 4 steps: 16 rows on each rank, one update.
-UNEQUAL = ["--rollout.tasks_per_iteration=5", "--data.num_minibatches=3", "--trainer.max_epochs=3"]
+UNEQUAL = ["--rollout.episodes_per_iteration=5", "--data.num_minibatches=3", "--trainer.max_epochs=3"]
 EQUAL = ["--data.source.env.max_steps=4", "--warm_start.updates=0", "--data.num_minibatches=1", "--trainer.max_epochs=1"]
 EXACT = ["--trainer.precision=64-true"]
 RUNS = {
@@ -176,7 +176,7 @@ def test_transcripts_hold_the_episodes_of_all_ranks_once(one_and_two: tuple[Path
 
 
 def test_more_processes_than_tasks_is_refused(tmp_path: Path) -> None:
-    done = fit(tmp_path, "--rollout.tasks_per_iteration=1", "--trainer.devices=2", "--trainer.strategy=ddp")
+    done = fit(tmp_path, "--rollout.episodes_per_iteration=1", "--trainer.devices=2", "--trainer.strategy=ddp")
     assert done.returncode != 0
-    assert "rollout.tasks_per_iteration must be at least the number of processes, 2" in done.stderr
+    assert "rollout: 1 tasks per iteration (episodes_per_iteration / group_size) are fewer than the 2 processes" in done.stderr
     assert "Traceback" not in done.stderr

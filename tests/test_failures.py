@@ -70,7 +70,7 @@ def play(folder: Path, model: Path, *args: str) -> tuple[list[Episode], dict[str
         "--data.eval_tasks=1",
         "--data.source.env=tests.toy_env.UnreliableEnv",
         "--data.source.env.num_tasks=48",
-        "--rollout.tasks_per_iteration=48",
+        "--rollout.episodes_per_iteration=48",
         "--data.source.parser=tests.test_failures.AnyTextParser",
         "--trainer.callbacks+=tests.test_failures.KeepEpisodes",
         *args,

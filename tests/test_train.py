@@ -147,7 +147,7 @@ def test_it_learns(tmp_path: Path) -> None:
         "--data.source.num_slots=32",
         "--model.policy.hidden_size=64",
         "--model.policy_optimizer.lr=1e-3",
-        "--rollout.tasks_per_iteration=64",
+        "--rollout.episodes_per_iteration=64",
         "--warm_start.updates=200",
         "--trainer.max_epochs=17",
     )

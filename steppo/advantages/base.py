@@ -18,10 +18,12 @@ class Advantage(ABC):
     Attributes:
         needs_values: ``step`` builds a critic read at each prompt's last token, ``token`` one read before each action token.
         needs_groups: Several episodes per task are needed.
+        needs_observations: ``CreditBatch.observation_N`` is wanted; an instance may decide by its settings.
     """
 
     needs_values: ClassVar[Literal["none", "step", "token"]] = "none"
     needs_groups: ClassVar[bool] = False
+    needs_observations: bool = False
 
     @abstractmethod
     def __call__(self, batch: CreditBatch) -> Credit:
@@ -40,6 +42,28 @@ def whiten(x: Tensor) -> Tensor:
     if x.numel() < 2 or bool((x == x.flatten()[0]).all()):
         return torch.zeros_like(x)
     return (x - x.mean()) / (x.std() + 1e-8)
+
+
+def standardised_within(x: Tensor, group: Tensor, scale_by_std: bool) -> Tensor:
+    """``x`` minus the mean of its group and, if ``scale_by_std``, divided by the group's sample std + 1e-6; all [n].
+
+    A group of one, or of equal numbers, gives 0.
+
+    Args:
+        x: Floating-point numbers.
+        group: int64, equal for rows of one group; any numbers.
+        scale_by_std: Divide, as GRPO does, or only centre.
+    """
+    _, group, sizes = torch.unique(group, return_inverse=True, return_counts=True)
+    zeros = x.new_zeros(len(sizes))
+    centred = x - (zeros.index_add(0, group, x) / sizes)[group]
+    lowest = zeros.scatter_reduce(0, group, x, "amin", include_self=False)
+    highest = zeros.scatter_reduce(0, group, x, "amax", include_self=False)
+    centred = torch.where((lowest == highest)[group], 0.0, centred)
+    if not scale_by_std:
+        return centred
+    deviation = (zeros.index_add(0, group, centred.square()) / (sizes - 1).clamp(min=1)).sqrt()
+    return centred / (deviation + 1e-6)[group]
 
 
 def discounted_suffix_sums(x: Tensor, decay: float, is_last: Tensor) -> Tensor:
@@ -76,16 +100,34 @@ def generalised_advantages(
         gamma: Discount per row.
         gae_lambda: Decay of the temporal differences per row.
     """
-    is_last = torch.ones_like(episode, dtype=torch.bool)
-    is_last[:-1] = episode[1:] != episode[:-1]
+    is_last = ends_of_runs(episode)
     following = torch.where(is_last, final_value_E[episode], torch.roll(value, -1))
     return discounted_suffix_sums(reward + gamma * following - value, gamma * gae_lambda, is_last)
+
+
+def ends_of_runs(episode: Tensor) -> Tensor:
+    """Last row of each contiguous run of equal numbers: bool, [N]."""
+    is_last = torch.ones_like(episode, dtype=torch.bool)
+    is_last[:-1] = episode[1:] != episode[:-1]
+    return is_last
+
+
+def episode_returns(batch: CreditBatch) -> Tensor:
+    """Undiscounted return of each episode, [E]."""
+    return torch.zeros_like(batch.bootstrap_E).index_add(0, batch.episode_N, batch.reward_N)
 
 
 def time_order(episode_N: Tensor, index_N: Tensor) -> Tensor:
     """Permutation that sorts steps by episode, then time."""
     by_time = torch.argsort(index_N, stable=True)
     return by_time[torch.argsort(episode_N[by_time], stable=True)]
+
+
+def token_time_order(batch: CreditBatch) -> Tensor:
+    """Permutation that sorts action tokens by episode, then time, [A]."""
+    order_N = time_order(batch.episode_N, batch.index_N)
+    place_N = unsort(torch.arange(len(order_N), device=order_N.device), order_N)
+    return torch.argsort(place_N[batch.step_of_A], stable=True)
 
 
 def unsort(x: Tensor, order: Tensor) -> Tensor:

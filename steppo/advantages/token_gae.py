@@ -4,9 +4,15 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-import torch
-
-from steppo.advantages.base import Advantage, check_decays, final_values, generalised_advantages, time_order, unsort, whiten
+from steppo.advantages.base import (
+    Advantage,
+    check_decays,
+    final_values,
+    generalised_advantages,
+    token_time_order,
+    unsort,
+    whiten,
+)
 from steppo.types import Credit, CreditBatch
 
 
@@ -32,9 +38,7 @@ class TokenGAE(Advantage):
 
     def __call__(self, batch: CreditBatch) -> Credit:
         assert batch.value_A is not None
-        order_N = time_order(batch.episode_N, batch.index_N)
-        place_N = unsort(torch.arange(len(order_N), device=order_N.device), order_N)
-        order = torch.argsort(place_N[batch.step_of_A], stable=True)
+        order = token_time_order(batch)
         advantage = generalised_advantages(
             batch.reward_A[order],
             batch.value_A[order],

@@ -1,0 +1,102 @@
+"""GiGPO's credit: groups in groups, of episodes and of the steps that start from the same observation."""
+
+from __future__ import annotations
+
+from difflib import SequenceMatcher
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from steppo.advantages.base import (
+    Advantage,
+    check_decays,
+    discounted_suffix_sums,
+    ends_of_runs,
+    episode_returns,
+    standardised_within,
+    time_order,
+    unsort,
+)
+from steppo.errors import ConfigError
+from steppo.types import Credit, CreditBatch
+
+
+class GiGPO(Advantage):
+    """``A_t = A_episode + step_weight * A_step``; no critic.
+
+    ``A_episode`` is GRPO's. ``A_step`` compares the discounted return ``G_t = r_t + gamma * G_{t+1}`` with those of all steps
+    of the group's episodes that saw the same observation, the anchor state. An observation seen once adds 0, and so does a
+    group of one episode.
+
+    Args:
+        gamma: Discount per step, of ``G_t``.
+        step_weight: Weight of the comparison of steps.
+        scale_by_std: Divide both parts by the standard deviation of their group, or only centre them.
+        similarity: Observations at least so alike are one anchor (``difflib``'s ratio, compared with the first text of each
+            anchor, in the order of episodes and steps); 1 asks for equal texts.
+    """
+
+    needs_groups: ClassVar[bool] = True
+
+    def __init__(
+        self, gamma: float = 0.95, step_weight: float = 1.0, scale_by_std: bool = True, similarity: float = 1.0
+    ) -> None:
+        check_decays(self, gamma=gamma)
+        if not 0 < similarity <= 1:
+            raise ConfigError(f"GiGPO: similarity must be above 0 and at most 1, not {similarity}")
+        if not step_weight >= 0:
+            raise ConfigError(f"GiGPO: step_weight must be at least 0, not {step_weight}")
+        self.gamma = gamma
+        self.step_weight = step_weight
+        self.scale_by_std = scale_by_std
+        self.similarity = similarity
+        self.needs_observations = similarity < 1
+
+    def __call__(self, batch: CreditBatch) -> Credit:
+        order = time_order(batch.episode_N, batch.index_N)
+        is_last = ends_of_runs(batch.episode_N[order])
+        return_N = unsort(discounted_suffix_sums(batch.reward_N[order], self.gamma, is_last), order)
+        _, group_E = torch.unique(batch.group_E, return_inverse=True)
+        group_N = group_E[batch.episode_N]
+
+        advantage_E = standardised_within(episode_returns(batch), group_E, self.scale_by_std)
+        anchor_N = self._similar_anchors(batch, group_N, order) if self.needs_observations else _equal_anchors(batch, group_N)
+        step_N = standardised_within(return_N, anchor_N, self.scale_by_std)
+        episodes_of_group = torch.bincount(group_E)
+        step_N = torch.where((episodes_of_group == 1)[group_N], 0.0, step_N)
+        return Credit(advantage_N=advantage_E[batch.episode_N] + self.step_weight * step_N)
+
+    def _similar_anchors(self, batch: CreditBatch, group_N: Tensor, order: Tensor) -> Tensor:
+        """Number of each step's anchor. A loop over the *different* texts of a group, which are few in most tasks."""
+        assert batch.observation_N is not None
+        firsts: dict[int, list[tuple[str, int]]] = {}
+        known: dict[tuple[int, str], int] = {}
+        anchors = 0
+        for row, group in zip(order.tolist(), group_N[order].tolist(), strict=True):
+            text = batch.observation_N[row]
+            if (group, text) in known:
+                continue
+            candidates = firsts.setdefault(group, [])
+            found = next((anchor for first, anchor in candidates if self._alike(first, text)), None)
+            if found is None:
+                found, anchors = anchors, anchors + 1
+                candidates.append((text, found))
+            known[group, text] = found
+        numbers = [known[group, text] for group, text in zip(group_N.tolist(), batch.observation_N, strict=True)]
+        return torch.tensor(numbers, dtype=torch.int64, device=group_N.device)
+
+    def _alike(self, first: str, text: str) -> bool:
+        matcher = SequenceMatcher(None, first, text, autojunk=False)
+        # Two upper bounds of the ratio, cheapest first.
+        return (
+            matcher.real_quick_ratio() >= self.similarity
+            and matcher.quick_ratio() >= self.similarity
+            and matcher.ratio() >= self.similarity
+        )
+
+
+def _equal_anchors(batch: CreditBatch, group_N: Tensor) -> Tensor:
+    assert batch.anchor_N is not None
+    texts, text_N = torch.unique(batch.anchor_N, return_inverse=True)
+    return group_N * len(texts) + text_N

@@ -1,0 +1,22 @@
+"""REINFORCE++-baseline's credit: an episode's return minus its group's mean, whitened over tokens."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from steppo.advantages.base import Advantage, episode_returns, standardised_within, whiten
+from steppo.types import Credit, CreditBatch
+
+
+class ReinforcePPBaseline(Advantage):
+    """``A = R - mean of the group``, given to all tokens of an episode, then whitened over the tokens of the iteration.
+
+    ``R`` is the episode's undiscounted return. A group of one episode, or of equal returns, gives 0 before whitening. No
+    critic.
+    """
+
+    needs_groups: ClassVar[bool] = True
+
+    def __call__(self, batch: CreditBatch) -> Credit:
+        centred_E = standardised_within(episode_returns(batch), batch.group_E, scale_by_std=False)
+        return Credit(advantage_A=whiten(centred_E[batch.episode_N][batch.step_of_A]))
