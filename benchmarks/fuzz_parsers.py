@@ -1,6 +1,6 @@
 """Parsers against a million texts that nobody would write: no exception, no surprise, no slow one.
 
-    pip install -c constraints.txt -e ".[bench]"
+    pip install -c constraints.txt -e .
     python benchmarks/fuzz_parsers.py
 
 Half of the texts are assembled from fragments of the forms, a quarter are damaged tool calls, a quarter are any characters.

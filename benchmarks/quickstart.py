@@ -1,6 +1,6 @@
 """The quickstart's claims: success before and after, wall time with cold caches, memory, the same numbers twice.
 
-    pip install -c constraints.txt -e ".[bench]"
+    pip install -c constraints.txt -e .
     python benchmarks/quickstart.py --seeds 0 1 2 --repeat
 
 Each seed runs the quickstart's own command in a process of its own, with an empty cache folder. Writes

@@ -1,6 +1,6 @@
 """Kill -9 at random moments, continue, and compare with a run that nothing stopped, bit for bit.
 
-    pip install -c constraints.txt -e ".[bench]"
+    pip install -c constraints.txt -e .
     python benchmarks/resume.py --seed 0 --kills 8
 
 One run plays through and counts the events of each phase (see ``tests/kill.py``). Each case then draws an event, kills a

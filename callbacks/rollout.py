@@ -66,8 +66,8 @@ class RolloutCallback(pl.Callback):
             raise ConfigError(f"{scheme} compares episodes of a group: set rollout.group_size to 2 or more")
         if stage == "fit" and trainer.world_size > self.tasks_per_iteration:
             raise ConfigError(
-                f"rollout: {self.tasks_per_iteration} tasks per iteration (episodes_per_iteration / group_size) are fewer than "
-                f"the {trainer.world_size} processes"
+                f"rollout: {self.tasks_per_iteration} tasks per iteration (episodes_per_iteration / group_size) are fewer "
+                f"than the {trainer.world_size} processes"
             )
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

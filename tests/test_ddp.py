@@ -178,5 +178,5 @@ def test_transcripts_hold_the_episodes_of_all_ranks_once(one_and_two: tuple[Path
 def test_more_processes_than_tasks_is_refused(tmp_path: Path) -> None:
     done = fit(tmp_path, "--rollout.episodes_per_iteration=1", "--trainer.devices=2", "--trainer.strategy=ddp")
     assert done.returncode != 0
-    assert "rollout: 1 tasks per iteration (episodes_per_iteration / group_size) are fewer than the 2 processes" in done.stderr
+    assert "1 tasks per iteration (episodes_per_iteration / group_size) are fewer than the 2 processes" in done.stderr
     assert "Traceback" not in done.stderr

@@ -25,9 +25,9 @@ from steppo.types import Credit, CreditBatch
 class GiGPO(Advantage):
     """``A_t = A_episode + step_weight * A_step``; no critic.
 
-    ``A_episode`` is GRPO's. ``A_step`` compares the discounted return ``G_t = r_t + gamma * G_{t+1}`` with those of all steps
-    of the group's episodes that saw the same observation, the anchor state. An observation seen once adds 0, and so does a
-    group of one episode.
+    ``A_episode`` is GRPO's. ``A_step`` compares the discounted return ``G_t = r_t + gamma * G_{t+1}`` with those of all
+    steps of the group's episodes that saw the same observation, the anchor state. An observation seen once adds 0, and so
+    does a group of one episode.
 
     Args:
         gamma: Discount per step, of ``G_t``.
@@ -61,7 +61,8 @@ class GiGPO(Advantage):
         group_N = group_E[batch.episode_N]
 
         advantage_E = standardised_within(episode_returns(batch), group_E, self.scale_by_std)
-        anchor_N = self._similar_anchors(batch, group_N, order) if self.needs_observations else _equal_anchors(batch, group_N)
+        anchors = self._similar_anchors if self.needs_observations else _equal_anchors
+        anchor_N = anchors(batch, group_N, order)
         step_N = standardised_within(return_N, anchor_N, self.scale_by_std)
         episodes_of_group = torch.bincount(group_E)
         step_N = torch.where((episodes_of_group == 1)[group_N], 0.0, step_N)
@@ -96,7 +97,7 @@ class GiGPO(Advantage):
         )
 
 
-def _equal_anchors(batch: CreditBatch, group_N: Tensor) -> Tensor:
+def _equal_anchors(batch: CreditBatch, group_N: Tensor, order: Tensor) -> Tensor:
     assert batch.anchor_N is not None
     texts, text_N = torch.unique(batch.anchor_N, return_inverse=True)
     return group_N * len(texts) + text_N

@@ -154,7 +154,8 @@ class TextWorldEnv(Env):
         self._game: Any = None
         self._state: Any = None
         self._goal = ""
-        self._steps = 0
+        self._plans = False
+        self._actions: list[str] = []
 
     def tasks(self, split: str) -> list[Task]:
         if split not in _SPLITS:
@@ -185,25 +186,13 @@ class TextWorldEnv(Env):
                 raise ConfigError(f"TextWorldEnv: no {self.challenge} game from {self.settings}: {error}") from error
 
     def reset(self, task: Task) -> tuple[Observation, dict[str, Any]]:
-        import textworld
-
-        self.close()
+        self._task = task
         path = self._path(task)
         if not path.exists():  # played outside of a run that prepared its tasks
             self._folder.mkdir(parents=True, exist_ok=True)
             _make_game(*self._recipe(task), path)
-        wanted = textworld.EnvInfos(
-            feedback=True,
-            objective=True,
-            admissible_commands=True,
-            policy_commands=True,
-            won=True,
-            score=True,
-            max_score=True,
-        )
-        self._game = textworld.start(str(path), wanted)
-        self._state = self._game.reset()
-        self._steps = 0
+        self._start(plans=False)
+        self._actions = []
         if self.challenge == "coin_collector":
             self._goal = "Find the coin and take it."
         else:
@@ -214,19 +203,40 @@ class TextWorldEnv(Env):
         score_before = self._state.score or 0
         admissible = action in self._state.admissible_commands
         self._state, _, done = self._game.step(action)
-        self._steps += 1
+        self._actions.append(action)
         won = bool(self._state.won)
         if self.reward == "success":
             reward = float(won)
         else:
             reward = ((self._state.score or 0) - score_before) / (self._state.max_score or 1)
-        terminated = bool(done) or self._steps == self.max_steps
+        terminated = bool(done) or len(self._actions) == self.max_steps
         return self._observe(), reward, terminated, False, {"success": won, "action_valid": admissible}
 
     def expert_action(self) -> str | None:
-        """First command of an optimal plan from here."""
+        """First command of an optimal plan from here. Plans slow the game down, so it makes them from the first call on."""
+        if not self._plans:
+            self._start(plans=True)
+            for action in self._actions:
+                self._state, _, _ = self._game.step(action)
         plan = self._state.policy_commands
         return plan[0] if plan else None
+
+    def _start(self, plans: bool) -> None:
+        import textworld
+
+        self.close()
+        wanted = textworld.EnvInfos(
+            feedback=True,
+            objective=True,
+            admissible_commands=True,
+            policy_commands=plans,
+            won=True,
+            score=True,
+            max_score=True,
+        )
+        self._game = textworld.start(str(self._path(self._task)), wanted)
+        self._state = self._game.reset()
+        self._plans = plans
 
     def close(self) -> None:
         if self._game is not None:

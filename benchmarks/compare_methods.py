@@ -1,0 +1,271 @@
+"""Every method on the same tasks, from the same start, with the same experience; equally tuned.
+
+    python benchmarks/compare_methods.py                 # everything, about ... hours on two cores
+    python benchmarks/compare_methods.py --stages report # tables and pictures again, from the cells that are there
+    python benchmarks/compare_methods.py --verify 3      # three random cells once more: the same, bit for bit?
+
+A *cell* is one run of the real command: a task, a method, a seed, a learning rate. It is a JSON file under
+``benchmarks/results/compare_methods``; what is there is not run again, so that an interrupted comparison goes on. Stages:
+
+- ``tune``: a grid of learning rates for each method, on seeds and games that the comparison never uses; the best by the
+  area under the learning curve is taken.
+- ``compare``: all trained methods and the untrained policy at the middle horizon, four of them at the other two.
+- ``diagnose``: variants that look for the reasons.
+- ``report``: tables (Markdown) and pictures, into ``docs/results``.
+
+Within a task and seed all methods start from the same warm-started weights (checked by their first evaluation), learn from
+the same number of environment steps, with the same KL term, and are evaluated on the same 100 unseen games.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import datetime
+import json
+import os
+import platform
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+from compare_report import area, write_report
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results" / "compare_methods"
+STAGES = ("tune", "compare", "diagnose", "report")
+
+# Coin collector: a straight row of rooms, one coin in the last. The level is the number of golden steps.
+TASKS = {
+    "coin-4": ["--data.source.env.settings.level=4", "--data.source.env.max_steps=12"],
+    "coin-8": ["--data.source.env.settings.level=8", "--data.source.env.max_steps=24"],
+    "coin-12": ["--data.source.env.settings.level=12", "--data.source.env.max_steps=36"],
+}
+MIDDLE = "coin-8"
+BUDGET = {"coin-4": 12_000, "coin-8": 24_000, "coin-12": 36_000}
+METHODS = ["ppo", "reinforce_pp", "reinforce_pp_baseline", "grpo", "rloo", "gspo", "gigpo", "steppo"]
+ABLATIONS = ["steppo_no_step_gae", "steppo_no_step_is"]
+AT_ALL_HORIZONS = ["ppo", "grpo", "gigpo", "steppo"]
+LEARNING_RATES = [3e-4, 1e-3, 3e-3]
+TUNING_SEEDS = [100, 101]
+# Variants of a method, to find out why: name -> overlay and options.
+VARIANTS: dict[str, tuple[str, list[str]]] = {}
+
+# The same for all, whatever an overlay says. In the public scripts the KL term differs by method, which is a confound.
+COMMON = [
+    "--model.loss.kl=loss",
+    "--model.loss.kl_coef=0.001",
+    "--trainer.max_epochs=10000",
+    "--trainer.logger.class_path=lightning.pytorch.loggers.CSVLogger",
+    "--trainer.logger.name=run",
+    "--trainer.callbacks=[]",
+    "--transcripts.train_episodes=0",
+    "--transcripts.num_shown=0",
+]
+CURVES = (
+    "rollout/success_rate",
+    "rollout/degenerate_groups",
+    "train/environment_steps",
+    "train/updates",
+    "train/entropy",
+    "train/approx_kl",
+    "train/clip_fraction",
+    "train/value_loss",
+    "train/explained_variance",
+)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run."""
+
+    stage: str
+    task: str
+    method: str
+    learning_rate: float
+    seed: int
+
+    @property
+    def path(self) -> Path:
+        name = f"{self.method}-lr{self.learning_rate:g}-seed{self.seed}.json"
+        return RESULTS / self.stage / self.task / name
+
+    def command(self) -> list[str]:
+        overlay, extra = VARIANTS.get(self.method, (self.method, []))
+        split = "valid" if self.stage == "tune" else "test"
+        command = ["train.py", "fit", "--config", "configs/textworld.yaml"]
+        command += ["--config", f"configs/algorithm/{overlay}.yaml", f"--seed_everything={self.seed}"]
+        command += [*COMMON, *TASKS[self.task], f"--data.eval_split={split}"]
+        command += [f"--model.policy_optimizer.lr={self.learning_rate:g}"]
+        if overlay != "react":
+            command += [f"--rollout.max_environment_steps={BUDGET[self.task]}"]
+        return command + extra
+
+
+def run(cell: Cell) -> dict[str, Any]:
+    """Runs a cell in a folder of its own and gives what is worth keeping. Raises ``RuntimeError`` with its last line."""
+    command = cell.command()
+    with tempfile.TemporaryDirectory() as folder:
+        start = time.perf_counter()
+        done = subprocess.run(
+            [sys.executable, *command, f"--trainer.logger.save_dir={folder}"],
+            cwd=ROOT,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "TERM": "dumb"},
+            capture_output=True,
+            text=True,
+        )
+        seconds = time.perf_counter() - start
+        if done.returncode:
+            raise RuntimeError((done.stderr.strip() or done.stdout.strip() or "no output").splitlines()[-1])
+        [logs] = Path(folder).glob("run/version_*")
+        evaluations = [json.loads(line) for line in (logs / "evaluation.jsonl").read_text().splitlines()]
+        with open(logs / "metrics.csv") as file:
+            iterations = curves(list(csv.DictReader(file)))
+        final = final_episodes(logs / "transcripts.jsonl", evaluations[-1]["iteration"])
+    return {
+        **asdict(cell),
+        "command": "python " + " ".join(command),
+        "date": datetime.date.today().isoformat(),
+        "machine": f"{os.cpu_count()} CPU cores, {psutil.virtual_memory().total // 2**30} GiB, {platform.machine()}",
+        "seconds": round(seconds, 1),
+        "evaluations": evaluations,
+        "iterations": iterations,
+        "final_episodes": final,
+    }
+
+
+def curves(rows: list[dict[str, str]]) -> dict[str, list[float | None]]:
+    """Columns of figures by iteration, and the seconds of training so far."""
+    rows = [row for row in rows if row.get("train/environment_steps")]
+    found: dict[str, list[float | None]] = {
+        name: [float(row[name]) if row.get(name) else None for row in rows] for name in CURVES if rows and name in rows[0]
+    }
+    phases = [f"seconds/{phase}" for phase in ("rollout", "score", "update")]
+    spent, total = [], 0.0
+    for row in rows:
+        total += sum(float(row[phase]) for phase in phases)
+        spent.append(round(total, 3))
+    return found | {"seconds": list(spent)}
+
+
+def final_episodes(transcripts: Path, iteration: int) -> list[dict[str, Any]]:
+    """Success and length of each episode of the last panel."""
+    records = (json.loads(line) for line in transcripts.read_text().splitlines())
+    return [
+        {"success": record["success"], "steps": len(record["steps"])}
+        for record in records
+        if record["kind"] != "train" and record["iteration"] == iteration
+    ]
+
+
+def work_off(cells: list[Cell], jobs: int, console: Console) -> int:
+    """Runs the cells that are not there yet, ``jobs`` at once; gives the number of those that failed."""
+    wanted = [cell for cell in cells if not cell.path.exists()]
+    failures = 0
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=console) as progress, ThreadPoolExecutor(jobs) as executor:
+        bar = progress.add_task(cells[0].stage if cells else "", total=len(cells), completed=len(cells) - len(wanted))
+        futures = {executor.submit(run, cell): cell for cell in wanted}
+        for future in as_completed(futures):
+            cell = futures[future]
+            progress.advance(bar)
+            try:
+                result = future.result()
+            except RuntimeError as error:
+                failures += 1
+                progress.console.print(f"{cell.path.stem} on {cell.task} failed: {error}", markup=False)
+                continue
+            cell.path.parent.mkdir(parents=True, exist_ok=True)
+            part = cell.path.with_suffix(".part")
+            part.write_text(json.dumps(result) + "\n")
+            os.replace(part, cell.path)
+            rates = [record["success_rate"] for record in result["evaluations"]]
+            line = f"{cell.task} {cell.path.stem}: {rates[0]:.2f} -> {rates[-1]:.2f} in {result['seconds']:.0f} s"
+            progress.console.print(line, markup=False)
+    return failures
+
+
+def read(stage: str) -> list[dict[str, Any]]:
+    """All cells of a stage that are there."""
+    return [json.loads(path.read_text()) for path in sorted((RESULTS / stage).rglob("*.json"))]
+
+
+def best_learning_rates() -> dict[str, float]:
+    """The winner of each method's grid; ``SystemExit`` if a grid is not complete."""
+    scores: dict[str, dict[float, list[float]]] = {}
+    for result in read("tune"):
+        scores.setdefault(result["method"], {}).setdefault(result["learning_rate"], []).append(area(result))
+    for method in (*METHODS, *ABLATIONS):
+        found = scores.get(method, {})
+        if any(len(found.get(rate, [])) < len(TUNING_SEEDS) for rate in LEARNING_RATES):
+            raise SystemExit(f"the learning rate of {method} is not tuned yet: run the stage tune")
+    return {method: max(found, key=lambda rate: sum(found[rate])) for method, found in scores.items()}
+
+
+def cells_of(stage: str, seeds: list[int]) -> list[Cell]:
+    """What a stage consists of."""
+    if stage == "tune":
+        methods = [*METHODS, *ABLATIONS]
+        return [Cell(stage, MIDDLE, m, lr, seed) for seed in TUNING_SEEDS for lr in LEARNING_RATES for m in methods]
+    rates = best_learning_rates()
+    if stage == "diagnose":
+        return [Cell(stage, MIDDLE, name, rates[VARIANTS[name][0]], seed) for seed in seeds for name in VARIANTS]
+    found = []
+    for seed in seeds:
+        found += [Cell(stage, MIDDLE, method, rates[method], seed) for method in (*METHODS, *ABLATIONS)]
+        found += [Cell(stage, task, "react", LEARNING_RATES[0], seed) for task in TASKS]
+        found += [Cell(stage, task, m, rates[m], seed) for task in TASKS if task != MIDDLE for m in AT_ALL_HORIZONS]
+    return found
+
+
+def without_time(result: dict[str, Any]) -> Any:
+    """What a rerun must give again."""
+    evaluations = [{k: v for k, v in record.items() if k != "seconds"} for record in result["evaluations"]]
+    return [evaluations, {k: v for k, v in result["iterations"].items() if k != "seconds"}, result["final_episodes"]]
+
+
+def verify(count: int, seed: int) -> bool:
+    """Runs random cells once more and says whether they are the same, bit for bit."""
+    paths = [path for path in sorted((RESULTS / "compare").rglob("*.json")) if not path.stem.startswith("react")]
+    report = []
+    for path in random.Random(seed).sample(paths, count):
+        before = json.loads(path.read_text())
+        cell = Cell(*(before[name] for name in ("stage", "task", "method", "learning_rate", "seed")))
+        same = without_time(run(cell)) == without_time(before)
+        report.append({"cell": path.relative_to(RESULTS).as_posix(), "same": same})
+        print(f"{report[-1]['cell']}: {'the same' if same else 'DIFFERENT'}", flush=True)
+    date = datetime.date.today().isoformat()
+    (RESULTS / "verify.json").write_text(json.dumps({"date": date, "cells": report}, indent=1) + "\n")
+    return all(entry["same"] for entry in report)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4], help="of the comparison")
+    parser.add_argument("--jobs", type=int, default=2, help="cells at once, one thread each")
+    parser.add_argument("--verify", type=int, metavar="N", help="run N random cells again and compare; nothing else")
+    arguments = parser.parse_args()
+    if arguments.verify:
+        raise SystemExit(0 if verify(arguments.verify, seed=0) else 1)
+    console, failures = Console(), 0
+    for stage in arguments.stages:
+        if stage == "report":
+            write_report({name: read(name) for name in STAGES[:-1]}, ROOT / "docs" / "results")
+        else:
+            failures += work_off(cells_of(stage, arguments.seeds), arguments.jobs, console)
+    if failures:
+        raise SystemExit(f"{failures} cells failed; run the same command again for them alone")
+
+
+if __name__ == "__main__":
+    main()
