@@ -10,13 +10,20 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+import numpy as np
 import pytest
+import torch
 
 from steppo.cli import StepCLI
+from steppo.models import TinyPolicy
+from steppo.packing import PaddedPacker
 from steppo.play.command import main
+from steppo.play.show import Show
+from steppo.types import Observation, Segment, Step
 from tests.cli_helpers import TOY, checkpoint, evaluations
+from tests.test_quantization import fit
 from tests.toy_env import CorridorEnv
 
 TOY_CONFIG = f"--config={TOY}"
@@ -83,6 +90,44 @@ def test_the_policy_plays_as_it_was_evaluated(toy_run: tuple[StepCLI, Path], cap
     assert "untrained" not in text
     assert re.search(r"value before -?\d\.\d+", text)
     assert max(abs(float(value)) for value in re.findall(r"value before (-?[\d.]+)", text)) > 0  # the head starts at 0
+
+
+class KeepSteps(Show):
+    """Keeps what it shows."""
+
+    steps: ClassVar[list[Step]] = []
+
+    def turn(self, step: Step | None, observation: Observation) -> None:
+        self.steps += [] if step is None else [step]
+        super().turn(step, observation)
+
+
+def test_adapters_play_as_they_were_trained(
+    tiny_policy: TinyPolicy, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Policy and critic are those that ``validate`` loads, and neither is the base."""
+    monkeypatch.setattr(KeepSteps, "steps", [])
+    monkeypatch.setattr("steppo.play.command.Show", KeepSteps)
+    tiny_policy.model.save_pretrained(tmp_path / "base")
+    tiny_policy.tokenizer.save_pretrained(tmp_path / "base")
+    base, options = str(tmp_path / "base"), ["--model.loss.kl=loss", "--quantization.gradient_checkpointing=true"]
+    far = ["--warm_start.updates=20", "--model.critic_optimizer.lr=0.02", "--evaluation.before_training=false"]
+    fit(tmp_path / "run", base, *options, *far)
+    trained = f"--ckpt_path={checkpoint(tmp_path / 'run')}"
+    text = play(capsys, trained, "--episodes=4")
+    module = fit(tmp_path / "again", base, *options, trained, command="validate").model
+
+    steps = KeepSteps.steps
+    ((rows, batch),) = PaddedPacker().pack([Segment(step.prompt_ids, step.action_ids) for step in steps], 10**6)
+    logprobs = torch.from_numpy(np.concatenate([steps[row].behaviour_logprobs for row in rows]))
+    values = torch.tensor([float(value) for value in re.findall(r"value before (-?[\d.]+)", text)])[rows]
+    with torch.no_grad():
+        ones = torch.ones(len(logprobs))
+        torch.testing.assert_close(logprobs, module.policy(batch, ones).logprobs_A, rtol=0, atol=1e-4)
+        torch.testing.assert_close(values, module.critic(batch, batch.value_at_N, None), rtol=0, atol=6e-4)
+        of_base = tiny_policy(batch, ones)
+        assert float((logprobs - of_base.logprobs_A).abs().max()) > 0.01
+        assert float((values - module.critic.head(of_base.hidden[batch.value_at_N])).abs().max()) > 0.01
 
 
 def test_without_a_checkpoint_the_policy_is_untrained(capsys: pytest.CaptureFixture[str]) -> None:
