@@ -46,25 +46,31 @@ STAGES = ("tune", "compare", "diagnose", "report")
 
 # Coin collector: a straight row of rooms, one coin in the last. The level is the number of golden steps.
 TASKS = {
-    "coin-4": ["--data.source.env.settings.level=4", "--data.source.env.max_steps=12"],
-    "coin-8": ["--data.source.env.settings.level=8", "--data.source.env.max_steps=24"],
-    "coin-12": ["--data.source.env.settings.level=12", "--data.source.env.max_steps=36"],
+    f"coin-{level}": [f"--data.source.env.settings.level={level}", f"--data.source.env.max_steps={3 * level}"]
+    for level in (4, 6, 8)
 }
-MIDDLE = "coin-8"
-BUDGET = {"coin-4": 12_000, "coin-8": 24_000, "coin-12": 36_000}
+MIDDLE = "coin-6"
+BUDGET = {"coin-4": 6_000, "coin-6": 12_000, "coin-8": 18_000}  # environment steps
 METHODS = ["ppo", "reinforce_pp", "reinforce_pp_baseline", "grpo", "rloo", "gspo", "gigpo", "steppo"]
 ABLATIONS = ["steppo_no_step_gae", "steppo_no_step_is"]
 AT_ALL_HORIZONS = ["ppo", "grpo", "gigpo", "steppo"]
-LEARNING_RATES = [3e-4, 1e-3, 3e-3]
+LEARNING_RATES = [1e-4, 3e-4, 1e-3]
 TUNING_SEEDS = [100, 101]
 # Variants of a method, to find out why: name -> overlay and options.
-VARIANTS: dict[str, tuple[str, list[str]]] = {}
+VARIANTS: dict[str, tuple[str, list[str]]] = {
+    "steppo, Monte Carlo": ("steppo", ["--model.advantage.gamma=1", "--model.advantage.gae_lambda=1"]),
+    "steppo, clip 0.2": ("steppo", ["--model.loss.clip_low=0.2", "--model.loss.clip_high=0.2"]),
+    "steppo, shared critic": ("steppo", ["--model.critic=steppo.models.SharedCritic"]),
+    "ppo, discounted": ("ppo", ["--model.advantage.gamma=0.997", "--model.advantage.gae_lambda=0.983"]),
+    "grpo, groups of 4": ("grpo", ["--rollout.group_size=4"]),
+}
 
 # The same for all, whatever an overlay says. In the public scripts the KL term differs by method, which is a confound.
 COMMON = [
     "--model.loss.kl=loss",
     "--model.loss.kl_coef=0.001",
     "--trainer.max_epochs=10000",
+    "--trainer.check_val_every_n_epoch=6",
     "--trainer.logger.class_path=lightning.pytorch.loggers.CSVLogger",
     "--trainer.logger.name=run",
     "--trainer.callbacks=[]",
