@@ -153,7 +153,7 @@ def curves(rows: list[dict[str, str]]) -> dict[str, list[float | None]]:
     """Columns of figures by iteration, and the seconds of training so far."""
     rows = [row for row in rows if row.get("train/environment_steps")]
     found: dict[str, list[float | None]] = {
-        name: [float(row[name]) if row.get(name) else None for row in rows] for name in CURVES if rows and name in rows[0]
+        name: [float(row[name]) if row.get(name) else None for row in rows] for name in CURVES if not rows or name in rows[0]
     }
     phases = [f"seconds/{phase}" for phase in ("rollout", "score", "update")]
     spent, total = [], 0.0

@@ -30,15 +30,16 @@ Cell = dict[str, Any]
 
 
 def area(cell: Cell) -> float:
-    """Mean greedy success along the learning curve, by environment steps (trapezoids): sample efficiency."""
-    steps, success = _curve(cell)
-    if len(steps) < 2:
-        return float(success[-1])
-    return float((np.diff(steps) * (success[1:] + success[:-1]) / 2).sum() / steps[-1])
+    """Mean success of the training episodes over the budget, by environment steps: sample efficiency."""
+    iterations = cell["iterations"]
+    if not iterations["rollout/success_rate"]:
+        return final(cell)
+    steps = np.diff([0.0, *iterations["train/environment_steps"]])
+    return float(np.average(iterations["rollout/success_rate"], weights=steps))
 
 
 def final(cell: Cell) -> float:
-    """Greedy success when the budget is spent."""
+    """Success on unseen games when the budget is spent."""
     return float(cell["evaluations"][-1]["success_rate"])
 
 
@@ -260,7 +261,7 @@ def _plot_curves(cells: list[Cell], tasks: list[str], folder: Path) -> None:
                     _band(axes, own, x_of, lambda cell: _curve(cell)[1], _name(method), _color(method))
             axes.set(title=f"{golden_steps(task)} golden steps", xlabel=label, ylim=(0, 1.02))
             axes.grid(alpha=0.3)
-        panels[0][0].set_ylabel("greedy success, 100 unseen games")
+        panels[0][0].set_ylabel("success, 100 unseen games")
         _legend(figure, panels[0])
         _save(figure, folder / name)
 
