@@ -106,7 +106,7 @@ class StepProgressBar(ProgressBar):
             for name, part in parts
             if part is not None
         ]
-        self._console.print("; ".join([*sizes, f"credit {type(pl_module.advantage).__name__}"]), soft_wrap=True)
+        self._console.print("; ".join(sizes), soft_wrap=True)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.end_phase()

@@ -8,12 +8,25 @@ from typing import Any
 import pytest
 from lightning.pytorch.cli import LightningCLI
 
-from steppo.advantages import StepGAE, TokenGAE
+from steppo.advantages import GRPO, RLOO, GiGPO, ReinforcePP, ReinforcePPBaseline, StepGAE, TokenGAE
 from steppo.cli import main
 from steppo.models import SeparateCritic
 from tests.cli_helpers import TOY
 
 CONFIGS = Path(__file__).parent.parent / "configs"
+# Credit, ratio, critic, group size, KL, over textworld.yaml.
+METHODS = {
+    "ppo": (TokenGAE, "token", SeparateCritic, 1, "loss"),
+    "reinforce_pp": (ReinforcePP, "token", type(None), 1, "reward"),
+    "reinforce_pp_baseline": (ReinforcePPBaseline, "token", type(None), 8, "reward"),
+    "grpo": (GRPO, "token", type(None), 8, "loss"),
+    "rloo": (RLOO, "token", type(None), 8, "reward"),
+    "gspo": (GRPO, "step", type(None), 8, "loss"),
+    "gigpo": (GiGPO, "token", type(None), 8, "loss"),
+    "steppo": (StepGAE, "step", SeparateCritic, 1, "loss"),
+    "steppo_no_step_gae": (TokenGAE, "step", SeparateCritic, 1, "loss"),
+    "steppo_no_step_is": (StepGAE, "token", SeparateCritic, 1, "loss"),
+}
 WHOLE = sorted(CONFIGS.glob("*.yaml"))
 OVERLAYS = sorted(CONFIGS.glob("*/*.yaml"))
 
@@ -50,19 +63,17 @@ def test_configs_open_with_their_command(path: Path) -> None:
 
 
 def test_algorithms_are_what_they_are_called(build: Any) -> None:
-    expected = {
-        "steppo": (StepGAE, "step"),
-        "ppo": (TokenGAE, "token"),
-        "steppo_no_step_gae": (TokenGAE, "step"),
-        "steppo_no_step_is": (StepGAE, "token"),
-    }
-    for name, (credit, ratio) in expected.items():
+    assert {path.stem for path in (CONFIGS / "algorithm").glob("*.yaml")} == {"react", *METHODS}
+    for name, (credit, ratio, critic, group_size, kl) in METHODS.items():
         cli = build("--config", CONFIGS / "textworld.yaml", "--config", CONFIGS / "algorithm" / f"{name}.yaml")
         assert type(cli.model.advantage) is credit
         assert cli.model.loss.ratio == ratio
-        assert type(cli.model.critic) is SeparateCritic
-        # Per generated token the step-level discount would leave no credit.
-        assert cli.model.advantage.gamma == (1.0 if credit is TokenGAE else 0.99)
+        assert type(cli.model.critic) is critic
+        assert cli.config.fit.rollout.group_size == group_size
+        assert cli.model.loss.kl == kl
+        # Per generated token a discount per step would leave no credit.
+        gamma = {TokenGAE: 1.0, ReinforcePP: 1.0, StepGAE: 0.99, GiGPO: 0.95}.get(credit)
+        assert getattr(cli.model.advantage, "gamma", None) == gamma
 
 
 def test_later_files_and_options_win(build: Any, tmp_path: Path) -> None:

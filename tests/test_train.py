@@ -196,6 +196,49 @@ def test_components_are_swapped_by_options(tmp_path: Path, options: list[str]) -
     assert all(torch.isfinite(weight).all() for weight in last.values())
 
 
+ALGORITHMS = Path(__file__).parent.parent / "configs" / "algorithm"
+LINES = {
+    "reinforce_pp": "ReinforcePP, no critic, token ratio clipped at -0.2 / +0.2, KL in the reward (0.001), groups of 1",
+    "rloo": "RLOO, no critic, token ratio clipped at -0.2 / +0.2, KL in the reward (0.001), groups of 8",
+    "gspo": "GRPO, no critic, step ratio clipped at -0.1 / +0.1, no KL, groups of 8",
+    "gigpo": "GiGPO, no critic, token ratio clipped at -0.2 / +0.2, no KL, groups of 8",
+    "steppo": "StepGAE, SharedCritic read per step, step ratio clipped at -0.1 / +0.1, no KL, groups of 1",
+}
+
+
+@pytest.mark.parametrize("name", LINES)
+def test_an_overlay_is_a_method(tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str) -> None:
+    """It learns, says which parts are at work, and has no critic that nobody asks."""
+    similar = ["--model.advantage.similarity=0.9"] if name == "gigpo" else []
+    overlay = ["--config", str(ALGORITHMS / f"{name}.yaml"), "--model.critic=steppo.models.SharedCritic", *similar]
+    cli = run(
+        tmp_path, *overlay, "--trainer.max_epochs=1", "--warm_start.updates=5", "--rollout.episodes_per_iteration=64", *KEEP
+    )
+    assert f"credit by {LINES[name]}" in caplog.messages
+    first, *_, last = kept(cli)
+    assert not same(first, last)
+    assert any(weight.startswith("critic.") for weight in last) == (name == "steppo")
+
+
+def test_a_budget_of_environment_steps_ends_the_run(tmp_path: Path) -> None:
+    run(tmp_path / "long", "--trainer.max_epochs=4", "--evaluation.before_training=false")
+    steps = [record["environment_steps"] for record in evaluations(tmp_path / "long")]
+    budget = [f"--rollout.max_environment_steps={steps[1]}", "--trainer.max_epochs=9", "--trainer.check_val_every_n_epoch=9"]
+    run(tmp_path / "short", *budget)
+    assert [record["iteration"] for record in evaluations(tmp_path / "short")] == [0, 2]
+    assert evaluations(tmp_path / "short")[-1]["environment_steps"] == steps[1]
+    done = weights(tmp_path / "short")
+    run(tmp_path / "short", *budget, f"--ckpt_path={checkpoint(tmp_path / 'short')}")  # nothing is left to do
+    assert same(weights(tmp_path / "short"), done)
+
+
+def test_react_is_evaluated_and_not_trained(tmp_path: Path) -> None:
+    cli = run(tmp_path, "--config", str(ALGORITHMS / "react.yaml"))
+    [record] = evaluations(tmp_path)
+    assert (record["iteration"], record["updates"], record["episodes"]) == (0, 0, 8)
+    assert cli.trainer.global_step == 0
+
+
 def test_demonstrations_are_said_as_the_parser_reads_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
 

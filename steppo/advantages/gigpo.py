@@ -61,15 +61,19 @@ class GiGPO(Advantage):
         group_N = group_E[batch.episode_N]
 
         advantage_E = standardised_within(episode_returns(batch), group_E, self.scale_by_std)
-        anchors = self._similar_anchors if self.needs_observations else _equal_anchors
-        anchor_N = anchors(batch, group_N, order)
-        step_N = standardised_within(return_N, anchor_N, self.scale_by_std)
+        text_N = self._similar_texts(batch, group_N, order) if self.needs_observations else batch.anchor_N
+        assert text_N is not None
+        texts, text_N = torch.unique(text_N, return_inverse=True)
+        step_N = standardised_within(return_N, group_N * len(texts) + text_N, self.scale_by_std)
         episodes_of_group = torch.bincount(group_E)
         step_N = torch.where((episodes_of_group == 1)[group_N], 0.0, step_N)
         return Credit(advantage_N=advantage_E[batch.episode_N] + self.step_weight * step_N)
 
-    def _similar_anchors(self, batch: CreditBatch, group_N: Tensor, order: Tensor) -> Tensor:
-        """Number of each step's anchor. A loop over the *different* texts of a group, which are few in most tasks."""
+    def _similar_texts(self, batch: CreditBatch, group_N: Tensor, order: Tensor) -> Tensor:
+        """Number of each step's observation, the same for similar ones of a group.
+
+        A comparison for each two *different* texts of a group, which are few in most tasks.
+        """
         assert batch.observation_N is not None
         firsts: dict[int, list[tuple[str, int]]] = {}
         known: dict[tuple[int, str], int] = {}
@@ -95,9 +99,3 @@ class GiGPO(Advantage):
             and matcher.quick_ratio() >= self.similarity
             and matcher.ratio() >= self.similarity
         )
-
-
-def _equal_anchors(batch: CreditBatch, group_N: Tensor, order: Tensor) -> Tensor:
-    assert batch.anchor_N is not None
-    texts, text_N = torch.unique(batch.anchor_N, return_inverse=True)
-    return group_N * len(texts) + text_N
