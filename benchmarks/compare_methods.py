@@ -50,7 +50,7 @@ TASKS = {
     for level in (4, 6, 8)
 }
 MIDDLE = "coin-6"
-BUDGET = {"coin-4": 6_000, "coin-6": 12_000, "coin-8": 18_000}  # environment steps
+BUDGET = {"coin-4": 5_000, "coin-6": 10_000, "coin-8": 15_000}  # environment steps
 METHODS = ["ppo", "reinforce_pp", "reinforce_pp_baseline", "grpo", "rloo", "gspo", "gigpo", "steppo"]
 ABLATIONS = ["steppo_no_step_gae", "steppo_no_step_is"]
 AT_ALL_HORIZONS = ["ppo", "grpo", "gigpo", "steppo"]
@@ -70,7 +70,7 @@ COMMON = [
     "--model.loss.kl=loss",
     "--model.loss.kl_coef=0.001",
     "--trainer.max_epochs=10000",
-    "--trainer.check_val_every_n_epoch=6",
+    "--trainer.check_val_every_n_epoch=8",
     "--trainer.logger.class_path=lightning.pytorch.loggers.CSVLogger",
     "--trainer.logger.name=run",
     "--trainer.callbacks=[]",
