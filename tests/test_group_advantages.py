@@ -1,4 +1,4 @@
-"""Credit without a critic against hand-worked numbers and slow implementations in plain Python; what it must not depend on."""
+"""Credit without a critic against hand-worked numbers and slow implementations in plain Python, and its properties."""
 
 from __future__ import annotations
 

@@ -80,7 +80,7 @@ def discounted_suffix_sums(x: Tensor, decay: float, is_last: Tensor) -> Tensor:
 
 
 def _scan(y: Tensor, factor: Tensor) -> Tensor:
-    """``y_t <- y_t + factor_t * y_{t+1}``, from the end on, of rows that stand in columns; gives one row. Overwrites both."""
+    """``y_t <- y_t + factor_t * y_{t+1}``, from the end on, of rows that stand in columns; gives them in one. Overwrites."""
     ys, factors = y.unbind(), factor.unbind()
     for place in reversed(range(len(ys) - 1)):
         ys[place].addcmul_(factors[place], ys[place + 1])
