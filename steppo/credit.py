@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from steppo.advantages import Advantage
-from steppo.advantages.base import time_order
+from steppo.advantages.base import time_order, tokens_in_order
 from steppo.buffer import StepBuffer
 from steppo.distributed import gather, rank_and_world
 from steppo.errors import ConfigError, RunError
@@ -75,7 +75,7 @@ def assign_credit(buffer: StepBuffer, advantage: Advantage, kl_coef: float) -> G
     rank_N = torch.cat([torch.full_like(part["order_N"], index) for index, part in enumerate(parts)])
 
     sort_N = time_order(joined["order_N"], joined["index_N"])
-    sort_A = _tokens_in_order(joined["length_N"], sort_N)
+    sort_A = tokens_in_order(joined["length_N"], sort_N)
     steps = {name: column[sort_N] for name, column in joined.items() if name.endswith("_N")}
     tokens = {name: column[sort_A] for name, column in joined.items() if name.endswith("_A")}
     observations = [text for part in texts for text in part]
@@ -169,14 +169,6 @@ def _local_part(buffer: StepBuffer, kl_coef: float) -> dict[str, Tensor]:
     if scores.value_A is not None:
         part["value_A"] = scores.value_A.to(dtype)
     return part
-
-
-def _tokens_in_order(length_N: Tensor, sort_N: Tensor) -> Tensor:
-    """Permutation of action tokens that follows a permutation of their steps."""
-    start_N = length_N.cumsum(0) - length_N
-    sorted_lengths = length_N[sort_N]
-    first = sorted_lengths.cumsum(0) - sorted_lengths
-    return torch.repeat_interleave(start_N[sort_N] - first, sorted_lengths) + torch.arange(int(length_N.sum()))
 
 
 def _pick(column: Tensor | None, rows: Tensor, dtype: torch.dtype) -> Tensor | None:

@@ -1,4 +1,4 @@
-"""What the tests of the numerical parts share: distances and random numbers."""
+"""What the tests of the numerical parts share: distances, random numbers, batches out of plain records."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ import numpy as np
 import torch
 from hypothesis import settings
 from torch import Tensor
+
+from steppo.types import CreditBatch
+from tests.slow_credit import Ending, Turn
 
 # Property tests: few examples, the same ones on every run, no time limit on one of them.
 FEW = settings(deadline=None, max_examples=25, derandomize=True)
@@ -33,3 +36,22 @@ def normal(rng: np.random.Generator, *shape: int) -> Tensor:
 def steps_of(lengths: list[int]) -> Tensor:
     """``step_of_A`` of steps with so many action tokens."""
     return torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths, dtype=torch.int64))
+
+
+def to_batch(turns: list[Turn], endings: list[Ending], dtype: torch.dtype = torch.float64) -> CreditBatch:
+    """The rows of a batch in the order given."""
+    anchors = {text: number for number, text in enumerate(dict.fromkeys(turn.observation for turn in turns))}
+    return CreditBatch(
+        reward_N=torch.tensor([turn.reward for turn in turns], dtype=dtype),
+        reward_A=torch.tensor([reward for turn in turns for reward in turn.rewards], dtype=dtype),
+        episode_N=torch.tensor([turn.episode for turn in turns]),
+        group_E=torch.tensor([ending.group for ending in endings]),
+        index_N=torch.tensor([turn.index for turn in turns]),
+        step_of_A=steps_of([len(turn.rewards) for turn in turns]),
+        terminated_E=torch.tensor([ending.terminated for ending in endings]),
+        bootstrap_E=torch.tensor([ending.bootstrap for ending in endings], dtype=dtype),
+        value_N=torch.tensor([turn.value for turn in turns], dtype=dtype),
+        value_A=torch.tensor([value for turn in turns for value in turn.values], dtype=dtype),
+        anchor_N=torch.tensor([anchors[turn.observation] for turn in turns]),
+        observation_N=[turn.observation for turn in turns],
+    )

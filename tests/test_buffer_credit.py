@@ -6,6 +6,7 @@ step's prompt ends with the step's own code, ``1000 e + 50 t``. All scores are f
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -18,7 +19,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from steppo.advantages import Advantage, StepGAE, TokenGAE
+from steppo.advantages import GRPO, RLOO, Advantage, GiGPO, ReinforcePP, ReinforcePPBaseline, StepGAE, TokenGAE, whiten
 from steppo.buffer import Scores, StepBuffer
 from steppo.credit import GlobalSteps, assign_credit
 from steppo.datamodule import StepDataModule
@@ -59,6 +60,12 @@ class EqualShares(Advantage):
 
     def __call__(self, batch: CreditBatch) -> Credit:
         return Credit(advantage_N=batch.reward_N)
+
+
+class ReadsTexts(EqualShares):
+    """Wants the observations' texts."""
+
+    needs_observations = True
 
 
 def make_episode(
@@ -320,6 +327,65 @@ def test_kl_in_the_reward(kl_coef: float, by_token: list[float], by_step: list[f
             close(buffer.credit.target_A, [sum(by_token), sum(by_token[1:]), by_token[2]])
 
 
+@pytest.mark.parametrize("kl_coef", [0.0, 0.1])
+def test_kl_in_the_reward_reaches_returns(kl_coef: float) -> None:
+    """Penalties 0.1 * (old - ref): 0.05, -0.1, 0.2 and 0.1. Equal returns of 3 become 2.85 and 2.9."""
+    episodes = [make_episode(0, [2, 1], rewards=[1.0, 2.0], group_size=2), make_episode(1, [1], rewards=[3.0], group_size=2)]
+    if kl_coef:
+        returns, by_token = [2.85, 2.85, 2.9], [2.85, 2.9, 1.8, 2.9]
+    else:
+        returns, by_token = [3.0, 3.0, 3.0], [3.0, 3.0, 2.0, 3.0]
+    centred = torch.tensor(returns, dtype=torch.float64) - (returns[0] + returns[2]) / 2
+    for advantage, expected in (
+        (GRPO(scale_by_std=False), centred),
+        (RLOO(), 2 * centred),
+        (GiGPO(scale_by_std=False, step_weight=0.0), centred),
+        (ReinforcePPBaseline(), whiten(centred[torch.tensor([0, 0, 1, 2])])),
+        (ReinforcePP(), whiten(torch.tensor(by_token, dtype=torch.float64))),
+    ):
+        buffer = make_buffer(episodes, "none")
+        assert buffer.scores is not None
+        buffer.scores.old_logprobs_A = torch.tensor([-1.0, -2.0, -1.0, -2.0], dtype=torch.float64)
+        buffer.scores.ref_logprobs_A = torch.tensor([-1.5, -1.0, -3.0, -3.0], dtype=torch.float64)
+        assign_credit(buffer, advantage, kl_coef)
+        assert buffer.credit is not None
+        found = buffer.credit.advantage_A if buffer.credit.advantage_N is None else buffer.credit.advantage_N
+        assert found is not None
+        close(found, expected)
+
+
+def test_failed_episodes_are_not_in_group_statistics() -> None:
+    """Groups of three: one of the first failed, two of the second. Of the third all did."""
+    broken = StopReason.ENV_ERROR
+    episodes = [
+        make_episode(0, [1, 2], [0.0, 1.0], group_size=3),
+        make_episode(1, [1], [100.0], broken, group_size=3),
+        make_episode(2, [1, 1], [2.0, 1.0], group_size=3),
+        make_episode(3, [2], [50.0], StopReason.ENGINE_ERROR, group_size=3),
+        make_episode(4, [1], [7.0], group_size=3),
+        make_episode(5, [1], [60.0], StopReason.ABORTED, group_size=3),
+        *(make_episode(order, [1], [70.0], broken, group_size=3) for order in (6, 7, 8)),
+    ]
+    # gamma 1/2: the first steps' returns are 1/2 and 5/2, the second ones' 1 and 1, of one observation each.
+    for advantage, expected in (
+        (GRPO(scale_by_std=False), [-1.0, -1.0, 1.0, 1.0, 0.0]),
+        (RLOO(), [-2.0, -2.0, 2.0, 2.0, 0.0]),
+        (GiGPO(0.5, scale_by_std=False), [-2.0, -1.0, 2.0, 1.0, 0.0]),
+        (GiGPO(0.5, scale_by_std=False, similarity=0.99), [-2.0, -1.0, 2.0, 1.0, 0.0]),
+    ):
+        buffer = make_buffer(episodes, "none")
+        steps = assign_credit(buffer, advantage, 0.0)
+        assert steps.batch.group_E.tolist() == [0, 0, 1]
+        assert buffer.credit is not None
+        assert buffer.credit.advantage_N is not None
+        close(buffer.credit.advantage_N, expected)
+    buffer = make_buffer(episodes, "none")
+    assign_credit(buffer, ReinforcePPBaseline(), 0.0)
+    assert buffer.credit is not None
+    assert buffer.credit.advantage_A is not None
+    close(buffer.credit.advantage_A, whiten(torch.tensor([-1.0, -1.0, -1.0, 1.0, 1.0, 0.0], dtype=torch.float64)))
+
+
 @pytest.mark.parametrize("bootstraps", [True, False])
 def test_only_truncated_episodes_are_bootstrapped(bootstraps: bool) -> None:
     endings = [StopReason.TERMINATED, StopReason.STEP_LIMIT, StopReason.CONTEXT_OVERFLOW]
@@ -454,6 +520,43 @@ def test_ranks_together_equal_a_single_process(
             if column is not None:
                 assert column.tolist() == of_all[mine_A if name.endswith("A") else steps.mine_N].tolist()
     assert sorted(row for _, steps in found for row in steps.mine_N) == list(range(20))
+
+
+# The same episodes; observations say which episode they are from, and some come again.
+TELLING = [
+    dataclasses.replace(
+        episode,
+        steps=tuple(dataclasses.replace(step, observation=f"{episode.order}: {step.index // 2}") for step in episode.steps),
+    )
+    for episode in EPISODES
+]
+
+
+@pytest.mark.parametrize("shares", [[EPISODES[::-1]], *SHARES.values()], ids=["1 rank", *SHARES])
+def test_observations_come_with_their_steps(on_ranks: Callable[..., list[Any]], shares: list[list[Episode]]) -> None:
+    def work(rank: int) -> tuple[CreditBatch, CreditBatch]:
+        episodes = [TELLING[episode.order] for episode in shares[rank]]
+        wanted, unwanted = (assign_credit(make_buffer(episodes, "none"), s, 0.0) for s in (ReadsTexts(), EqualShares()))
+        return wanted.batch, unwanted.batch
+
+    expected = [f"{code // 1000}: {code % 1000 // 50 // 2}" for code in LEARNED_CODES]
+    for batch, without in on_ranks(len(shares), work):
+        assert batch.observation_N == expected
+        assert without.observation_N is None
+        assert batch.anchor_N is not None
+        anchors = batch.anchor_N.tolist()
+        assert len(set(zip(anchors, expected, strict=True))) == len(set(anchors)) == len(set(expected)) < len(expected)
+
+
+@pytest.mark.parametrize("advantage", [GiGPO(), GiGPO(similarity=0.8), ReinforcePPBaseline()])
+def test_groups_that_ranks_share_equal_a_single_process(on_ranks: Callable[..., list[Any]], advantage: Advantage) -> None:
+    episodes = [dataclasses.replace(episode, group_id=episode.order % 3) for episode in EPISODES]
+    whole = assign_credit(make_buffer(episodes, "none"), advantage, 0.0)
+    for steps in on_ranks(2, lambda rank: assign_credit(make_buffer(episodes[rank::2], "none"), advantage, 0.0)):
+        assert_equal(steps.credit, whole.credit)
+    found = whole.credit.advantage_A if whole.credit.advantage_N is None else whole.credit.advantage_N
+    assert found is not None
+    assert len(set(found.tolist())) > 3
 
 
 def test_nothing_to_learn_from_on_any_rank(on_ranks: Callable[..., list[Any]]) -> None:

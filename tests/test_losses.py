@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from steppo.losses import kl_penalty, log_ratios, policy_loss, step_means, token_weights, value_loss
+from steppo.errors import ConfigError
+from steppo.losses import LossSettings, kl_penalty, log_ratios, policy_loss, step_means, token_weights, value_loss
 from tests.numeric_helpers import FEW, close, near, normal, steps_of
 
 LOW, HIGH = 0.1, 0.3
@@ -69,7 +70,7 @@ def random_batch(lengths: list[int], seed: int, dtype: torch.dtype = torch.float
     return batch
 
 
-def policy(batch: Batch, ratio: str, aggregation: str, low: float = LOW, high: float = HIGH):
+def policy(batch: Batch, ratio: str, aggregation: str, low: float = LOW, high: float = HIGH, dual: float = 0.0):
     return policy_loss(
         batch.logprobs_A,
         batch.old_A,
@@ -79,11 +80,12 @@ def policy(batch: Batch, ratio: str, aggregation: str, low: float = LOW, high: f
         ratio=ratio,
         clip_low=low,
         clip_high=high,
+        dual_clip=dual,
         aggregation=aggregation,
     )
 
 
-def slow_policy(batch: Batch, ratio: str, aggregation: str, low: float, high: float):
+def slow_policy(batch: Batch, ratio: str, aggregation: str, low: float, high: float, dual: float = 0.0):
     """Loss, its gradient, ratio and clip flag of each token; the gradient derived by hand."""
     loss, gradients, ratios, clipped = 0.0, [], [], []
     tokens = iter(zip(batch.logprobs_A.tolist(), batch.old_A.tolist(), batch.advantage_A.tolist(), strict=True))
@@ -94,9 +96,13 @@ def slow_policy(batch: Batch, ratio: str, aggregation: str, low: float, high: fl
             w = math.exp(mean if ratio == "step" else new - old)
             share = weight / length if aggregation == "step-mean" else weight
             bounded = min(max(w, 1 - low), 1 + high)
-            loss -= share * min(w * advantage, bounded * advantage)
+            objective = min(w * advantage, bounded * advantage)
             # A ratio beyond the bound that its advantage pushes it to has no gradient.
             held = (advantage > 0 and w > 1 + high) or (advantage < 0 and w < 1 - low)
+            if dual and ratio == "token" and advantage < 0:
+                objective = max(objective, dual * advantage)
+                held = held or w > dual
+            loss -= share * objective
             gradients.append(0.0 if held else -share * w * advantage)
             ratios.append(w)
             clipped.append(w < 1 - low or w > 1 + high)
@@ -141,6 +147,76 @@ def test_policy_loss_by_hand():
     # The first step's ratio is sqrt(2), inside.
     loss = policy_loss(logprobs_A, *arguments, ratio="step", **settings).loss
     close(loss, -(3 * math.sqrt(2) - 9))
+
+
+@RATIO
+@AGGREGATION
+@FEW
+@given(LENGTHS, SEEDS, st.sampled_from([1.31, 1.5, 2.0, 10.0]))
+def test_dual_clip_equals_a_loop(ratio, aggregation, lengths, seed, dual):
+    batch = random_batch(lengths, seed)
+    result = policy(batch, ratio, aggregation, dual=dual)
+    result.loss.backward()
+    loss, gradients, ratios, clipped = slow_policy(batch, ratio, aggregation, LOW, HIGH, dual)
+    close(result.loss.detach(), loss)
+    close(batch.logprobs_A.grad, gradients)
+    close(result.ratio_A, ratios)
+    assert result.clipped_A.tolist() == clipped
+
+
+@pytest.mark.parametrize(
+    ("w", "advantage", "ratio", "loss", "gradient"),
+    [
+        (4.0, -2.0, "token", 6.0, 0.0),  # w A = -8, but no less than 3 A
+        (2.0, -2.0, "token", 4.0, 4.0),  # -4 is above -6
+        (0.5, -2.0, "token", 1.8, 0.0),  # held by the lower bound, 0.9 A
+        (4.0, 2.0, "token", -3.0, 0.0),  # held by the upper bound, 1.5 A
+        (4.0, -2.0, "step", 8.0, 8.0),  # token ratios only
+    ],
+)
+def test_dual_clip_by_hand(w, advantage, ratio, loss, gradient):
+    """c = 3, clip to [0.9, 1.5]. The gradient is with respect to the log-probability: -w A where nothing holds."""
+    logprobs_A = torch.tensor([math.log(w)], dtype=torch.float64, requires_grad=True)
+    one = torch.ones(1, dtype=torch.float64)
+    arguments = (0 * one, advantage * one, torch.tensor([0]), one)
+    settings = {"clip_low": 0.1, "clip_high": 0.5, "dual_clip": 3.0}
+    result = policy_loss(logprobs_A, *arguments, ratio=ratio, **settings)
+    close(result.loss.detach(), loss)
+    close(torch.autograd.grad(result.loss, logprobs_A)[0], [gradient])
+
+
+def loss_and_gradient(batch: Batch, ratio: str, dual: float) -> list[float]:
+    loss = policy(batch, ratio, "step-mean", dual=dual).loss
+    return [float(loss.detach()), *torch.autograd.grad(loss, batch.logprobs_A)[0].tolist()]
+
+
+def test_where_dual_clip_has_no_effect():
+    """1.31 holds one of these tokens at least, and only with token ratios where the advantage is negative."""
+    lengths = [4] * 20
+    batch = random_batch(lengths, seed=3)
+    assert loss_and_gradient(batch, "token", 1.31) != loss_and_gradient(batch, "token", 0.0)
+    assert loss_and_gradient(batch, "step", 1.31) == loss_and_gradient(batch, "step", 0.0)
+    close(policy(batch, "token", "step-mean").loss.detach(), slow_policy(batch, "token", "step-mean", LOW, HIGH)[0])
+    good = random_batch(lengths, seed=3)
+    good.advantage_A = batch.advantage_A.abs() * (torch.arange(80) % 3 > 0)  # some of them 0
+    assert loss_and_gradient(good, "token", 1.31) == loss_and_gradient(good, "token", 0.0)
+
+
+@pytest.mark.parametrize("dual", [0.5, 1.0, 1.25])
+def test_dual_clip_within_the_trust_region_is_refused(dual):
+    with pytest.raises(ConfigError, match=rf"loss\.dual_clip must be 0, or above 1 \+ clip_high, not {dual}"):
+        LossSettings(clip_high=0.25, dual_clip=dual)
+
+
+@pytest.mark.parametrize("dual", [-1.0, math.inf, math.nan])
+def test_dual_clip_must_be_a_number_at_least_0(dual):
+    with pytest.raises(ConfigError, match=r"loss\.dual_clip must be at least 0 and finite"):
+        LossSettings(dual_clip=dual)
+
+
+def test_dual_clips_that_are_taken():
+    assert LossSettings().dual_clip == 10
+    assert [LossSettings(clip_high=0.25, dual_clip=dual).dual_clip for dual in (0.0, 1.26)] == [0.0, 1.26]
 
 
 @pytest.mark.parametrize(("log_ratio", "advantage"), [(0.5, 1.0), (0.5, -1.0), (-0.5, 1.0), (-0.5, -1.0)])

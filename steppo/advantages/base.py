@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from typing import ClassVar, Literal
 
@@ -39,9 +40,11 @@ def check_decays(scheme: Advantage, **decays: float) -> None:
 
 def whiten(x: Tensor) -> Tensor:
     """Zero mean, unit sample standard deviation; a single element, or equal ones, give 0."""
-    if x.numel() < 2 or bool((x == x.flatten()[0]).all()):
+    if x.numel() < 2 or x.min() == x.max():
         return torch.zeros_like(x)
-    return (x - x.mean()) / (x.std() + 1e-8)
+    centred = x - x.mean()
+    deviation = torch.linalg.vector_norm(centred) / math.sqrt(x.numel() - 1)
+    return centred.div_(deviation + 1e-8)
 
 
 def standardised_within(x: Tensor, group: Tensor, scale_by_std: bool) -> Tensor:
@@ -69,40 +72,54 @@ def standardised_within(x: Tensor, group: Tensor, scale_by_std: bool) -> Tensor:
 def discounted_suffix_sums(x: Tensor, decay: float, is_last: Tensor) -> Tensor:
     """``y_t = x_t + decay * y_{t+1}`` within runs that end where ``is_last`` is true; all [N], rows in order.
 
-    A scan by doubling: the logarithm of the longest run in passes, each over all rows at once.
+    A scan by blocks of rows: the same place of all blocks at once, then the blocks' first rows in the same way.
     """
-    if x.numel() == 0:
-        return x.clone()
-    ends = torch.nonzero(is_last)[:, 0]
-    longest = int(torch.diff(ends, prepend=ends.new_tensor([-1])).max())
-    y = x.clone()
-    factor = torch.where(is_last, torch.zeros_like(x), torch.full_like(x, decay))
-    reach = 1
-    while reach < longest:
-        y[:-reach] = y[:-reach] + factor[:-reach] * y[reach:]
-        ahead = torch.zeros_like(factor)
-        ahead[:-reach] = factor[reach:]
-        factor = factor * ahead
-        reach *= 2
-    return y
+    y = _in_columns(x)
+    factor = torch.full_like(y, decay).masked_fill_(_in_columns(is_last), 0.0)
+    return _scan(y, factor)[: len(x)]
+
+
+def _scan(y: Tensor, factor: Tensor) -> Tensor:
+    """``y_t <- y_t + factor_t * y_{t+1}``, from the end on, of rows that stand in columns; gives them in one. Overwrites."""
+    ys, factors = y.unbind(), factor.unbind()
+    for place in reversed(range(len(ys) - 1)):
+        ys[place].addcmul_(factors[place], ys[place + 1])
+        factors[place].mul_(factors[place + 1])  # what the next column's first row will count here
+    columns = y.shape[1]
+    if columns > 1:
+        firsts = _scan(_in_columns(y[0]), _in_columns(factor[0]))[:columns]
+        y[:, :-1].addcmul_(factor[:, :-1], firsts[1:])
+    return y.t().reshape(-1)
+
+
+def _in_columns(x: Tensor) -> Tensor:
+    """[width, n]: one row after the other down each column, the last one filled up with 0."""
+    width = min(64, math.isqrt(len(x)) + 1)
+    full, rest = divmod(len(x), width)
+    columns = x.new_empty(width, full + (rest > 0))
+    columns[:, :full] = x[: full * width].reshape(full, width).t()
+    if rest:
+        columns[:rest, full] = x[full * width :]
+        columns[rest:, full] = 0
+    return columns
 
 
 def generalised_advantages(
-    reward: Tensor, value: Tensor, episode: Tensor, final_value_E: Tensor, gamma: float, gae_lambda: float
+    reward: Tensor, value: Tensor, is_last: Tensor, final_value: Tensor, gamma: float, gae_lambda: float
 ) -> Tensor:
     """GAE over rows that are sorted by episode and time.
 
     Args:
         reward: [N] or [A].
         value: Same shape, value before each row's action.
-        episode: int64, same shape, contiguous runs.
-        final_value_E: Value after each episode's last row.
+        is_last: bool, same shape, each episode's last row.
+        final_value: Value after each of those, in their order.
         gamma: Discount per row.
         gae_lambda: Decay of the temporal differences per row.
     """
-    is_last = ends_of_runs(episode)
-    following = torch.where(is_last, final_value_E[episode], torch.roll(value, -1))
-    return discounted_suffix_sums(reward + gamma * following - value, gamma * gae_lambda, is_last)
+    following = torch.roll(value, -1)
+    following[is_last] = final_value
+    return discounted_suffix_sums((reward - value).add_(following, alpha=gamma), gamma * gae_lambda, is_last)
 
 
 def ends_of_runs(episode: Tensor) -> Tensor:
@@ -119,19 +136,38 @@ def episode_returns(batch: CreditBatch) -> Tensor:
 
 def time_order(episode_N: Tensor, index_N: Tensor) -> Tensor:
     """Permutation that sorts steps by episode, then time."""
-    by_time = torch.argsort(index_N, stable=True)
-    return by_time[torch.argsort(episode_N[by_time], stable=True)]
+    return torch.argsort(episode_N * (index_N.max() + 1) + index_N, stable=True)
 
 
-def token_time_order(batch: CreditBatch) -> Tensor:
-    """Permutation that sorts action tokens by episode, then time, [A]."""
+def token_time_order(batch: CreditBatch) -> tuple[Tensor | slice, Tensor]:
+    """Permutation that sorts action tokens by episode, then time, and each episode's last token in that order, bool [A].
+
+    Where the steps are in order already the permutation is ``slice(None)``, which copies nothing.
+    """
     order_N = time_order(batch.episode_N, batch.index_N)
-    place_N = unsort(torch.arange(len(order_N), device=order_N.device), order_N)
-    return torch.argsort(place_N[batch.step_of_A], stable=True)
+    length_N = torch.bincount(batch.step_of_A, minlength=len(order_N))
+    end_N = length_N[order_N].cumsum(0)
+    is_last = torch.zeros_like(batch.step_of_A, dtype=torch.bool)
+    is_last[end_N[ends_of_runs(batch.episode_N[order_N])] - 1] = True
+    if bool((order_N[1:] > order_N[:-1]).all()):
+        return slice(None), is_last
+    return tokens_in_order(length_N, order_N), is_last
 
 
-def unsort(x: Tensor, order: Tensor) -> Tensor:
+def tokens_in_order(length_N: Tensor, order_N: Tensor) -> Tensor:
+    """Permutation of action tokens, [A], that follows a permutation of their steps."""
+    start_N = length_N.cumsum(0) - length_N
+    lengths = length_N[order_N]
+    first = lengths.cumsum(0) - lengths
+    return torch.repeat_interleave(start_N[order_N] - first, lengths) + torch.arange(
+        int(length_N.sum()), device=length_N.device
+    )
+
+
+def unsort(x: Tensor, order: Tensor | slice) -> Tensor:
     """Undoes ``x = y[order]``."""
+    if isinstance(order, slice):
+        return x
     y = torch.empty_like(x)
     y[order] = x
     return y

@@ -6,7 +6,6 @@ from steppo.advantages.base import (
     Advantage,
     check_decays,
     discounted_suffix_sums,
-    ends_of_runs,
     token_time_order,
     unsort,
     whiten,
@@ -28,7 +27,6 @@ class ReinforcePP(Advantage):
         self.gamma = gamma
 
     def __call__(self, batch: CreditBatch) -> Credit:
-        order = token_time_order(batch)
-        is_last = ends_of_runs(batch.episode_N[batch.step_of_A][order])
+        order, is_last = token_time_order(batch)
         return_A = unsort(discounted_suffix_sums(batch.reward_A[order], self.gamma, is_last), order)
         return Credit(advantage_A=whiten(return_A))

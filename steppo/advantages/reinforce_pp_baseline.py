@@ -19,4 +19,4 @@ class ReinforcePPBaseline(Advantage):
 
     def __call__(self, batch: CreditBatch) -> Credit:
         centred_E = standardised_within(episode_returns(batch), batch.group_E, scale_by_std=False)
-        return Credit(advantage_A=whiten(centred_E[batch.episode_N][batch.step_of_A]))
+        return Credit(advantage_A=whiten(centred_E[batch.episode_N].index_select(0, batch.step_of_A)))

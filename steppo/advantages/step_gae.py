@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-from steppo.advantages.base import Advantage, check_decays, final_values, generalised_advantages, time_order, unsort, whiten
+from steppo.advantages.base import (
+    Advantage,
+    check_decays,
+    ends_of_runs,
+    final_values,
+    generalised_advantages,
+    time_order,
+    unsort,
+    whiten,
+)
 from steppo.types import Credit, CreditBatch
 
 
@@ -30,11 +39,13 @@ class StepGAE(Advantage):
     def __call__(self, batch: CreditBatch) -> Credit:
         assert batch.value_N is not None
         order = time_order(batch.episode_N, batch.index_N)
+        episode = batch.episode_N[order]
+        is_last = ends_of_runs(episode)
         advantage = generalised_advantages(
             batch.reward_N[order],
             batch.value_N[order],
-            batch.episode_N[order],
-            final_values(batch, self.bootstrap_truncated),
+            is_last,
+            final_values(batch, self.bootstrap_truncated)[episode[is_last]],
             self.gamma,
             self.gae_lambda,
         )

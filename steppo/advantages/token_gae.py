@@ -38,12 +38,13 @@ class TokenGAE(Advantage):
 
     def __call__(self, batch: CreditBatch) -> Credit:
         assert batch.value_A is not None
-        order = token_time_order(batch)
+        order, is_last = token_time_order(batch)
+        last_episodes = batch.episode_N[batch.step_of_A[order][is_last]]
         advantage = generalised_advantages(
             batch.reward_A[order],
             batch.value_A[order],
-            batch.episode_N[batch.step_of_A][order],
-            final_values(batch, self.bootstrap_truncated),
+            is_last,
+            final_values(batch, self.bootstrap_truncated)[last_episodes],
             self.gamma,
             self.gae_lambda,
         )

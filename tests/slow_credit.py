@@ -1,0 +1,225 @@
+"""Credit assignment in plain Python: one loop per formula, on records. What tests and ``benchmarks/credit.py`` compare with.
+
+A turn is a row; rows may be in any order. Step-level schemes give one number per turn, token-level ones a number per action
+token, in the order of the turns.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import math
+from dataclasses import dataclass
+
+
+@dataclass
+class Turn:
+    """A step, in plain Python: where it is, the rewards and values of its tokens, and what the agent saw before it."""
+
+    episode: int
+    index: int
+    rewards: list[float]
+    values: list[float]
+    value: float
+    observation: str = ""
+
+    @functools.cached_property
+    def reward(self) -> float:
+        return sum(self.rewards)
+
+
+@dataclass
+class Ending:
+    """How an episode ended, and the group that it belongs to."""
+
+    terminated: bool
+    bootstrap: float
+    group: int = 0
+
+
+def rows_by_episode(turns: list[Turn]) -> dict[int, list[int]]:
+    """Rows of each episode, in time."""
+    rows: dict[int, list[int]] = {}
+    for row, turn in enumerate(turns):
+        rows.setdefault(turn.episode, []).append(row)
+    for own in rows.values():
+        own.sort(key=lambda row: turns[row].index)
+    return rows
+
+
+def by_token(turns: list[Turn], of_turn: list[float]) -> list[float]:
+    """Each turn's number, repeated over its action tokens."""
+    return [number for turn, number in zip(turns, of_turn, strict=True) for _ in turn.rewards]
+
+
+# --- normalising ---
+
+
+def mean_and_deviation(numbers: list[float]) -> tuple[float, float]:
+    """The sample standard deviation: n - 1."""
+    mean = math.fsum(numbers) / len(numbers)
+    return mean, math.sqrt(math.fsum((number - mean) ** 2 for number in numbers) / (len(numbers) - 1))
+
+
+def slow_standardise(numbers: list[float], scale: bool, tiny: float) -> list[float]:
+    """Minus the mean and, if wanted, divided by the sample standard deviation; no spread gives 0."""
+    if len(numbers) < 2 or min(numbers) == max(numbers):
+        return [0.0] * len(numbers)
+    mean, deviation = mean_and_deviation(numbers)
+    divisor = deviation + tiny if scale else 1.0
+    return [(number - mean) / divisor for number in numbers]
+
+
+def slow_whiten(numbers: list[float]) -> list[float]:
+    return slow_standardise(numbers, True, 1e-8)
+
+
+# --- with a critic ---
+
+
+def slow_gae(rewards: list[float], values: list[float], final_value: float, gamma: float, gae_lambda: float) -> list[float]:
+    """Advantages of one episode, from its end to its start."""
+    advantages = [0.0] * len(rewards)
+    following_value, following_advantage = final_value, 0.0
+    for time in reversed(range(len(rewards))):
+        delta = rewards[time] + gamma * following_value - values[time]
+        advantages[time] = delta + gamma * gae_lambda * following_advantage
+        following_value, following_advantage = values[time], advantages[time]
+    return advantages
+
+
+def slow_credit(
+    turns: list[Turn], endings: list[Ending], gamma: float, gae_lambda: float, bootstrap: bool, by_token: bool
+) -> tuple[list[float], list[float]]:
+    """GAE by step or by token: whitened advantages, and targets."""
+    of_turn: list[list[float]] = [[] for _ in turns]
+    for episode, rows in rows_by_episode(turns).items():
+        ending = endings[episode]
+        final_value = ending.bootstrap if bootstrap and not ending.terminated else 0.0
+        if by_token:
+            rewards = [reward for row in rows for reward in turns[row].rewards]
+            values = [value for row in rows for value in turns[row].values]
+        else:
+            rewards = [turns[row].reward for row in rows]
+            values = [turns[row].value for row in rows]
+        advantages = slow_gae(rewards, values, final_value, gamma, gae_lambda)
+        start = 0
+        for row in rows:
+            end = start + (len(turns[row].rewards) if by_token else 1)
+            of_turn[row] = advantages[start:end]
+            start = end
+    in_order = [advantage for own in of_turn for advantage in own]
+    values = [value for turn in turns for value in (turn.values if by_token else [turn.value])]
+    return slow_whiten(in_order), [advantage + value for advantage, value in zip(in_order, values, strict=True)]
+
+
+# --- without a critic ---
+
+
+def episode_returns(turns: list[Turn]) -> dict[int, float]:
+    """Undiscounted."""
+    returns: dict[int, float] = {}
+    for turn in turns:
+        returns[turn.episode] = returns.get(turn.episode, 0.0) + turn.reward
+    return returns
+
+
+def episodes_by_group(endings: list[Ending]) -> dict[int, list[int]]:
+    episodes: dict[int, list[int]] = {}
+    for episode, ending in enumerate(endings):
+        episodes.setdefault(ending.group, []).append(episode)
+    return episodes
+
+
+def slow_grpo(turns: list[Turn], endings: list[Ending], scale_by_std: bool = True) -> list[float]:
+    """By turn: ``(R - mean of the group) / (std of the group + 1e-6)``."""
+    returns = episode_returns(turns)
+    advantages: dict[int, float] = {}
+    for episodes in episodes_by_group(endings).values():
+        standardised = slow_standardise([returns[episode] for episode in episodes], scale_by_std, 1e-6)
+        advantages.update(zip(episodes, standardised, strict=True))
+    return [advantages[turn.episode] for turn in turns]
+
+
+def slow_rloo(turns: list[Turn], endings: list[Ending]) -> list[float]:
+    """By turn: ``R`` minus the mean of the group's other episodes."""
+    returns = episode_returns(turns)
+    advantages: dict[int, float] = {}
+    for episodes in episodes_by_group(endings).values():
+        total = sum(returns[episode] for episode in episodes)
+        for episode in episodes:
+            others = (total - returns[episode]) / (len(episodes) - 1) if len(episodes) > 1 else returns[episode]
+            advantages[episode] = returns[episode] - others
+    return [advantages[turn.episode] for turn in turns]
+
+
+def slow_reinforce_pp(turns: list[Turn], gamma: float = 1.0) -> list[float]:
+    """By token: rewards discounted per token, on to the end of the episode; whitened over tokens."""
+    of_turn: list[list[float]] = [[] for _ in turns]
+    for rows in rows_by_episode(turns).values():
+        following = 0.0
+        for row in reversed(rows):
+            backwards = []
+            for reward in reversed(turns[row].rewards):
+                following = reward + gamma * following
+                backwards.append(following)
+            of_turn[row] = backwards[::-1]
+    return slow_whiten([number for own in of_turn for number in own])
+
+
+def slow_reinforce_pp_baseline(turns: list[Turn], endings: list[Ending]) -> list[float]:
+    """By token: ``R`` minus the mean of the group, whitened over tokens."""
+    return slow_whiten(by_token(turns, slow_grpo(turns, endings, scale_by_std=False)))
+
+
+def clusters_of(texts: list[str], similarity: float) -> list[list[int]]:
+    """Places of texts that count as one: each is put to the first cluster whose first text it resembles."""
+
+    @functools.cache  # of this call: the same two texts meet again and again
+    def resembles(first: str, text: str) -> bool:
+        return difflib.SequenceMatcher(None, first, text, autojunk=False).ratio() >= similarity
+
+    clusters: list[list[int]] = []
+    for place, text in enumerate(texts):
+        for cluster in clusters:
+            if resembles(texts[cluster[0]], text):
+                cluster.append(place)
+                break
+        else:
+            clusters.append([place])
+    return clusters
+
+
+def equal_texts(texts: list[str]) -> list[list[int]]:
+    places: dict[str, list[int]] = {}
+    for place, text in enumerate(texts):
+        places.setdefault(text, []).append(place)
+    return list(places.values())
+
+
+def slow_gigpo(
+    turns: list[Turn],
+    endings: list[Ending],
+    gamma: float = 0.95,
+    step_weight: float = 1.0,
+    scale_by_std: bool = True,
+    similarity: float = 1.0,
+) -> list[float]:
+    """By turn: GRPO's, plus the discounted return compared with those of the group's steps from the same observation."""
+    returns = [0.0] * len(turns)
+    rows_of = rows_by_episode(turns)
+    for rows in rows_of.values():
+        following = 0.0
+        for row in reversed(rows):
+            returns[row] = following = turns[row].reward + gamma * following
+    advantages = slow_grpo(turns, endings, scale_by_std)
+    for episodes in episodes_by_group(endings).values():
+        if len(episodes) == 1:
+            continue
+        rows = [row for episode in episodes for row in rows_of[episode]]
+        texts = [turns[row].observation for row in rows]
+        for places in equal_texts(texts) if similarity == 1 else clusters_of(texts, similarity):
+            standardised = slow_standardise([returns[rows[place]] for place in places], scale_by_std, 1e-6)
+            for place, number in zip(places, standardised, strict=True):
+                advantages[rows[place]] += step_weight * number
+    return advantages
