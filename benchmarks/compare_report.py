@@ -132,8 +132,9 @@ def _name(method: str) -> str:
 
 
 def _curve(cell: Cell) -> tuple[np.ndarray, np.ndarray]:
-    records = cell["evaluations"]
-    return np.asarray([r["environment_steps"] for r in records]), np.asarray([r["success_rate"] for r in records])
+    """Steps learned from before each iteration, and the success of its episodes."""
+    steps = [0.0, *cell["iterations"]["train/environment_steps"][:-1]]
+    return np.asarray(steps), np.asarray(cell["iterations"]["rollout/success_rate"])
 
 
 def _interval(figures: tuple[float, float, float], digits: int = 2) -> str:
@@ -243,16 +244,15 @@ def _color(method: str) -> Any:
     return plt.get_cmap("tab20")(list(NAMES).index(method) * 2 % 20 + (list(NAMES).index(method) >= 10))
 
 
-def _evaluation_seconds(cell: Cell) -> np.ndarray:
-    """Seconds of training (rollout, scoring, updates) before each evaluation."""
-    steps = np.asarray([0.0, *cell["iterations"]["train/environment_steps"]])
-    return np.interp(_curve(cell)[0], steps, [0.0, *cell["iterations"]["seconds"]])
+def _seconds(cell: Cell) -> np.ndarray:
+    """Seconds of training (rollout, scoring, updates) before each iteration."""
+    return np.asarray([0.0, *cell["iterations"]["seconds"][:-1]])
 
 
 def _plot_curves(cells: list[Cell], tasks: list[str], folder: Path) -> None:
     for name, label, x_of in (
         ("curves_steps.png", "environment steps learned from", lambda cell: _curve(cell)[0]),
-        ("curves_seconds.png", "seconds of training, one thread", _evaluation_seconds),
+        ("curves_seconds.png", "seconds of training, one thread", _seconds),
     ):
         figure, panels = plt.subplots(1, len(tasks), figsize=(4.6 * len(tasks), 4.2), squeeze=False, constrained_layout=True)
         for axes, task in zip(panels[0], tasks, strict=True):
@@ -261,7 +261,7 @@ def _plot_curves(cells: list[Cell], tasks: list[str], folder: Path) -> None:
                     _band(axes, own, x_of, lambda cell: _curve(cell)[1], _name(method), _color(method))
             axes.set(title=f"{golden_steps(task)} golden steps", xlabel=label, ylim=(0, 1.02))
             axes.grid(alpha=0.3)
-        panels[0][0].set_ylabel("success, 100 unseen games")
+        panels[0][0].set_ylabel("success of training episodes")
         _legend(figure, panels[0])
         _save(figure, folder / name)
 

@@ -233,10 +233,13 @@ class EnvSource(EpisodeSource):
         """Plays each task once by random admissible actions (or the expert's) and gives all that was to be read."""
         texts: list[str] = []
         rng = random.Random(0)
+        self.pool.reset(0, tasks[0], want_expert=False)
+        opening = self.pool.receive(0).observation
+        hidden = opening is not None and opening.admissible_commands is None  # then the expert knows some
         for first in range(0, len(tasks), self.num_slots):
             active = list(enumerate(tasks[first : first + self.num_slots]))
             for slot, task in active:
-                self.pool.reset(slot, task, want_expert=True)
+                self.pool.reset(slot, task, want_expert=hidden)
             for _ in range(min(limit for limit in (self.max_steps, self.env.max_steps) if limit is not None)):
                 going = []
                 for slot, task in active:
