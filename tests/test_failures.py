@@ -109,7 +109,7 @@ def test_a_run_of_faults_loses_the_episodes_they_hit_and_no_other(model_folder: 
         model_folder,
         f"--data.source.env.fail_rate={rates[0]}",
         f"--data.source.env.hang_rate={rates[1]}",
-        "--data.source.env_timeout=0.5",
+        "--data.source.env_timeout=0.2",
         "--rollout.min_healthy=0.3",
     )
     assert [episode.id for episode in faulty] == [episode.id for episode in healthy]
