@@ -47,10 +47,10 @@ STAGES = ("tune", "compare", "diagnose", "report")
 # Coin collector: a straight row of rooms, one coin in the last. The level is the number of golden steps.
 TASKS = {
     f"coin-{level}": [f"--data.source.env.settings.level={level}", f"--data.source.env.max_steps={3 * level}"]
-    for level in (4, 6, 8)
+    for level in (4, 8, 12)
 }
-MIDDLE = "coin-6"
-BUDGET = {"coin-4": 5_000, "coin-6": 10_000, "coin-8": 15_000}  # environment steps
+MIDDLE = "coin-8"
+BUDGET = {"coin-4": 2_500, "coin-8": 5_000, "coin-12": 7_500}  # environment steps
 METHODS = ["ppo", "reinforce_pp", "reinforce_pp_baseline", "grpo", "rloo", "gspo", "gigpo", "steppo"]
 ABLATIONS = ["steppo_no_step_gae", "steppo_no_step_is"]
 AT_ALL_HORIZONS = ["ppo", "grpo", "gigpo", "steppo"]

@@ -58,7 +58,7 @@ class LossSettings:
                 raise ConfigError(f"loss.{name} must be at least 0 and finite, not {getattr(self, name)}")
         if self.clip_low > 1:
             raise ConfigError(f"loss.clip_low must be at most 1, not {self.clip_low}: a ratio is never below 0")
-        if 0 < self.dual_clip <= 1 + self.clip_high:
+        if self.ratio == "token" and 0 < self.dual_clip <= 1 + self.clip_high:
             raise ConfigError(f"loss.dual_clip must be 0, or above 1 + clip_high, not {self.dual_clip}")
 
 

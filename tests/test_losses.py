@@ -205,7 +205,7 @@ def test_where_dual_clip_has_no_effect():
 @pytest.mark.parametrize("dual", [0.5, 1.0, 1.25])
 def test_dual_clip_within_the_trust_region_is_refused(dual):
     with pytest.raises(ConfigError, match=rf"loss\.dual_clip must be 0, or above 1 \+ clip_high, not {dual}"):
-        LossSettings(clip_high=0.25, dual_clip=dual)
+        LossSettings(ratio="token", clip_high=0.25, dual_clip=dual)
 
 
 @pytest.mark.parametrize("dual", [-1.0, math.inf, math.nan])
@@ -216,7 +216,7 @@ def test_dual_clip_must_be_a_number_at_least_0(dual):
 
 def test_dual_clips_that_are_taken():
     assert LossSettings().dual_clip == 10
-    assert [LossSettings(clip_high=0.25, dual_clip=dual).dual_clip for dual in (0.0, 1.26)] == [0.0, 1.26]
+    assert [LossSettings(ratio="token", clip_high=0.25, dual_clip=dual).dual_clip for dual in (0.0, 1.26)] == [0.0, 1.26]
 
 
 @pytest.mark.parametrize(("log_ratio", "advantage"), [(0.5, 1.0), (0.5, -1.0), (-0.5, 1.0), (-0.5, -1.0)])

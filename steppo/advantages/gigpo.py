@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from difflib import SequenceMatcher
 from typing import ClassVar
 
@@ -45,8 +46,8 @@ class GiGPO(Advantage):
         check_decays(self, gamma=gamma)
         if not 0 < similarity <= 1:
             raise ConfigError(f"GiGPO: similarity must be above 0 and at most 1, not {similarity}")
-        if not step_weight >= 0:
-            raise ConfigError(f"GiGPO: step_weight must be at least 0, not {step_weight}")
+        if not 0 <= step_weight < math.inf:
+            raise ConfigError(f"GiGPO: step_weight must be at least 0 and finite, not {step_weight}")
         self.gamma = gamma
         self.step_weight = step_weight
         self.scale_by_std = scale_by_std
