@@ -99,7 +99,10 @@ OPTIONS = {
     "warmup": (["--model.policy_optimizer.warmup_updates=-1"], "an optimizer's warmup_updates must be at least 0"),
     "clip": (["--model.loss.clip_low=-0.1"], "loss.clip_low must be at least 0 and finite, not -0.1"),
     "clip_all": (["--model.loss.clip_low=1.5"], "loss.clip_low must be at most 1"),
-    "dual_clip": (["--model.loss.ratio=token", "--model.loss.dual_clip=1.1"], "loss.dual_clip must be 0, or above 1 + clip_high, not 1.1"),
+    "dual_clip": (
+        ["--model.loss.ratio=token", "--model.loss.dual_clip=1.1"],
+        "loss.dual_clip must be 0, or above",
+    ),
     "kl": (["--model.loss.kl_coef=-1"], "loss.kl_coef must be at least 0"),
     "gamma": (["--model.advantage.gamma=1.5"], "StepGAE: gamma must be from 0 to 1, not 1.5"),
     "lambda": (
