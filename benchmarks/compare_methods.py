@@ -205,6 +205,18 @@ def read(stage: str) -> list[dict[str, Any]]:
     return [json.loads(path.read_text()) for path in sorted((RESULTS / stage).rglob("*.json"))]
 
 
+def check_same_start(results: list[dict[str, Any]]) -> None:
+    """Runs of a task and a seed must begin with the same policy: ``SystemExit`` names the first that do not."""
+    starts: dict[tuple[str, str, int], dict[str, Any]] = {}
+    for result in results:
+        start = {name: value for name, value in result["evaluations"][0].items() if name != "seconds"}
+        key = result["stage"], result["task"], result["seed"]
+        if starts.setdefault(key, start) != start:
+            raise SystemExit(
+                f"{result['method']} began with another policy than others on {key}: {start}, not {starts[key]}"
+            )
+
+
 def best_learning_rates() -> dict[str, float]:
     """The winner of each method's grid; ``SystemExit`` if a grid is not complete."""
     scores: dict[str, dict[float, list[float]]] = {}
@@ -266,7 +278,9 @@ def main() -> None:
     console, failures = Console(), 0
     for stage in arguments.stages:
         if stage == "report":
-            write_report({name: read(name) for name in STAGES[:-1]}, ROOT / "docs" / "results")
+            cells = {name: read(name) for name in STAGES[:-1]}
+            check_same_start([result for results in cells.values() for result in results])
+            write_report(cells, ROOT / "docs" / "results")
         else:
             failures += work_off(cells_of(stage, arguments.seeds), arguments.jobs, console)
     if failures:
