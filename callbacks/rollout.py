@@ -27,8 +27,8 @@ class RolloutCallback(pl.Callback):
         temperature: Of sampling; the learner divides its logits by the same.
         min_healthy: The run stops when a smaller share of an iteration's episodes is healthy (did not fail), and always when
             none is.
-        max_environment_steps: The run ends with the iteration that reaches so many steps learned from, whatever
-            ``trainer.max_epochs`` says; 0 ends it after the first evaluation, with no training at all.
+        max_environment_steps: The run ends with the iteration that reaches so many steps learned from, if
+            ``trainer.max_epochs`` does not end it before; 0 ends it after the first evaluation, with no training at all.
     """
 
     def __init__(
@@ -73,6 +73,9 @@ class RolloutCallback(pl.Callback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Says which parts of the method are at work."""
         assert isinstance(pl_module, AgentModule)
+        if self.max_environment_steps == 0:
+            rank_zero_info("no training: rollout.max_environment_steps is 0")
+            return
         advantage, loss = pl_module.advantage, pl_module.loss
         critic = f"{type(pl_module.critic).__name__} read per {advantage.needs_values}" if pl_module.critic else "no critic"
         kl = {

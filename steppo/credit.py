@@ -6,6 +6,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -45,7 +46,9 @@ class GlobalSteps:
         value = self.batch.value_N if by_step else self.batch.value_A
         if target is not None and value is not None and target.numel() > 1:
             variance = float(target.var())
-            explained = 1 - float((target - value).var()) / variance if variance > 0 else 0.0
+            explained = (
+                1 - float((target - value).var()) / variance if variance > 1e-12 else 0.0
+            )  # of equal targets only rounding is left
             figures |= {
                 "train/explained_variance": explained,
                 "train/value_mean": float(value.mean()),
@@ -66,9 +69,8 @@ def assign_credit(buffer: StepBuffer, advantage: Advantage, kl_coef: float) -> G
         RunError: There is not one step on any rank.
         ConfigError: The scheme gave credit of the wrong kind or shape.
     """
-    parts = gather(_local_part(buffer, kl_coef))
-    joined = {name: torch.cat([part[name] for part in parts]) for name in parts[0] if name != "gap"}
-    texts = gather([step.observation for step in buffer.steps] if advantage.needs_observations else [])
+    parts = gather(_local_part(buffer, kl_coef, advantage.needs_observations))
+    joined = {name: torch.cat([part[name] for part in parts]) for name in parts[0] if name not in ("gap", "texts")}
     if joined["order_N"].numel() == 0:
         raise RunError(f"the iteration gave no step to learn from: {why_nothing(buffer.episodes)}")
     rank, _ = rank_and_world()
@@ -78,7 +80,7 @@ def assign_credit(buffer: StepBuffer, advantage: Advantage, kl_coef: float) -> G
     sort_A = tokens_in_order(joined["length_N"], sort_N)
     steps = {name: column[sort_N] for name, column in joined.items() if name.endswith("_N")}
     tokens = {name: column[sort_A] for name, column in joined.items() if name.endswith("_A")}
-    observations = [text for part in texts for text in part]
+    texts = [text for part in parts for text in part["texts"]]
     _, episode_N, count_E = torch.unique_consecutive(steps["order_N"], return_inverse=True, return_counts=True)
     first_E = count_E.cumsum(0) - count_E
 
@@ -94,7 +96,7 @@ def assign_credit(buffer: StepBuffer, advantage: Advantage, kl_coef: float) -> G
         value_N=steps.get("value_N"),
         value_A=tokens.get("value_A"),
         anchor_N=steps["anchor_N"],
-        observation_N=[observations[row] for row in sort_N.tolist()] if advantage.needs_observations else None,
+        observation_N=[texts[row] for row in sort_N.tolist()] if advantage.needs_observations else None,
     )
     credit = advantage(batch)
     _check(credit, batch, advantage)
@@ -138,7 +140,7 @@ def _check(credit: Credit, batch: CreditBatch, advantage: Advantage) -> None:
             raise ConfigError(f"{name} gave {column} of shape {tuple(found.shape)}, not {(length,)}")
 
 
-def _local_part(buffer: StepBuffer, kl_coef: float) -> dict[str, Tensor]:
+def _local_part(buffer: StepBuffer, kl_coef: float, with_texts: bool) -> dict[str, Any]:
     scores = buffer.scores
     assert scores is not None
     dtype = torch.float64  # in float32 a perfect critic's advantages would be rounding noise, whitened to unit size
@@ -163,6 +165,7 @@ def _local_part(buffer: StepBuffer, kl_coef: float) -> dict[str, Tensor]:
         "bootstrap_N": scores.bootstrap_N.to(dtype),
         "anchor_N": torch.tensor([_text_key(step.observation) for step in buffer.steps], dtype=torch.int64),
         "gap": difference.abs().max(),
+        "texts": [step.observation for step in buffer.steps] if with_texts else [],
     }
     if scores.value_N is not None:
         part["value_N"] = scores.value_N.to(dtype)

@@ -235,7 +235,7 @@ class EnvSource(EpisodeSource):
         rng = random.Random(0)
         self.pool.reset(0, tasks[0], want_expert=False)
         opening = self.pool.receive(0).observation
-        hidden = opening is not None and opening.admissible_commands is None  # then the expert knows some
+        hidden = opening is None or opening.admissible_commands is None  # then the expert knows some
         for first in range(0, len(tasks), self.num_slots):
             active = list(enumerate(tasks[first : first + self.num_slots]))
             for slot, task in active:

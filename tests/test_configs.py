@@ -71,8 +71,7 @@ def test_algorithms_are_what_they_are_called(build: Any) -> None:
         assert type(cli.model.critic) is critic
         assert cli.config.fit.rollout.group_size == group_size
         assert cli.model.loss.kl == kl
-        # Per generated token a discount per step would leave no credit.
-        gamma = {TokenGAE: 1.0, ReinforcePP: 1.0, StepGAE: 0.99, GiGPO: 0.95}.get(credit)
+        gamma = {TokenGAE: 1.0, ReinforcePP: 1.0, StepGAE: 1.0, GiGPO: 0.95}.get(credit)
         assert getattr(cli.model.advantage, "gamma", None) == gamma
 
 
