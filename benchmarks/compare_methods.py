@@ -1,20 +1,22 @@
-"""Every method on the same tasks, from the same start, with the same experience; equally tuned.
+"""Every method on the same tasks, from the same start, with the same experience; the learning rate tuned alike for all.
 
-    python benchmarks/compare_methods.py                 # everything, about ... hours on two cores
+    python benchmarks/compare_methods.py                 # everything; hours on two cores
     python benchmarks/compare_methods.py --stages report # tables and pictures again, from the cells that are there
     python benchmarks/compare_methods.py --verify 3      # three random cells once more: the same, bit for bit?
 
 A *cell* is one run of the real command: a task, a method, a seed, a learning rate. It is a JSON file under
-``benchmarks/results/compare_methods``; what is there is not run again, so that an interrupted comparison goes on. Stages:
+``benchmarks/results/compare_methods``. One that is there and was made by the same command is not run again, so that an
+interrupted comparison goes on. Stages:
 
-- ``tune``: a grid of learning rates for each method, on seeds and games that the comparison never uses; the best by the
-  area under the learning curve is taken.
+- ``tune``: a grid of learning rates for each method, on seeds and test games that the comparison does not use; the best by
+  the area under the learning curve is taken.
 - ``compare``: all trained methods and the untrained policy at the middle horizon, four of them at the other two.
 - ``diagnose``: variants that look for the reasons.
 - ``report``: tables (Markdown) and pictures, into ``docs/results``.
 
 Within a task and seed all methods start from the same warm-started weights (checked by their first evaluation), learn from
-the same number of environment steps, with the same KL term, and are evaluated on the same 100 unseen games.
+the same number of environment steps up to the end of an iteration, with the same KL term, and are evaluated on the same 100
+games, which they do not learn from, along the way.
 """
 
 from __future__ import annotations
@@ -33,6 +35,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import psutil
@@ -54,15 +57,18 @@ BUDGET = {"coin-4": 2_500, "coin-8": 5_000, "coin-12": 7_500}  # environment ste
 METHODS = ["ppo", "reinforce_pp", "reinforce_pp_baseline", "grpo", "rloo", "gspo", "gigpo", "steppo"]
 ABLATIONS = ["steppo_no_step_gae", "steppo_no_step_is"]
 AT_ALL_HORIZONS = ["ppo", "grpo", "gigpo", "steppo"]
-LEARNING_RATES = [1e-4, 3e-4, 1e-3]
+LEARNING_RATES = [1e-4, 2e-4, 4e-4]
 TUNING_SEEDS = [100, 101]
 # Variants of a method, to find out why: name -> overlay and options.
 VARIANTS: dict[str, tuple[str, list[str]]] = {
-    "steppo, Monte Carlo": ("steppo", ["--model.advantage.gamma=1", "--model.advantage.gae_lambda=1"]),
+    "steppo, discounted": ("steppo", ["--model.advantage.gamma=0.99", "--model.advantage.gae_lambda=0.95"]),
+    "ppo, discounted": ("ppo", ["--model.advantage.gamma=0.997", "--model.advantage.gae_lambda=0.983"]),  # 3 tokens a step
     "steppo, clip 0.2": ("steppo", ["--model.loss.clip_low=0.2", "--model.loss.clip_high=0.2"]),
+    "ppo, clip 0.1": ("ppo", ["--model.loss.clip_low=0.1", "--model.loss.clip_high=0.1"]),
     "steppo, shared critic": ("steppo", ["--model.critic=steppo.models.SharedCritic"]),
-    "ppo, discounted": ("ppo", ["--model.advantage.gamma=0.997", "--model.advantage.gae_lambda=0.983"]),
     "grpo, groups of 4": ("grpo", ["--rollout.group_size=4"]),
+    # Mistakes that do not end the episode: who made one is not known from where it stopped.
+    **{f"{name}, mistakes go on": (name, ["--data.source.on_invalid=continue"]) for name in AT_ALL_HORIZONS},
 }
 
 # The same for all, whatever an overlay says. In the public scripts the KL term differs by method, which is a confound.
@@ -70,7 +76,7 @@ COMMON = [
     "--model.loss.kl=loss",
     "--model.loss.kl_coef=0.001",
     "--trainer.max_epochs=10000",
-    "--trainer.check_val_every_n_epoch=10000",  # before and after; the curves are of the training episodes
+    "--trainer.check_val_every_n_epoch=3",
     "--trainer.logger.class_path=lightning.pytorch.loggers.CSVLogger",
     "--trainer.logger.name=run",
     "--trainer.callbacks=[]",
@@ -103,14 +109,19 @@ class Cell:
     @property
     def path(self) -> Path:
         name = f"{self.method}-lr{self.learning_rate:g}-seed{self.seed}.json"
-        return RESULTS / self.stage / self.task / name
+        return RESULTS / self.stage / self.task / name.replace(",", "").replace(" ", "_")
+
+    def stored(self) -> dict[str, Any] | None:
+        """Its result, if it is there and was made by this very command."""
+        result = json.loads(self.path.read_text()) if self.path.exists() else None
+        return result if result and result["command"] == "python " + " ".join(self.command()) else None
 
     def command(self) -> list[str]:
         overlay, extra = VARIANTS.get(self.method, (self.method, []))
-        split = "valid" if self.stage == "tune" else "test"
+        learn, test = ("valid", "train") if self.stage == "tune" else ("train", "test")
         command = ["train.py", "fit", "--config", "configs/textworld.yaml"]
         command += ["--config", f"configs/algorithm/{overlay}.yaml", f"--seed_everything={self.seed}"]
-        command += [*COMMON, *TASKS[self.task], f"--data.eval_split={split}"]
+        command += [*COMMON, *TASKS[self.task], f"--data.train_split={learn}", f"--data.eval_split={test}"]
         command += [f"--model.policy_optimizer.lr={self.learning_rate:g}"]
         if overlay != "react":
             command += [f"--rollout.max_environment_steps={BUDGET[self.task]}"]
@@ -139,6 +150,7 @@ def run(cell: Cell) -> dict[str, Any]:
         final = final_episodes(logs / "transcripts.jsonl", evaluations[-1]["iteration"])
     return {
         **asdict(cell),
+        "budget": BUDGET[cell.task],
         "command": "python " + " ".join(command),
         "date": datetime.date.today().isoformat(),
         "machine": f"{os.cpu_count()} CPU cores, {psutil.virtual_memory().total // 2**30} GiB, {platform.machine()}",
@@ -175,7 +187,7 @@ def final_episodes(transcripts: Path, iteration: int) -> list[dict[str, Any]]:
 
 def work_off(cells: list[Cell], jobs: int, console: Console) -> int:
     """Runs the cells that are not there yet, ``jobs`` at once; gives the number of those that failed."""
-    wanted = [cell for cell in cells if not cell.path.exists()]
+    wanted = [cell for cell in cells if not cell.stored()]
     failures = 0
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()
     with Progress(*columns, console=console) as progress, ThreadPoolExecutor(jobs) as executor:
@@ -186,7 +198,7 @@ def work_off(cells: list[Cell], jobs: int, console: Console) -> int:
             progress.advance(bar)
             try:
                 result = future.result()
-            except RuntimeError as error:
+            except (RuntimeError, OSError, ValueError) as error:
                 failures += 1
                 progress.console.print(f"{cell.path.stem} on {cell.task} failed: {error}", markup=False)
                 continue
@@ -200,17 +212,17 @@ def work_off(cells: list[Cell], jobs: int, console: Console) -> int:
     return failures
 
 
-def read(stage: str) -> list[dict[str, Any]]:
-    """All cells of a stage that are there."""
-    return [json.loads(path.read_text()) for path in sorted((RESULTS / stage).rglob("*.json"))]
+def read(stage: str, seeds: list[int]) -> list[dict[str, Any]]:
+    """The stage's results that are there."""
+    return [result for cell in cells_of(stage, seeds) if (result := cell.stored())]
 
 
 def check_same_start(results: list[dict[str, Any]]) -> None:
     """Runs of a task and a seed must begin with the same policy: ``SystemExit`` names the first that do not."""
-    starts: dict[tuple[str, str, int], dict[str, Any]] = {}
+    starts: dict[tuple[str, int], dict[str, Any]] = {}
     for result in results:
         start = {name: value for name, value in result["evaluations"][0].items() if name != "seconds"}
-        key = result["stage"], result["task"], result["seed"]
+        key = result["task"], result["seed"]
         if starts.setdefault(key, start) != start:
             raise SystemExit(
                 f"{result['method']} began with another policy than others on {key}: {start}, not {starts[key]}"
@@ -220,18 +232,18 @@ def check_same_start(results: list[dict[str, Any]]) -> None:
 def best_learning_rates() -> dict[str, float]:
     """The winner of each method's grid; ``SystemExit`` if a grid is not complete."""
     scores: dict[str, dict[float, list[float]]] = {}
-    for result in read("tune"):
+    for result in read("tune", []):
         scores.setdefault(result["method"], {}).setdefault(result["learning_rate"], []).append(area(result))
     for method in (*METHODS, *ABLATIONS):
         found = scores.get(method, {})
         if any(len(found.get(rate, [])) < len(TUNING_SEEDS) for rate in LEARNING_RATES):
             raise SystemExit(f"the learning rate of {method} is not tuned yet: run the stage tune")
-    return {method: max(found, key=lambda rate: sum(found[rate])) for method, found in scores.items()}
+    return {method: max(found, key=lambda rate: fmean(found[rate])) for method, found in scores.items()}
 
 
 def cells_of(stage: str, seeds: list[int]) -> list[Cell]:
     """What a stage consists of."""
-    if stage == "tune":
+    if stage == "tune":  # which has its own seeds
         methods = [*METHODS, *ABLATIONS]
         return [Cell(stage, MIDDLE, m, lr, seed) for seed in TUNING_SEEDS for lr in LEARNING_RATES for m in methods]
     rates = best_learning_rates()
@@ -273,18 +285,17 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2, help="cells at once, one thread each")
     parser.add_argument("--verify", type=int, metavar="N", help="run N random cells again and compare; nothing else")
     arguments = parser.parse_args()
-    if arguments.verify:
+    if arguments.verify is not None:
         raise SystemExit(0 if verify(arguments.verify, seed=0) else 1)
-    console, failures = Console(), 0
+    console = Console()
     for stage in arguments.stages:
         if stage == "report":
-            cells = {name: read(name) for name in STAGES[:-1]}
-            check_same_start([result for results in cells.values() for result in results])
-            write_report(cells, ROOT / "docs" / "results")
-        else:
-            failures += work_off(cells_of(stage, arguments.seeds), arguments.jobs, console)
-    if failures:
-        raise SystemExit(f"{failures} cells failed; run the same command again for them alone")
+            write_report({name: read(name, arguments.seeds) for name in STAGES[:-1]}, MIDDLE, ROOT / "docs" / "results")
+            continue
+        if failures := work_off(cells_of(stage, arguments.seeds), arguments.jobs, console):
+            raise SystemExit(f"{failures} cells failed; run the same command again for them alone")
+        if stage != "diagnose":  # whose variants may begin elsewhere
+            check_same_start(read(stage, arguments.seeds))
 
 
 if __name__ == "__main__":

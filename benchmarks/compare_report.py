@@ -30,12 +30,8 @@ Cell = dict[str, Any]
 
 
 def area(cell: Cell) -> float:
-    """Mean success of the training episodes over the budget, by environment steps: sample efficiency."""
-    iterations = cell["iterations"]
-    if not iterations["rollout/success_rate"]:
-        return final(cell)
-    steps = np.diff([0.0, *iterations["train/environment_steps"]])
-    return float(np.average(iterations["rollout/success_rate"], weights=steps))
+    """Mean success on unseen games over the budget of environment steps: sample efficiency."""
+    return float(np.interp(np.linspace(0, cell["budget"], 1001), *_curve(cell)).mean())
 
 
 def final(cell: Cell) -> float:
@@ -85,8 +81,8 @@ def improvement(x: dict[str, Sequence[float]], y: dict[str, Sequence[float]]) ->
     return float(probability[0]), *(float(bound) for bound in np.percentile(probability[1:], [2.5, 97.5]))
 
 
-def write_report(stages: dict[str, list[Cell]], folder: Path) -> None:
-    """Writes ``report.md`` and the pictures, of the stages that have cells."""
+def write_report(stages: dict[str, list[Cell]], middle: str, folder: Path) -> None:
+    """Writes ``report.md`` and the pictures, of the stages that have cells. ``middle``: the task of all methods."""
     folder.mkdir(parents=True, exist_ok=True)
     compare, tasks = stages["compare"], sorted({cell["task"] for cell in stages["compare"]}, key=golden_steps)
     parts = [
@@ -94,22 +90,22 @@ def write_report(stages: dict[str, list[Cell]], folder: Path) -> None:
         "",
         "Written by `benchmarks/compare_methods.py`; read [results.md](../results.md).",
     ]
-    parts += _tuning(stages["tune"])
+    parts += _tuning(_by_method(stages["tune"], middle))
     for task in tasks:
         parts += _table(f"{task}: {golden_steps(task)} golden steps", _by_method(compare, task))
     if compare:
-        parts += _improvements(compare, folder / "improvement.png")
+        parts += _improvements(compare, middle, folder / "improvement.png")
         parts += _horizons(compare, tasks)
         _plot_curves(compare, tasks, folder)
-        _plot_critics(compare, folder / "critic.png")
-        _plot_bars(_by_method(compare, _middle(compare)), folder / "ablation.png")
+        _plot_critics(_by_method(compare, middle), folder / "critic.png")
+        _plot_bars(_by_method(compare, middle), folder / "ablation.png")
         _plot_horizons(compare, tasks, folder / "horizon.png")
     if stages["diagnose"]:
-        parts += _table("Diagnosis: variants", _by_method(stages["diagnose"], _middle(stages["diagnose"])))
+        parts += _table(f"Variants, {middle}", _by_method(stages["diagnose"], middle))
     cells = [cell for cells in stages.values() for cell in cells]
     hours = sum(cell["seconds"] for cell in cells) / 3600
     machines = sorted({f"{cell['machine']}, {cell['date']}" for cell in cells})
-    parts += ["", f"{len(cells)} runs, {hours:.1f} hours of one thread each, together ({'; '.join(machines)})."]
+    parts += ["", f"{len(cells)} runs of {hours:.1f} hours in all, two at once ({'; '.join(machines)})."]
     (folder / "report.md").write_text("\n".join(parts) + "\n")
 
 
@@ -122,19 +118,14 @@ def _by_method(cells: list[Cell], task: str) -> dict[str, list[Cell]]:
     return {method: found[method] for method in order if method in found}
 
 
-def _middle(cells: list[Cell]) -> str:
-    """The task with most methods."""
-    return max(sorted({cell["task"] for cell in cells}), key=lambda task: len(_by_method(cells, task)))
-
-
 def _name(method: str) -> str:
     return NAMES.get(method, method)
 
 
 def _curve(cell: Cell) -> tuple[np.ndarray, np.ndarray]:
-    """Steps learned from before each iteration, and the success of its episodes."""
-    steps = [0.0, *cell["iterations"]["train/environment_steps"][:-1]]
-    return np.asarray(steps), np.asarray(cell["iterations"]["rollout/success_rate"])
+    """Steps learned from before each evaluation, and its success."""
+    records = cell["evaluations"]
+    return np.asarray([r["environment_steps"] for r in records]), np.asarray([r["success_rate"] for r in records])
 
 
 def _interval(figures: tuple[float, float, float], digits: int = 2) -> str:
@@ -142,14 +133,13 @@ def _interval(figures: tuple[float, float, float], digits: int = 2) -> str:
     return "-" if np.isnan(mean) else f"{mean:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
 
 
-def _tuning(cells: list[Cell]) -> list[str]:
-    if not cells:
-        return []
+def _tuning(methods: dict[str, list[Cell]]) -> list[str]:
+    cells = [cell for own in methods.values() for cell in own]
     rates = sorted({cell["learning_rate"] for cell in cells})
     header = ["method", *(f"{rate:g}" for rate in rates), "taken"]
     lines = ["", "## Learning rates", "", "Area under the learning curve, mean over the tuning seeds.", ""]
     lines += ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
-    for method, own in _by_method(cells, _middle(cells)).items():
+    for method, own in methods.items():
         means = {rate: np.mean([area(cell) for cell in own if cell["learning_rate"] == rate]) for rate in rates}
         taken = max(means, key=lambda rate: means[rate])
         lines.append(f"| {_name(method)} | " + " | ".join(f"{mean:.3f}" for mean in means.values()) + f" | {taken:g} |")
@@ -158,23 +148,20 @@ def _tuning(cells: list[Cell]) -> list[str]:
 
 
 def _table(title: str, methods: dict[str, list[Cell]]) -> list[str]:
-    lines = [
-        "",
-        f"## {title}",
-        "",
-        "| method | seeds | success before | success after | area under the curve | seconds a run |",
-    ]
-    lines.append("|---" * 6 + "|")
+    header = ["method", "seeds", "success before", "after", "area under the curve", "updates", "seconds of training"]
+    lines = ["", f"## {title}", "", "| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
     for method, cells in methods.items():
         before = np.mean([cell["evaluations"][0]["success_rate"] for cell in cells])
         after, under = (_interval(bootstrap([metric(cell) for cell in cells])) for metric in (final, area))
-        seconds = np.mean([cell["seconds"] for cell in cells])
-        lines.append(f"| {_name(method)} | {len(cells)} | {before:.2f} | {after} | {under} | {seconds:.0f} |")
+        updates = np.mean([cell["evaluations"][-1]["updates"] for cell in cells])
+        seconds = np.mean([_seconds(cell)[-1] for cell in cells])
+        cost = f"{updates:.0f} | {seconds:.0f}"
+        lines.append(f"| {_name(method)} | {len(cells)} | {before:.2f} | {after} | {under} | {cost} |")
     return lines
 
 
-def _improvements(cells: list[Cell], path: Path) -> list[str]:
-    """StepPO against each, over the tasks that both were run on; and a picture of all pairs."""
+def _improvements(cells: list[Cell], middle: str, path: Path) -> list[str]:
+    """StepPO against each, over the tasks that both were run on; and a picture of all pairs at the middle one."""
     scores: dict[str, dict[str, list[float]]] = {}
     for cell in cells:
         if cell["method"] != "react":
@@ -192,11 +179,14 @@ def _improvements(cells: list[Cell], path: Path) -> list[str]:
         if method != "steppo" and "steppo" in scores:
             tasks = len(set(scores[method]) & set(scores["steppo"]))
             lines.append(f"| {_name(method)} | {tasks} | {_interval(improvement(scores['steppo'], scores[method]))} |")
-    grid = np.asarray([[improvement(scores[row], scores[column])[0] for column in methods] for row in methods])
+    there = {method: {middle: scores[method][middle]} for method in methods}
+    grid = np.asarray([[improvement(there[row], there[column])[0] for column in methods] for row in methods])
     figure, axes = plt.subplots(figsize=(8.4, 6.6), constrained_layout=True)
     axes.imshow(grid, cmap="RdYlGn", vmin=0, vmax=1)
     names = [_name(method) for method in methods]
-    axes.set(xticks=range(len(names)), yticks=range(len(names)), title="P(row beats column), area under the curve")
+    axes.set(
+        xticks=range(len(names)), yticks=range(len(names)), title=f"P(row beats column), area under the curve, {middle}"
+    )
     axes.set_xticklabels(names, rotation=40, ha="right")
     axes.set_yticklabels(names)
     for row in range(len(names)):
@@ -245,14 +235,15 @@ def _color(method: str) -> Any:
 
 
 def _seconds(cell: Cell) -> np.ndarray:
-    """Seconds of training (rollout, scoring, updates) before each iteration."""
-    return np.asarray([0.0, *cell["iterations"]["seconds"][:-1]])
+    """Seconds of training (rollout, scoring, updates) before each evaluation."""
+    iterations = cell["iterations"]
+    return np.interp(_curve(cell)[0], [0, *iterations["train/environment_steps"]], [0, *iterations["seconds"]])
 
 
 def _plot_curves(cells: list[Cell], tasks: list[str], folder: Path) -> None:
     for name, label, x_of in (
         ("curves_steps.png", "environment steps learned from", lambda cell: _curve(cell)[0]),
-        ("curves_seconds.png", "seconds of training, one thread", _seconds),
+        ("curves_seconds.png", "seconds of training, two runs on two cores", _seconds),
     ):
         figure, panels = plt.subplots(1, len(tasks), figsize=(4.6 * len(tasks), 4.2), squeeze=False, constrained_layout=True)
         for axes, task in zip(panels[0], tasks, strict=True):
@@ -261,7 +252,7 @@ def _plot_curves(cells: list[Cell], tasks: list[str], folder: Path) -> None:
                     _band(axes, own, x_of, lambda cell: _curve(cell)[1], _name(method), _color(method))
             axes.set(title=f"{golden_steps(task)} golden steps", xlabel=label, ylim=(0, 1.02))
             axes.grid(alpha=0.3)
-        panels[0][0].set_ylabel("success of training episodes")
+        panels[0][0].set_ylabel("success on 100 unseen games")
         _legend(figure, panels[0])
         _save(figure, folder / name)
 
@@ -274,9 +265,8 @@ def _legend(figure: Any, panels: Any) -> None:
     figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=5, frameon=False, fontsize=8)
 
 
-def _plot_critics(cells: list[Cell], path: Path) -> None:
-    """Value loss and explained variance of the methods with a critic, at the middle horizon."""
-    methods = _by_method(cells, _middle(cells))
+def _plot_critics(methods: dict[str, list[Cell]], path: Path) -> None:
+    """Value loss and explained variance of the methods with a critic. With gamma = lambda = 1 all targets are returns."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(9.2, 3.8), constrained_layout=True)
     for method, own in methods.items():
         if "train/value_loss" not in own[0]["iterations"]:
