@@ -198,7 +198,8 @@ def test_all_processes_decide_alike(tmp_path: Path) -> None:
         "--evaluation.before_training=false",
         "--rollout.min_healthy=0.7",
     )
-    assert done.returncode == 2
+    # Lightning looks after its processes every five seconds: if rank 1 has gone by then, it kills a rank 0 that is still going.
+    assert done.returncode in (2, -signal.SIGKILL), done.stderr
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert errors
     assert all("only 5 of 8 episodes of the iteration are healthy" in error for error in errors)
