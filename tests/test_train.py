@@ -237,6 +237,8 @@ def test_react_is_evaluated_and_not_trained(tmp_path: Path) -> None:
     [record] = evaluations(tmp_path)
     assert (record["iteration"], record["updates"], record["episodes"]) == (0, 0, 8)
     assert cli.trainer.global_step == 0
+    assert cli.model.critic is None
+    assert cli.model.reference is None
 
 
 def test_demonstrations_are_said_as_the_parser_reads_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
