@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -15,6 +18,13 @@ from tests.cli_helpers import run
 from tests.toy_env import CorridorEnv
 
 torch.set_num_threads(1)  # small models; and the number is part of what makes results repeatable
+
+
+@pytest.fixture(autouse=True)
+def environment() -> Iterator[None]:
+    """Lightning's launcher leaves its rank in the environment: a later test's processes would wait for others to start."""
+    with mock.patch.dict(os.environ):
+        yield
 
 
 @pytest.fixture(scope="session")
