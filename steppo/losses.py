@@ -37,7 +37,7 @@ class LossSettings:
         ent_coef: Weight of the entropy bonus.
         kl: Keep close to the policy as it was before training: not at all, by a loss, or by a penalty in the reward.
         kl_coef: Weight of that.
-        kl_estimator: k3 (low variance) or k2 (unbiased gradient); of the loss only.
+        kl_estimator: k3 (low variance) or k2 (unbiased gradient); of the loss and of the figure that is logged.
     """
 
     ratio: Ratio = "step"

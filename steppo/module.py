@@ -269,10 +269,10 @@ class AgentModule(pl.LightningModule):
         entropy = (entropy_A * weights_A).sum()
         loss = surrogate.loss - settings.ent_coef * entropy
         sums = {"policy_loss": surrogate.loss, "entropy": entropy}
-        if settings.kl == "loss":
-            assert batch.ref_logprobs_A is not None
+        if batch.ref_logprobs_A is not None:
             sums["kl"] = (kl_penalty(logprobs_A, batch.ref_logprobs_A, settings.kl_estimator) * weights_A).sum()
-            loss = loss + settings.kl_coef * sums["kl"]
+            if settings.kl == "loss":
+                loss = loss + settings.kl_coef * sums["kl"]
         log_ratio_A = (logprobs_A - batch.old_logprobs_A).detach()
         sums["approx_kl"] = ((log_ratio_A.exp() - 1 - log_ratio_A) * weights_A).sum()
         sums["clip_fraction"] = (surrogate.clipped_A * weights_A).sum()

@@ -198,7 +198,7 @@ def test_all_processes_decide_alike(tmp_path: Path) -> None:
         "--evaluation.before_training=false",
         "--rollout.min_healthy=0.7",
     )
-    # Lightning looks after its processes every five seconds: if rank 1 has gone by then, it kills a rank 0 that is still going.
+    # Every five seconds Lightning looks whether rank 1 is gone; if so it kills a rank 0 that is not yet.
     assert done.returncode in (2, -signal.SIGKILL), done.stderr
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert errors

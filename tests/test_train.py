@@ -218,6 +218,7 @@ def test_an_overlay_is_a_method(tmp_path: Path, caplog: pytest.LogCaptureFixture
     first, *_, last = kept(cli)
     assert not same(first, last)
     assert any(weight.startswith("critic.") for weight in last) == (name == "steppo")
+    assert ("train/kl" in cli.trainer.callback_metrics) == ("no KL" not in LINES[name])
 
 
 def test_a_budget_of_environment_steps_ends_the_run(tmp_path: Path) -> None:
