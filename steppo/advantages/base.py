@@ -40,7 +40,7 @@ def check_decays(scheme: Advantage, **decays: float) -> None:
 
 def whiten(x: Tensor) -> Tensor:
     """Zero mean, unit sample standard deviation; a single element, or equal ones, give 0."""
-    if x.numel() < 2 or x.min() == x.max():
+    if x.numel() < 2 or torch.equal(*torch.aminmax(x)):
         return torch.zeros_like(x)
     centred = x - x.mean()
     deviation = torch.linalg.vector_norm(centred) / math.sqrt(x.numel() - 1)
@@ -69,14 +69,23 @@ def standardised_within(x: Tensor, group: Tensor, scale_by_std: bool) -> Tensor:
     return centred / (deviation + 1e-6)[group]
 
 
-def discounted_suffix_sums(x: Tensor, decay: float, is_last: Tensor) -> Tensor:
-    """``y_t = x_t + decay * y_{t+1}`` within runs that end where ``is_last`` is true; all [N], rows in order.
+_ROWS_AT_ONCE = 2**18  # what is allocated for them is small enough to be used again
 
-    A scan by blocks of rows: the same place of all blocks at once, then the blocks' first rows in the same way.
+
+def discounted_suffix_sums_(x: Tensor, decay: float, is_last: Tensor) -> Tensor:
+    """``x_t <- x_t + decay * x_{t+1}``, in place, within runs that end where ``is_last`` is true; all [N], rows in order.
+
+    A scan by columns of rows: the same place of all columns at once, then the columns' first rows in the same way.
     """
-    y = _in_columns(x)
-    factor = torch.full_like(y, decay).masked_fill_(_in_columns(is_last), 0.0)
-    return _scan(y, factor)[: len(x)]
+    for start in reversed(range(0, len(x), _ROWS_AT_ONCE)):
+        stop = start + _ROWS_AT_ONCE
+        rows, ends = x[start:stop], is_last[start:stop]
+        if stop < len(x):
+            rows[-1] += decay * x[stop] * ~ends[-1]
+        columns = _in_columns(rows)
+        factor = torch.full_like(columns, decay).masked_fill_(_in_columns(ends), 0.0)
+        rows.copy_(_scan(columns, factor)[: len(rows)])
+    return x
 
 
 def _scan(y: Tensor, factor: Tensor) -> Tensor:
@@ -117,9 +126,10 @@ def generalised_advantages(
         gamma: Discount per row.
         gae_lambda: Decay of the temporal differences per row.
     """
-    following = torch.roll(value, -1)
-    following[is_last] = final_value
-    return discounted_suffix_sums((reward - value).add_(following, alpha=gamma), gamma * gae_lambda, is_last)
+    difference = reward - value
+    difference[:-1].add_(value[1:], alpha=gamma)
+    difference[is_last] = reward[is_last] - value[is_last] + gamma * final_value
+    return discounted_suffix_sums_(difference, gamma * gae_lambda, is_last)
 
 
 def ends_of_runs(episode: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from steppo.advantages.base import (
     Advantage,
     check_decays,
-    discounted_suffix_sums,
+    discounted_suffix_sums_,
     token_time_order,
     unsort,
     whiten,
@@ -28,5 +28,5 @@ class ReinforcePP(Advantage):
 
     def __call__(self, batch: CreditBatch) -> Credit:
         order, is_last = token_time_order(batch)
-        return_A = unsort(discounted_suffix_sums(batch.reward_A[order], self.gamma, is_last), order)
+        return_A = unsort(discounted_suffix_sums_(batch.reward_A[order].clone(), self.gamma, is_last), order)
         return Credit(advantage_A=whiten(return_A))
