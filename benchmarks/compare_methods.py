@@ -61,12 +61,16 @@ LEARNING_RATES = [1e-4, 2e-4, 4e-4]
 TUNING_SEEDS = [100, 101]
 # Variants of a method, to find out why: name -> overlay and options.
 VARIANTS: dict[str, tuple[str, list[str]]] = {
-    "steppo, discounted": ("steppo", ["--model.advantage.gamma=0.99", "--model.advantage.gae_lambda=0.95"]),
-    "ppo, discounted": ("ppo", ["--model.advantage.gamma=0.997", "--model.advantage.gae_lambda=0.983"]),  # 3 tokens a step
+    # Tasks played several times, with a critic; no critic (its values stay at 0); fewer in a group.
+    "steppo, 8 tasks 8 times": ("steppo", ["--rollout.group_size=8"]),
+    "steppo, untrained critic": ("steppo", ["--model.critic_optimizer.lr=1e-12"]),
+    "grpo, groups of 4": ("grpo", ["--rollout.group_size=4"]),
+    # The range of ratios, the discount, and a rate above the grid.
     "steppo, clip 0.2": ("steppo", ["--model.loss.clip_low=0.2", "--model.loss.clip_high=0.2"]),
     "ppo, clip 0.1": ("ppo", ["--model.loss.clip_low=0.1", "--model.loss.clip_high=0.1"]),
-    "steppo, shared critic": ("steppo", ["--model.critic=steppo.models.SharedCritic"]),
-    "grpo, groups of 4": ("grpo", ["--rollout.group_size=4"]),
+    "steppo, discounted": ("steppo", ["--model.advantage.gamma=0.99", "--model.advantage.gae_lambda=0.95"]),
+    "ppo, discounted": ("ppo", ["--model.advantage.gamma=0.997", "--model.advantage.gae_lambda=0.983"]),  # 3 tokens a step
+    **{f"{name}, rate 8e-4": (name, ["--model.policy_optimizer.lr=8e-4"]) for name in ("grpo", "steppo")},
     # Mistakes that do not end the episode: who made one is not known from where it stopped.
     **{f"{name}, mistakes go on": (name, ["--data.source.on_invalid=continue"]) for name in AT_ALL_HORIZONS},
 }
