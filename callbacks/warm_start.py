@@ -42,6 +42,8 @@ class WarmStartCallback(pl.Callback):
         episodes: Demonstrations, over the training tasks.
         batch_size: Steps per update.
         lr: Learning rate of its AdamW, falling linearly to 0.
+        seed: Of demonstrations and batches; the run's seed unless given. With the policy's own seed, runs of any seed begin
+            with the same weights.
         cache_dir: Where results are kept; the user's cache folder unless given.
     """
 
@@ -52,6 +54,7 @@ class WarmStartCallback(pl.Callback):
         episodes: int = 128,
         batch_size: int = 64,
         lr: float = 1e-3,
+        seed: int | None = None,
         cache_dir: str | None = None,
     ) -> None:
         if updates < 0 or episodes < 1 or batch_size < 1:
@@ -63,7 +66,13 @@ class WarmStartCallback(pl.Callback):
         self.episodes = episodes
         self.batch_size = batch_size
         self.lr = lr
+        self._seed = seed
         self.cache = Path(cache_dir) if cache_dir else Path(platformdirs.user_cache_dir("steppo")) / "warm_start"
+
+    @property
+    def seed(self) -> int:
+        """Of demonstrations and batches."""
+        return run_seed() if self._seed is None else self._seed
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert isinstance(pl_module, AgentModule)
@@ -90,7 +99,7 @@ class WarmStartCallback(pl.Callback):
         choose = random_action if self.actions == "random" else expert_action
         tasks = module.data.tasks()
         groups = [Group(index, tasks[index % len(tasks)]) for index in range(self.episodes)]
-        plan = RolloutPlan("warm_start", run_seed(), want_expert=self.actions == "expert")
+        plan = RolloutPlan("warm_start", self.seed, want_expert=self.actions == "expert")
         engine = ScriptedEngine(lambda request: source.parser.answer(choose(request)), source.context.encode_action)
         played = []
         with phase(trainer, "demonstrations", self.episodes) as advance:
@@ -109,7 +118,7 @@ class WarmStartCallback(pl.Callback):
         return segments
 
     def _key(self, trainer: pl.Trainer, module: AgentModule, segments: list[Segment]) -> str:
-        settings = [self.updates, self.batch_size, self.lr, run_seed(), torch.__version__, torch.get_num_threads()]
+        settings = [self.updates, self.batch_size, self.lr, self.seed, torch.__version__, torch.get_num_threads()]
         digest = hashlib.sha256(json.dumps([*settings, module.device.type, trainer.precision]).encode())
         for name, weight in module.policy.state_dict().items():
             digest.update(name.encode())
@@ -126,7 +135,7 @@ class WarmStartCallback(pl.Callback):
         parameters = policy.trained_parameters()
         optimizer = torch.optim.AdamW(parameters, lr=self.lr, weight_decay=0.0)
         decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=self.updates)
-        rng = np.random.default_rng(run_seed())
+        rng = np.random.default_rng(self.seed)
         packer = PaddedPacker()
         with phase(trainer, "warm start", self.updates) as advance:
             for update in range(1, self.updates + 1):

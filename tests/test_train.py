@@ -270,6 +270,15 @@ def test_critic_warms_up_alone(tmp_path: Path) -> None:
         assert not torch.equal(state["critic.head.weight"], first["critic.head.weight"])
 
 
+def test_runs_of_any_seed_can_begin_alike(tmp_path: Path) -> None:
+    alike = ["--model.policy.seed=5", "--warm_start.seed=5", "--trainer.max_epochs=1", "--warm_start.updates=5", *KEEP]
+    (first, *_, trained), (other, *_, differently) = (
+        kept(run(tmp_path / str(seed), f"--seed_everything={seed}", *alike)) for seed in (1, 2)
+    )
+    assert same(first, other)
+    assert not same(trained, differently)
+
+
 def test_warm_start_is_cached_by_what_it_depends_on(tmp_path: Path) -> None:
     found = []
     cache = f"--warm_start.cache_dir={tmp_path}/cache"
