@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import functools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 
@@ -47,7 +48,7 @@ def rows_by_episode(turns: list[Turn]) -> dict[int, list[int]]:
     return rows
 
 
-def by_token(turns: list[Turn], of_turn: list[float]) -> list[float]:
+def by_token(turns: list[Turn], of_turn: Sequence[float]) -> list[float]:
     """Each turn's number, repeated over its action tokens."""
     return [number for turn, number in zip(turns, of_turn, strict=True) for _ in turn.rewards]
 
@@ -168,8 +169,17 @@ def slow_reinforce_pp(turns: list[Turn], gamma: float = 1.0) -> list[float]:
 
 
 def slow_reinforce_pp_baseline(turns: list[Turn], endings: list[Ending]) -> list[float]:
-    """By token: ``R`` minus the mean of the group, whitened over tokens."""
-    return slow_whiten(by_token(turns, slow_grpo(turns, endings, scale_by_std=False)))
+    """By token: ``R`` minus the mean of the group, whitened over the tokens of groups whose returns differ; else 0."""
+    returns = episode_returns(turns)
+    differ = {
+        episode: len({returns[other] for other in episodes}) > 1
+        for episodes in episodes_by_group(endings).values()
+        for episode in episodes
+    }
+    compared = by_token(turns, [differ[turn.episode] for turn in turns])
+    centred = by_token(turns, slow_grpo(turns, endings, scale_by_std=False))
+    whitened = iter(slow_whiten([number for number, wanted in zip(centred, compared, strict=True) if wanted]))
+    return [next(whitened) if wanted else 0.0 for wanted in compared]
 
 
 def clusters_of(texts: list[str], similarity: float) -> list[list[int]]:

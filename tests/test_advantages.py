@@ -177,8 +177,12 @@ def test_equal_advantages_become_zero():
         close(target, [0.3] * 4)
 
 
-def test_the_batch_is_left_alone():
+@pytest.mark.parametrize("in_order", [False, True])
+def test_the_batch_is_left_alone(in_order):
+    """Rows in order, too: then no sorting makes a copy."""
     turns, endings = random_turns([([2, 1], True), ([3], False)], seed=3)
+    if in_order:
+        turns.sort(key=lambda row: (row.episode, row.index))
     batch, untouched = to_batch(turns, endings), to_batch(turns, endings)
     StepGAE(0.9, 0.9, True)(batch)
     TokenGAE(0.9, 0.9, True)(batch)

@@ -66,6 +66,12 @@ def advantage(scheme: Advantage, turns: list[Turn], endings: list[Ending], dtype
     return wanted
 
 
+def by_turn(scheme: Advantage, turns: list[Turn], endings: list[Ending]) -> list[Tensor]:
+    """Each turn's advantages: one, or one per token."""
+    found = advantage(scheme, turns, endings)
+    return list(found.split([len(row.rewards) if isinstance(scheme, BY_TOKEN) else 1 for row in turns]))
+
+
 def turn(episode: int, index: int, *rewards: float, seen: str = "") -> Turn:
     """A step whose values must not matter."""
     return Turn(episode, index, list(rewards), [9.0] * len(rewards), 9.0, seen)
@@ -218,14 +224,17 @@ def test_equals_a_loop_on_any_rewards(scheme, slow, seed):
 def test_follows_the_rows(scheme, episodes, seed):
     turns, endings = turns_of(episodes)
     rows = np.random.default_rng(seed).permutation(len(turns))
-    by_token = isinstance(scheme, BY_TOKEN)
-    straight = advantage(scheme, turns, endings).split([len(row.rewards) if by_token else 1 for row in turns])
+    straight = by_turn(scheme, turns, endings)
     close(advantage(scheme, [turns[row] for row in rows], endings), torch.cat([straight[row] for row in rows]))
 
 
 @each(SCHEMES)
-def test_the_batch_is_left_alone(scheme):
+@pytest.mark.parametrize("in_order", [False, True])
+def test_the_batch_is_left_alone(scheme, in_order):
+    """Rows in order, too: then no sorting makes a copy."""
     turns, endings = random_turns(3, [1, 1, 0, 1])
+    if in_order:
+        turns.sort(key=lambda row: (row.episode, row.index))
     batch, untouched = to_batch(turns, endings), to_batch(turns, endings)
     scheme(batch)
     for name in (field.name for field in dataclasses.fields(CreditBatch)):
@@ -248,11 +257,20 @@ def test_groups_of_one_teach_nothing(scheme):
     assert advantage(scheme, turns, endings).eq(0).all()
 
 
-@each(BY_STEP)
+@each(IN_GROUPS)
 def test_a_group_of_one_gets_nothing_beside_others(scheme):
     turns, endings = random_turns(2, [3, 1, 3, 3])
-    found = advantage(scheme, turns, endings).tolist()
-    assert [number == 0 for number in found] == [row.episode == 1 for row in turns]
+    found = by_turn(scheme, turns, endings)
+    assert [bool(numbers.eq(0).all()) for numbers in found] == [row.episode == 1 for row in turns]
+
+
+@each({name: pair for name, pair in IN_GROUPS.items() if not isinstance(pair[0], GiGPO)})
+def test_equal_returns_get_nothing_beside_others(scheme):
+    """Group 1 won twice, in one step and in two; group 2 lost twice; group 3 did both, so that whitening moves its mean."""
+    turns = [turn(0, 0, 1.0), turn(1, 0, 0.0, 0.0), turn(1, 1, 1.0), turn(2, 0, 0.0), turn(3, 0, 0.0, 0.0)]
+    turns += [turn(4, 0, 0.0, 0.0, 0.0, 1.0), turn(5, 0, 0.0)]
+    found = by_turn(scheme, turns, groups(1, 1, 2, 2, 3, 3))
+    assert [bool(numbers.eq(0).all()) for numbers in found] == [True] * 5 + [False] * 2
 
 
 @each(IN_GROUPS)
