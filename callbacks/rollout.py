@@ -156,7 +156,7 @@ class RolloutCallback(pl.Callback):
 
     @staticmethod
     def _degenerate_groups(episodes: list[Episode]) -> float:
-        """Share of groups, over all ranks, whose episodes all have the same return: they teach nothing to group methods."""
+        """Share of groups, over all ranks, whose episodes all have the same return: to compare them teaches nothing."""
         returns: dict[int, set[float]] = {}
         for episode in episodes:
             if not episode.stop_reason.failed:

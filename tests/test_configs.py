@@ -27,6 +27,16 @@ METHODS = {
     "steppo_no_step_gae": (TokenGAE, "step", SeparateCritic, 1, "loss"),
     "steppo_no_step_is": (StepGAE, "token", SeparateCritic, 1, "loss"),
 }
+# Their settings: no base config's may be left, such as a decay per step that now counts per token.
+CREDIT: dict[type, dict[str, Any]] = {
+    TokenGAE: {"gamma": 1.0, "gae_lambda": 1.0, "bootstrap_truncated": False},
+    StepGAE: {"gamma": 1.0, "gae_lambda": 1.0, "bootstrap_truncated": False},
+    ReinforcePP: {"gamma": 1.0},
+    ReinforcePPBaseline: {},
+    GRPO: {"scale_by_std": True},
+    RLOO: {},
+    GiGPO: {"gamma": 0.95, "step_weight": 1.0, "scale_by_std": True, "similarity": 1.0, "needs_observations": False},
+}
 WHOLE = sorted(CONFIGS.glob("*.yaml"))
 OVERLAYS = sorted(CONFIGS.glob("*/*.yaml"))
 
@@ -71,8 +81,9 @@ def test_algorithms_are_what_they_are_called(build: Any) -> None:
         assert type(cli.model.critic) is critic
         assert cli.config.fit.rollout.group_size == group_size
         assert cli.model.loss.kl == kl
-        gamma = {TokenGAE: 1.0, ReinforcePP: 1.0, StepGAE: 1.0, GiGPO: 0.95}.get(credit)
-        assert getattr(cli.model.advantage, "gamma", None) == gamma
+        assert vars(cli.model.advantage) == CREDIT[credit]
+        clip = {"step": 0.1, "token": 0.2}[ratio]
+        assert (cli.model.loss.clip_low, cli.model.loss.clip_high) == (clip, clip)
 
 
 def test_later_files_and_options_win(build: Any, tmp_path: Path) -> None:

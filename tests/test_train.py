@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -219,6 +220,13 @@ def test_an_overlay_is_a_method(tmp_path: Path, caplog: pytest.LogCaptureFixture
     assert not same(first, last)
     assert any(weight.startswith("critic.") for weight in last) == (name == "steppo")
     assert ("train/kl" in cli.trainer.callback_metrics) == ("no KL" not in LINES[name])
+    episodes = [json.loads(line) for line in (tmp_path / "transcripts.jsonl").read_text().splitlines()]
+    returns: dict[int, set[float]] = {}
+    for episode in (episode for episode in episodes if episode["kind"] == "train"):
+        returns.setdefault(episode["group"], set()).add(episode["return"])
+    same_returns = [len(found) == 1 for found in returns.values()]
+    share = sum(same_returns) / len(same_returns) if "groups of 8" in LINES[name] else 0.0
+    assert cli.model.latest["rollout/degenerate_groups"] == pytest.approx(share)
 
 
 def test_a_budget_of_environment_steps_ends_the_run(tmp_path: Path) -> None:
