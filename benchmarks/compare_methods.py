@@ -65,6 +65,8 @@ VARIANTS: dict[str, tuple[str, list[str]]] = {
     "steppo, 8 tasks 8 times": ("steppo", ["--rollout.group_size=8"]),
     "steppo, untrained critic": ("steppo", ["--model.critic_optimizer.lr=1e-12"]),
     "grpo, groups of 4": ("grpo", ["--rollout.group_size=4"]),
+    # The rate with the best area is at the grid's upper end for these: how much of what they show is that?
+    **{f"{name}, half the rate": (name, ["--model.policy_optimizer.lr=4e-4"]) for name in AT_ALL_HORIZONS},
     # The range of ratios, and the discount.
     "steppo, clip 0.2": ("steppo", ["--model.loss.clip_low=0.2", "--model.loss.clip_high=0.2"]),
     "steppo, clip 0.03": ("steppo", ["--model.loss.clip_low=0.03", "--model.loss.clip_high=0.03"]),
