@@ -11,7 +11,8 @@ interrupted comparison goes on. Stages:
 - ``tune``: a grid of learning rates for each method, on seeds that the comparison does not use, tested on the validation
   games; the best by the area under the learning curve is taken.
 - ``compare``: all trained methods and the untrained policy at the middle horizon, four of them at the other two.
-- ``diagnose``: variants that look for the reasons.
+- ``same_rate``: the same with the grid's middle rate for all, because two seeds are few to choose a rate by.
+- ``diagnose``: variants at that rate that look for the reasons.
 - ``report``: tables (Markdown) and pictures, into ``docs/results``.
 
 Within a task all runs start from the same warm-started weights (a seed's first evaluation is checked), learn from the same
@@ -45,7 +46,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "compare_methods"
-STAGES = ("tune", "compare", "diagnose", "report")
+STAGES = ("tune", "compare", "same_rate", "diagnose", "report")
 
 # Coin collector: a straight row of rooms, one coin in the last. The level is the number of golden steps.
 TASKS = {
@@ -58,23 +59,33 @@ METHODS = ["ppo", "reinforce_pp", "reinforce_pp_baseline", "grpo", "rloo", "gspo
 ABLATIONS = ["steppo_no_step_gae", "steppo_no_step_is"]
 AT_ALL_HORIZONS = ["ppo", "grpo", "gigpo", "steppo"]
 LEARNING_RATES = [2e-4, 4e-4, 8e-4]
+SAME_RATE = LEARNING_RATES[1]
 TUNING_SEEDS = [100, 101]
-# Variants of a method, to find out why: name -> overlay and options.
-VARIANTS: dict[str, tuple[str, list[str]]] = {
+VARIANT_SEEDS = 3
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A method with something changed, to find out why."""
+
+    method: str
+    options: tuple[str, ...] = ()
+
+
+VARIANTS = {
     # Tasks played several times, with a critic; no critic (its values stay at 0); fewer in a group.
-    "steppo, 8 tasks 8 times": ("steppo", ["--rollout.group_size=8"]),
-    "steppo, untrained critic": ("steppo", ["--model.critic_optimizer.lr=1e-12"]),
-    "grpo, groups of 4": ("grpo", ["--rollout.group_size=4"]),
-    # The rate with the best area is at the grid's upper end for these: how much of what they show is that?
-    **{f"{name}, half the rate": (name, ["--model.policy_optimizer.lr=4e-4"]) for name in AT_ALL_HORIZONS},
-    # The range of ratios, and the discount.
-    "steppo, clip 0.2": ("steppo", ["--model.loss.clip_low=0.2", "--model.loss.clip_high=0.2"]),
-    "steppo, clip 0.03": ("steppo", ["--model.loss.clip_low=0.03", "--model.loss.clip_high=0.03"]),
-    "ppo, clip 0.1": ("ppo", ["--model.loss.clip_low=0.1", "--model.loss.clip_high=0.1"]),
-    "steppo, discounted": ("steppo", ["--model.advantage.gamma=0.99", "--model.advantage.gae_lambda=0.95"]),
-    "ppo, discounted": ("ppo", ["--model.advantage.gamma=0.997", "--model.advantage.gae_lambda=0.983"]),  # 3 tokens a step
-    # Mistakes that do not end the episode: who made one is not known from where it stopped.
-    **{f"{name}, mistakes go on": (name, ["--data.source.on_invalid=continue"]) for name in AT_ALL_HORIZONS},
+    "steppo, 8 tasks 8 times": Variant("steppo", ("--rollout.group_size=8",)),
+    "steppo, untrained critic": Variant("steppo", ("--model.critic_optimizer.lr=1e-12",)),
+    "grpo, groups of 4": Variant("grpo", ("--rollout.group_size=4",)),
+    # The range of ratios.
+    "steppo, clip 0.2": Variant("steppo", ("--model.loss.clip_low=0.2", "--model.loss.clip_high=0.2")),
+    "steppo, clip 0.03": Variant("steppo", ("--model.loss.clip_low=0.03", "--model.loss.clip_high=0.03")),
+    "ppo, clip 0.1": Variant("ppo", ("--model.loss.clip_low=0.1", "--model.loss.clip_high=0.1")),
+    # Mistakes that neither end the episode nor cost: only its end says whether it was good.
+    **{
+        f"{name}, mistakes go on": Variant(name, ("--data.source.on_invalid=continue", "--data.source.invalid_penalty=0"))
+        for name in AT_ALL_HORIZONS
+    },
 }
 
 # The same for all, whatever an overlay says. In the public scripts the KL term differs by method, which is a confound.
@@ -125,14 +136,15 @@ class Cell:
         return result if result and result["command"] == "python " + " ".join(self.command()) else None
 
     def command(self) -> list[str]:
-        overlay, extra = VARIANTS.get(self.method, (self.method, []))
+        variant = VARIANTS.get(self.method, Variant(self.method))
+        overlay = variant.method
         command = ["train.py", "fit", "--config", "configs/textworld.yaml"]
         command += ["--config", f"configs/algorithm/{overlay}.yaml", f"--seed_everything={self.seed}"]
         command += [*COMMON, *TASKS[self.task], f"--data.eval_split={'valid' if self.stage == 'tune' else 'test'}"]
         command += [f"--model.policy_optimizer.lr={self.learning_rate:g}"]
         if overlay != "react":
             command += [f"--rollout.max_environment_steps={BUDGET[self.task]}"]
-        return command + extra
+        return [*command, *variant.options]
 
 
 def run(cell: Cell) -> dict[str, Any]:
@@ -172,7 +184,7 @@ def curves(rows: list[dict[str, str]]) -> dict[str, list[float | None]]:
     """Columns of figures by iteration, and the seconds of training so far."""
     rows = [row for row in rows if row.get("train/environment_steps")]
     found: dict[str, list[float | None]] = {
-        name: [float(row[name]) if row.get(name) else None for row in rows] for name in CURVES if not rows or name in rows[0]
+        name: [float(row[name]) if row.get(name) else None for row in rows] for name in CURVES if rows and name in rows[0]
     }
     phases = [f"seconds/{phase}" for phase in ("rollout", "score", "update")]
     spent, total = [], 0.0
@@ -253,15 +265,13 @@ def cells_of(stage: str, seeds: list[int]) -> list[Cell]:
     if stage == "tune":  # which has its own seeds
         methods = [*METHODS, *ABLATIONS]
         return [Cell(stage, MIDDLE, m, lr, seed) for seed in TUNING_SEEDS for lr in LEARNING_RATES for m in methods]
-    rates = best_learning_rates()
     if stage == "diagnose":
-        return [Cell(stage, MIDDLE, name, rates[VARIANTS[name][0]], seed) for seed in seeds for name in VARIANTS]
-    found = []
-    for seed in seeds:
-        found += [Cell(stage, MIDDLE, method, rates[method], seed) for method in (*METHODS, *ABLATIONS)]
-        found += [Cell(stage, task, "react", LEARNING_RATES[0], seed) for task in TASKS]
-        found += [Cell(stage, task, m, rates[m], seed) for task in TASKS if task != MIDDLE for m in AT_ALL_HORIZONS]
-    return found
+        return [Cell(stage, MIDDLE, name, SAME_RATE, seed) for seed in seeds[:VARIANT_SEEDS] for name in VARIANTS]
+    rates = best_learning_rates() if stage == "compare" else dict.fromkeys((*METHODS, *ABLATIONS), SAME_RATE)
+    wanted = [(MIDDLE, method) for method in (*METHODS, *ABLATIONS)] + [(task, "react") for task in TASKS]
+    wanted += [(task, method) for task in TASKS if task != MIDDLE for method in AT_ALL_HORIZONS]
+    # Both stages keep their cells in one folder: where the tuned rate is the common one they have the same.
+    return [Cell("compare", task, m, rates.get(m, LEARNING_RATES[0]), seed) for seed in seeds for task, m in wanted]
 
 
 def without_time(result: dict[str, Any]) -> Any:
@@ -270,15 +280,14 @@ def without_time(result: dict[str, Any]) -> Any:
     return [evaluations, {k: v for k, v in result["iterations"].items() if k != "seconds"}, result["final_episodes"]]
 
 
-def verify(count: int, seed: int) -> bool:
-    """Runs random cells once more and says whether they are the same, bit for bit."""
-    paths = [path for path in sorted((RESULTS / "compare").rglob("*.json")) if not path.stem.startswith("react")]
+def verify(count: int, seeds: list[int]) -> bool:
+    """Runs random cells of all stages once more and says whether they are the same, bit for bit."""
+    cells = dict.fromkeys(cell for stage in STAGES[:-1] for cell in cells_of(stage, seeds))
+    stored = [(cell, before) for cell in cells if cell.method != "react" and (before := cell.stored())]
     report = []
-    for path in random.Random(seed).sample(paths, count):
-        before = json.loads(path.read_text())
-        cell = Cell(*(before[name] for name in ("stage", "task", "method", "learning_rate", "seed")))
+    for cell, before in random.Random(0).sample(stored, min(count, len(stored))):
         same = without_time(run(cell)) == without_time(before)
-        report.append({"cell": path.relative_to(RESULTS).as_posix(), "same": same})
+        report.append({"cell": cell.path.relative_to(RESULTS).as_posix(), "same": same})
         print(f"{report[-1]['cell']}: {'the same' if same else 'DIFFERENT'}", flush=True)
     date = datetime.date.today().isoformat()
     (RESULTS / "verify.json").write_text(json.dumps({"date": date, "cells": report}, indent=1) + "\n")
@@ -288,21 +297,28 @@ def verify(count: int, seed: int) -> bool:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4], help="of the comparison")
+    parser.add_argument(
+        "--seeds",
+        type=int,
+        nargs="+",
+        default=[0, 1, 2, 3, 4],
+        help=f"of the comparison; variants take the first {VARIANT_SEEDS}",
+    )
     parser.add_argument("--jobs", type=int, default=2, help="cells at once, one thread each")
     parser.add_argument("--verify", type=int, metavar="N", help="run N random cells again and compare; nothing else")
     arguments = parser.parse_args()
     if arguments.verify is not None:
-        raise SystemExit(0 if verify(arguments.verify, seed=0) else 1)
+        raise SystemExit(0 if verify(arguments.verify, arguments.seeds) else 1)
     console = Console()
     for stage in arguments.stages:
         if stage == "report":
-            write_report({name: read(name, arguments.seeds) for name in STAGES[:-1]}, MIDDLE, ROOT / "docs" / "results")
+            results = {name: read(name, arguments.seeds) for name in STAGES[:-1]}
+            for name in STAGES[:-2]:  # not the variants, which may begin elsewhere
+                check_same_start(results[name])
+            write_report(results, MIDDLE, {name: VARIANTS[name].method for name in VARIANTS}, ROOT / "docs" / "results")
             continue
         if failures := work_off(cells_of(stage, arguments.seeds), arguments.jobs, console):
             raise SystemExit(f"{failures} cells failed; run the same command again for them alone")
-        if stage != "diagnose":  # whose variants may begin elsewhere
-            check_same_start(read(stage, arguments.seeds))
 
 
 if __name__ == "__main__":

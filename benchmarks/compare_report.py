@@ -35,7 +35,7 @@ def area(cell: Cell) -> float:
 
 
 def final(cell: Cell) -> float:
-    """Success on unseen games when the budget is spent."""
+    """Success on unseen games at the end: after the iteration that reached the budget."""
     return float(cell["evaluations"][-1]["success_rate"])
 
 
@@ -45,7 +45,7 @@ def golden_steps(task: str) -> int:
 
 
 def excess_steps(cell: Cell) -> float:
-    """Steps beyond the golden ones, mean over the last panel's successes; NaN if there is none."""
+    """Steps beyond the golden ones, mean over the last panel's games that were won; NaN if none was."""
     steps = [episode["steps"] for episode in cell["final_episodes"] if episode["success"]]
     return float(np.mean(steps)) - golden_steps(cell["task"]) if steps else float("nan")
 
@@ -81,32 +81,46 @@ def improvement(x: dict[str, Sequence[float]], y: dict[str, Sequence[float]]) ->
     return float(probability[0]), *(float(bound) for bound in np.percentile(probability[1:], [2.5, 97.5]))
 
 
-def write_report(stages: dict[str, list[Cell]], middle: str, folder: Path) -> None:
-    """Writes ``report.md`` and the pictures, of the stages that have cells. ``middle``: the task of all methods."""
+def write_report(stages: dict[str, list[Cell]], middle: str, variants: dict[str, str], folder: Path) -> None:
+    """Writes ``report.md`` and the pictures.
+
+    Args:
+        stages: Cells of ``tune``, ``compare``, ``same_rate`` and ``diagnose``, as far as there are any.
+        middle: The task of all methods.
+        variants: Method of each variant.
+        folder: Where to; pictures of the two comparisons go to folders of their own in it.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    compare, tasks = stages["compare"], sorted({cell["task"] for cell in stages["compare"]}, key=golden_steps)
-    parts = [
-        "# Comparison of methods",
-        "",
-        "Written by `benchmarks/compare_methods.py`; read [results.md](../results.md).",
-    ]
-    parts += _tuning(_by_method(stages["tune"], middle))
-    for task in tasks:
-        parts += _table(f"{task}: {golden_steps(task)} golden steps", _by_method(compare, task))
-    if compare:
-        parts += _improvements(compare, middle, folder / "improvement.png")
-        parts += _horizons(compare, tasks)
-        _plot_curves(compare, tasks, folder)
-        _plot_critics(_by_method(compare, middle), folder / "critic.png")
-        _plot_bars(_by_method(compare, middle), folder / "ablation.png")
-        _plot_horizons(compare, tasks, folder / "horizon.png")
+    parts = ["# Comparison of methods", "", "Written by `benchmarks/compare_methods.py`; read [results.md](../results.md)."]
+    if stages["tune"]:
+        parts += _tuning(_by_method(stages["tune"], middle))
+    if stages["compare"]:
+        parts += ["", "## Each method at its tuned rate", *_comparison(stages["compare"], middle, folder / "tuned")]
+    if stages["same_rate"]:
+        parts += ["", "## All methods at the same rate", *_comparison(stages["same_rate"], middle, folder / "same_rate")]
     if stages["diagnose"]:
-        parts += _table(f"Variants, {middle}", _by_method(stages["diagnose"], middle))
-    cells = [cell for cells in stages.values() for cell in cells]
+        parts += _variants(_by_method(stages["diagnose"], middle), _by_method(stages["same_rate"], middle), variants)
+    cells = {cell["command"]: cell for cells in stages.values() for cell in cells}.values()
     hours = sum(cell["seconds"] for cell in cells) / 3600
     machines = sorted({f"{cell['machine']}, {cell['date']}" for cell in cells})
-    parts += ["", f"{len(cells)} runs of {hours:.1f} hours in all, two at once ({'; '.join(machines)})."]
+    parts += ["", f"{len(cells)} runs, {hours:.1f} hours added up, two at once take half of it ({'; '.join(machines)})."]
     (folder / "report.md").write_text("\n".join(parts) + "\n")
+
+
+def _comparison(cells: list[Cell], middle: str, folder: Path) -> list[str]:
+    """The tables of one comparison; its pictures go to ``folder``."""
+    folder.mkdir(exist_ok=True)
+    parts, tasks = [], sorted({cell["task"] for cell in cells}, key=golden_steps)
+    for task in tasks:
+        parts += ["", f"### {task}: {golden_steps(task)} golden steps", "", *_header()]
+        parts += [_row(method, own) for method, own in _by_method(cells, task).items()]
+    parts += _improvements(cells, middle, folder / "improvement.png")
+    parts += _horizons(cells, tasks)
+    _plot_curves(cells, tasks, folder)
+    _plot_critics(_by_method(cells, middle), folder / "critic.png")
+    _plot_bars(_by_method(cells, middle), folder / "ablation.png")
+    _plot_horizons(cells, tasks, folder / "horizon.png")
+    return parts
 
 
 def _by_method(cells: list[Cell], task: str) -> dict[str, list[Cell]]:
@@ -137,67 +151,106 @@ def _tuning(methods: dict[str, list[Cell]]) -> list[str]:
     cells = [cell for own in methods.values() for cell in own]
     rates = sorted({cell["learning_rate"] for cell in cells})
     header = ["method", *(f"{rate:g}" for rate in rates), "taken"]
-    lines = ["", "## Learning rates", "", "Area under the learning curve, mean over the tuning seeds.", ""]
+    lines = ["", "## Learning rates", "", "Area under the learning curve: mean over the tuning seeds (and each).", ""]
     lines += ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
     for method, own in methods.items():
-        means = {rate: np.mean([area(cell) for cell in own if cell["learning_rate"] == rate]) for rate in rates}
-        taken = max(means, key=lambda rate: means[rate])
-        lines.append(f"| {_name(method)} | " + " | ".join(f"{mean:.3f}" for mean in means.values()) + f" | {taken:g} |")
+        areas = {rate: [area(cell) for cell in own if cell["learning_rate"] == rate] for rate in rates}
+        taken = max(areas, key=lambda rate: np.mean(areas[rate]))
+        figures = [f"{np.mean(found):.3f} ({', '.join(f'{x:.2f}' for x in found)})" for found in areas.values()]
+        lines.append(f"| {_name(method)} | " + " | ".join(figures) + f" | {taken:g} |")
     hours = sum(cell["seconds"] for cell in cells) / 3600
     return [*lines, "", f"{len(cells)} runs, {hours:.1f} hours."]
 
 
-def _table(title: str, methods: dict[str, list[Cell]]) -> list[str]:
-    header = ["method", "seeds", "success before", "after", "area under the curve", "updates", "seconds of training"]
-    lines = ["", f"## {title}", "", "| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
-    for method, cells in methods.items():
-        before = np.mean([cell["evaluations"][0]["success_rate"] for cell in cells])
-        after, under = (_interval(bootstrap([metric(cell) for cell in cells])) for metric in (final, area))
-        updates = np.mean([cell["evaluations"][-1]["updates"] for cell in cells])
-        seconds = np.mean([_seconds(cell)[-1] for cell in cells])
-        cost = f"{updates:.0f} | {seconds:.0f}"
-        lines.append(f"| {_name(method)} | {len(cells)} | {before:.2f} | {after} | {under} | {cost} |")
+def _header(last: str = "") -> list[str]:
+    columns = ["method", "seeds", "rate", "success before", "after", "area under the curve", "steps", "s per 1,000 steps"]
+    columns += [last] if last else []
+    return ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
+
+
+def _row(method: str, cells: list[Cell], last: str = "") -> str:
+    before = np.mean([cell["evaluations"][0]["success_rate"] for cell in cells])
+    after, under = (_interval(bootstrap([metric(cell) for cell in cells])) for metric in (final, area))
+    steps = np.mean([cell["evaluations"][-1]["environment_steps"] for cell in cells])
+    figures = [
+        _name(method),
+        str(len(cells)),
+        f"{cells[0]['learning_rate']:g}",
+        f"{before:.2f}",
+        after,
+        under,
+        f"{steps:.0f}",
+    ]
+    figures += [f"{1000 * pace:.1f}" if (pace := _pace(cells)) else "-", *([last] if last else [])]
+    return "| " + " | ".join(figures) + " |"
+
+
+def _variants(diagnose: dict[str, list[Cell]], compare: dict[str, list[Cell]], variants: dict[str, str]) -> list[str]:
+    """Each method that has variants, then those, beside the probability that one beats the method itself."""
+    lines = ["", "## Variants", "", "At the middle horizon, all at the same rate.", ""]
+    lines += _header("P(beats its method)")
+    for base in (method for method in NAMES if method in variants.values() and method in compare):
+        lines.append(_row(base, compare[base], "-"))
+        own = [area(cell) for cell in compare[base]]
+        for name, cells in diagnose.items():
+            if variants[name] == base:
+                better = improvement({"": [area(cell) for cell in cells]}, {"": own})
+                lines.append(_row(name, cells, _interval(better)))
     return lines
 
 
 def _improvements(cells: list[Cell], middle: str, path: Path) -> list[str]:
-    """StepPO against each, over the tasks that both were run on; and a picture of all pairs at the middle one."""
+    """StepPO against each, at the middle horizon and over all; and a picture of all pairs at the middle one."""
     scores: dict[str, dict[str, list[float]]] = {}
     for cell in cells:
         if cell["method"] != "react":
             scores.setdefault(cell["method"], {}).setdefault(cell["task"], []).append(area(cell))
-    methods = [method for method in NAMES if method in scores]
+    methods = [method for method in NAMES if middle in scores.get(method, {})]
+    there = {method: {middle: scores[method][middle]} for method in methods}
     lines = [
         "",
-        "## Probability of improvement",
+        "### Probability of improvement",
         "",
         "That a run of StepPO has the larger area under its learning curve.",
         "",
     ]
-    lines += ["| against | tasks | probability |", "|---|---|---|"]
-    for method in methods:
-        if method != "steppo" and "steppo" in scores:
-            tasks = len(set(scores[method]) & set(scores["steppo"]))
-            lines.append(f"| {_name(method)} | {tasks} | {_interval(improvement(scores['steppo'], scores[method]))} |")
-    there = {method: {middle: scores[method][middle]} for method in methods}
-    grid = np.asarray([[improvement(there[row], there[column])[0] for column in methods] for row in methods])
-    figure, axes = plt.subplots(figsize=(8.4, 6.6), constrained_layout=True)
-    axes.imshow(grid, cmap="RdYlGn", vmin=0, vmax=1)
+    lines += ["| against | at the middle horizon | over all horizons |", "|---|---|---|"]
+    for method in methods if "steppo" in there else []:
+        if method != "steppo":
+            everywhere = len(scores[method]) > 1
+            over_all = _interval(improvement(scores["steppo"], scores[method])) if everywhere else "-"
+            lines.append(f"| {_name(method)} | {_interval(improvement(there['steppo'], there[method]))} | {over_all} |")
+    figure, axes = plt.subplots(figsize=(8.6, 6.8), constrained_layout=True)
     names = [_name(method) for method in methods]
-    axes.set(
-        xticks=range(len(names)), yticks=range(len(names)), title=f"P(row beats column), area under the curve, {middle}"
+    grid = np.full((len(names), len(names)), 0.5)
+    for row, left in enumerate(methods):
+        for column, right in enumerate(methods):
+            grid[row, column], low, high = improvement(there[left], there[right])
+            certain = low > 0.5 or high < 0.5
+            style = {
+                "fontweight": "bold" if certain else "normal",
+                "color": "white" if abs(grid[row, column] - 0.5) > 0.3 else "black",
+            }
+            axes.text(column, row, f"{grid[row, column]:.2f}", ha="center", va="center", fontsize=8, **style)
+    axes.imshow(grid, cmap="PuOr", vmin=0, vmax=1)
+    axes.set(xticks=range(len(names)), yticks=range(len(names)))
+    axes.set_title(
+        f"P(row beats column), area under the curve, {middle}\nbold: the 95 % interval leaves out 0.5", fontsize=10
     )
     axes.set_xticklabels(names, rotation=40, ha="right")
     axes.set_yticklabels(names)
-    for row in range(len(names)):
-        for column in range(len(names)):
-            axes.text(column, row, f"{grid[row, column]:.2f}", ha="center", va="center", fontsize=8)
     _save(figure, path)
     return lines
 
 
 def _horizons(cells: list[Cell], tasks: list[str]) -> list[str]:
-    lines = ["", "## By horizon", "", "Success after training, and steps beyond the golden ones where it succeeded.", ""]
+    lines = [
+        "",
+        "### By horizon",
+        "",
+        "Success after training, and steps beyond the golden ones in the games that were won: where few",
+    ]
+    lines += ["are won these are the easy ones, so that excess steps compare only beside like rates of success.", ""]
     header = ["method"]
     for task in tasks:
         header += [f"success, {golden_steps(task)} steps", "excess"]
@@ -206,10 +259,10 @@ def _horizons(cells: list[Cell], tasks: list[str]) -> list[str]:
         row = [_name(method)]
         for task in tasks:
             own = _by_method(cells, task)[method]
-            row += [
-                _interval(bootstrap([final(cell) for cell in own])),
-                _interval(bootstrap([excess_steps(c) for c in own]), 1),
-            ]
+            excess = [excess_steps(cell) for cell in own]
+            without = int(np.isnan(excess).sum())
+            row.append(_interval(bootstrap([final(cell) for cell in own])))
+            row.append(_interval(bootstrap(excess), 1) + (f" ({without} of {len(own)} runs won none)" if without else ""))
         lines.append("| " + " | ".join(row) + " |")
     return lines
 
@@ -218,38 +271,51 @@ def _at_all(cells: list[Cell], tasks: list[str]) -> list[str]:
     return [method for method in NAMES if all(method in _by_method(cells, task) for task in tasks)]
 
 
-def _band(axes: Any, cells: list[Cell], x_of: Any, y_of: Any, label: str, color: Any) -> None:
-    """Mean over seeds of interpolated curves, and its bootstrap interval."""
+def _band(axes: Any, cells: list[Cell], x_of: Any, y_of: Any, method: str, shade: bool = True) -> None:
+    """Mean over seeds of interpolated curves, and its bootstrap interval. StepPO stands out."""
     curves = [(np.asarray(x_of(cell), float), np.asarray(y_of(cell), float)) for cell in cells]
     grid = np.linspace(max(x[0] for x, _ in curves), min(x[-1] for x, _ in curves), 60)
     values = np.stack([np.interp(grid, x, y) for x, y in curves])
-    rng = np.random.default_rng(0)
-    means = values[rng.integers(len(values), size=(2000, len(values)))].mean(axis=1)
-    low, high = np.percentile(means, [2.5, 97.5], axis=0)
-    axes.plot(grid, values.mean(axis=0), label=label, color=color)
-    axes.fill_between(grid, low, high, color=color, alpha=0.12, lw=0)
+    width, color = 2.6 if method == "steppo" else 1.3, _color(method)
+    axes.plot(grid, values.mean(axis=0), label=_name(method), color=color, lw=width, zorder=3 if method == "steppo" else 2)
+    if shade:
+        rng = np.random.default_rng(0)
+        means = values[rng.integers(len(values), size=(2000, len(values)))].mean(axis=1)
+        axes.fill_between(grid, *np.percentile(means, [2.5, 97.5], axis=0), color=color, alpha=0.12, lw=0)
 
 
 def _color(method: str) -> Any:
-    return plt.get_cmap("tab20")(list(NAMES).index(method) * 2 % 20 + (list(NAMES).index(method) >= 10))
+    if method == "steppo":
+        return "black"
+    return plt.get_cmap("tab10")([name for name in NAMES if name != "steppo"].index(method) % 10)
 
 
-def _seconds(cell: Cell) -> np.ndarray:
-    """Seconds of training (rollout, scoring, updates) before each evaluation."""
-    iterations = cell["iterations"]
-    return np.interp(_curve(cell)[0], [0, *iterations["train/environment_steps"]], [0, *iterations["seconds"]])
+def _pace(cells: list[Cell]) -> float:
+    """Seconds of training (rollout, scoring, updates) per environment step: the median run's; 0 without training.
+
+    One figure for all runs of a method, because what else the machine did meanwhile differs by run.
+    """
+    runs = [cell["iterations"] for cell in cells if cell["iterations"]["seconds"]]
+    return float(np.median([run["seconds"][-1] / run["train/environment_steps"][-1] for run in runs])) if runs else 0.0
 
 
 def _plot_curves(cells: list[Cell], tasks: list[str], folder: Path) -> None:
-    for name, label, x_of in (
-        ("curves_steps.png", "environment steps learned from", lambda cell: _curve(cell)[0]),
-        ("curves_seconds.png", "seconds of training, two runs on two cores", _seconds),
+    for name, label, by_time in (
+        ("curves_steps.png", "environment steps learned from", False),
+        ("curves_seconds.png", "seconds of training on one thread, at the method's median pace", True),
     ):
-        figure, panels = plt.subplots(1, len(tasks), figsize=(4.6 * len(tasks), 4.2), squeeze=False, constrained_layout=True)
+        figure, panels = plt.subplots(1, len(tasks), figsize=(4.8 * len(tasks), 4.4), squeeze=False, constrained_layout=True)
         for axes, task in zip(panels[0], tasks, strict=True):
-            for method, own in _by_method(cells, task).items():
-                if method != "react":
-                    _band(axes, own, x_of, lambda cell: _curve(cell)[1], _name(method), _color(method))
+            methods = _by_method(cells, task)
+            untrained = [final(cell) for cell in methods.pop("react", [])]
+            if untrained:
+                axes.axhline(np.mean(untrained), color="gray", ls="--", lw=1, label=_name("react"))
+            for method, own in methods.items():
+                scale = _pace(own) if by_time else 1.0
+                few = len(methods) <= 5
+                _band(
+                    axes, own, lambda c, k=scale: k * _curve(c)[0], lambda c: _curve(c)[1], method, few or method == "steppo"
+                )
             axes.set(title=f"{golden_steps(task)} golden steps", xlabel=label, ylim=(0, 1.02))
             axes.grid(alpha=0.3)
         panels[0][0].set_ylabel("success on 100 unseen games")
@@ -269,7 +335,7 @@ def _plot_critics(methods: dict[str, list[Cell]], path: Path) -> None:
     """Value loss and explained variance of the methods with a critic. With gamma = lambda = 1 all targets are returns."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(9.2, 3.8), constrained_layout=True)
     for method, own in methods.items():
-        if "train/value_loss" not in own[0]["iterations"]:
+        if not own[0]["iterations"].get("train/value_loss"):
             continue
         for axes, name in ((left, "train/value_loss"), (right, "train/explained_variance")):
             _band(
@@ -277,8 +343,7 @@ def _plot_critics(methods: dict[str, list[Cell]], path: Path) -> None:
                 own,
                 lambda cell: cell["iterations"]["train/environment_steps"],
                 lambda cell, name=name: cell["iterations"][name],
-                _name(method),
-                _color(method),
+                method,
             )
             axes.set(xlabel="environment steps learned from", ylabel=name.removeprefix("train/").replace("_", " "))
             axes.grid(alpha=0.3)
@@ -304,17 +369,17 @@ def _plot_bars(methods: dict[str, list[Cell]], path: Path) -> None:
 
 def _plot_horizons(cells: list[Cell], tasks: list[str], path: Path) -> None:
     figure, panels = plt.subplots(1, 2, figsize=(9.2, 3.8), constrained_layout=True)
-    horizons = [golden_steps(task) for task in tasks]
+    horizons = np.asarray([golden_steps(task) for task in tasks])
+    shown = _at_all(cells, tasks)
     for axes, metric, title in (
         (panels[0], final, "success after training"),
-        (panels[1], excess_steps, "excess steps of successes"),
+        (panels[1], excess_steps, "excess steps of the games won"),
     ):
-        for method in _at_all(cells, tasks):
+        for place, method in enumerate(shown):
             figures = np.asarray([bootstrap([metric(cell) for cell in _by_method(cells, task)[method]]) for task in tasks])
             bars = np.abs(figures[:, 1:].T - figures[:, 0])
-            axes.errorbar(
-                horizons, figures[:, 0], yerr=bars, marker="o", capsize=4, label=_name(method), color=_color(method)
-            )
+            beside = horizons + 0.22 * (place - (len(shown) - 1) / 2)
+            axes.errorbar(beside, figures[:, 0], yerr=bars, marker="o", capsize=3, label=_name(method), color=_color(method))
         axes.set(title=title, xlabel="golden steps", xticks=horizons)
         axes.grid(alpha=0.3)
     panels[0].set_ylim(0, 1.05)
