@@ -40,7 +40,8 @@ from statistics import fmean
 from typing import Any
 
 import psutil
-from compare_report import area, write_report
+from compare_report import write_report
+from compare_stats import area
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-
-from benchmarks.compare_report import area, bootstrap, excess_steps, final, improvement, write_report
+from compare_report import write_report
+from compare_stats import area, bootstrap, excess_steps, final, improvement
 
 
 def cell(method: str, task: str, seed: int, rates: list[float], steps: list[int], stage: str = "compare") -> dict[str, Any]:
