@@ -89,26 +89,19 @@ def _tuning(methods: dict[str, list[Cell]]) -> list[str]:
 
 
 def _header(last: str = "") -> list[str]:
-    columns = ["method", "seeds", "rate", "success before", "after", "area under the curve", "steps", "s per 1,000 steps"]
-    columns += [last] if last else []
+    columns = ["method", "seeds", "rate", "success before", "after", "median gain", "area under the curve", "steps"]
+    columns += ["s per 1,000 steps", *([last] if last else [])]
     return ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
 
 
 def _row(method: str, cells: list[Cell], last: str = "") -> str:
-    before = np.mean([cell["evaluations"][0]["success_rate"] for cell in cells])
+    starts = [cell["evaluations"][0]["success_rate"] for cell in cells]
     after, under = (_interval(bootstrap([metric(cell) for cell in cells])) for metric in (final, area))
+    gain = np.median([final(cell) - start for cell, start in zip(cells, starts, strict=True)])
     steps = np.mean([cell["evaluations"][-1]["environment_steps"] for cell in cells])
-    figures = [
-        name_of(method),
-        str(len(cells)),
-        f"{cells[0]['learning_rate']:g}",
-        f"{before:.2f}",
-        after,
-        under,
-        f"{steps:.0f}",
-    ]
-    figures += [f"{1000 * spent:.1f}" if (spent := pace(cells)) else "-", *([last] if last else [])]
-    return "| " + " | ".join(figures) + " |"
+    figures = [name_of(method), str(len(cells)), f"{cells[0]['learning_rate']:g}", f"{np.mean(starts):.2f}", after]
+    figures += [f"{gain:+.2f}", under, f"{steps:.0f}", f"{1000 * spent:.1f}" if (spent := pace(cells)) else "-"]
+    return "| " + " | ".join([*figures, *([last] if last else [])]) + " |"
 
 
 def _inside(methods: dict[str, list[Cell]], title: str) -> list[str]:
@@ -142,11 +135,12 @@ def _variants(diagnose: dict[str, list[Cell]], compare: dict[str, list[Cell]], v
     lines += _header("P(beats its method)")
     for base in (method for method in NAMES if method in variants.values() and method in compare):
         lines.append(_row(base, compare[base], "-"))
-        own = [area(cell) for cell in compare[base]]
+        starts = {cell["seed"]: cell["evaluations"][0]["success_rate"] for cell in compare[base]}
         for name, cells in diagnose.items():
             if variants[name] == base:
-                better = improvement({"": [area(cell) for cell in cells]}, {"": own})
-                lines.append(_row(name, cells, _interval(better)))
+                alike = all(cell["evaluations"][0]["success_rate"] == starts.get(cell["seed"]) for cell in cells)
+                own, theirs = ({"": [area(cell) for cell in some]} for some in (cells, compare[base]))
+                lines.append(_row(name, cells, _interval(improvement(own, theirs)) if alike else "another start"))
     return lines
 
 

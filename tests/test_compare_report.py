@@ -77,9 +77,9 @@ def test_a_report_of_whatever_there_is(tmp_path: Path) -> None:
     }
     write_report(stages, "coin-8", {"steppo, changed": "steppo"}, tmp_path)
     text = (tmp_path / "report.md").read_text()
-    assert "| StepPO | 2 | 0.0002 | 0.30 | 0.25 [0.00, 0.50] |" in text
+    assert "| StepPO | 2 | 0.0002 | 0.30 | 0.25 [0.00, 0.50] | -0.05 |" in text
     assert "(1 of 2 runs won none)" in text
-    assert "| steppo, changed | 1 | 0.0002 | 0.30 | 1.00 [1.00, 1.00] |" in text
+    assert "| steppo, changed | 1 | 0.0002 | 0.30 | 1.00 [1.00, 1.00] | +0.70 |" in text
     for folder in ("tuned", "same_rate"):
         assert len(list((tmp_path / folder).glob("*.png"))) == 6
     write_report({**stages, "compare": [], "same_rate": [], "diagnose": []}, "coin-8", {}, tmp_path / "tuning")
