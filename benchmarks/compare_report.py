@@ -41,8 +41,7 @@ def write_report(stages: dict[str, list[Cell]], middle: str, variants: dict[str,
     if stages["same_rate"]:
         parts += ["", "## All methods at the same rate", *_comparison(stages["same_rate"], middle, folder / "same_rate")]
     if stages["diagnose"]:
-        parts += _variants(by_method(stages["diagnose"], middle), by_method(stages["same_rate"], middle), variants)
-        parts += _inside(by_method(stages["diagnose"], middle), "### What the updates did in the variants")
+        parts += _variants(stages["diagnose"], stages["same_rate"], variants)
     cells = {cell["command"]: cell for cells in stages.values() for cell in cells}.values()
     hours = sum(cell["seconds"] for cell in cells) / 3600
     machines = sorted({f"{cell['machine']}, {cell['date']}" for cell in cells})
@@ -129,18 +128,21 @@ def _inside(methods: dict[str, list[Cell]], title: str) -> list[str]:
     return lines
 
 
-def _variants(diagnose: dict[str, list[Cell]], compare: dict[str, list[Cell]], variants: dict[str, str]) -> list[str]:
-    """Each method that has variants, then those, beside the probability that one beats the method itself."""
-    lines = ["", "## Variants", "", "At the middle horizon, all at the same rate.", ""]
-    lines += _header("P(beats its method)")
-    for base in (method for method in NAMES if method in variants.values() and method in compare):
-        lines.append(_row(base, compare[base], "-"))
-        starts = {cell["seed"]: cell["evaluations"][0]["success_rate"] for cell in compare[base]}
-        for name, cells in diagnose.items():
-            if variants[name] == base:
-                alike = all(cell["evaluations"][0]["success_rate"] == starts.get(cell["seed"]) for cell in cells)
-                own, theirs = ({"": [area(cell) for cell in some]} for some in (cells, compare[base]))
-                lines.append(_row(name, cells, _interval(improvement(own, theirs)) if alike else "another start"))
+def _variants(diagnose: list[Cell], compare: list[Cell], variants: dict[str, str]) -> list[str]:
+    """By task: each method that has variants, then those, beside the probability that one beats the method itself."""
+    lines = ["", "## Variants", "", "All at the same rate."]
+    for task in sorted({cell["task"] for cell in diagnose}, key=golden_steps):
+        there, plain = by_method(diagnose, task), by_method(compare, task)
+        lines += ["", f"### Variants, {task}", "", *_header("P(beats its method)")]
+        for base in (method for method in plain if any(variants[name] == method for name in there)):
+            lines.append(_row(base, plain[base], "-"))
+            starts = {cell["seed"]: cell["evaluations"][0]["success_rate"] for cell in plain[base]}
+            for name, cells in there.items():
+                if variants[name] == base:
+                    alike = all(cell["evaluations"][0]["success_rate"] == starts.get(cell["seed"]) for cell in cells)
+                    own, theirs = ({"": [area(cell) for cell in some]} for some in (cells, plain[base]))
+                    lines.append(_row(name, cells, _interval(improvement(own, theirs)) if alike else "another start"))
+        lines += _inside(there, f"### What the updates did in the variants, {task}")
     return lines
 
 
