@@ -53,7 +53,7 @@ SCHEMES: list[tuple[str, str, Advantage, Loop]] = [
     ),
     ("ReinforcePP", "token", ReinforcePP(), lambda t, _: slow.slow_reinforce_pp(t)),
     ("ReinforcePP, gamma 0.999", "token", ReinforcePP(0.999), lambda t, _: slow.slow_reinforce_pp(t, 0.999)),
-    ("ReinforcePPBaseline", "token", ReinforcePPBaseline(), slow.slow_reinforce_pp_baseline),
+    ("ReinforcePPBaseline", "step", ReinforcePPBaseline(), slow.slow_reinforce_pp_baseline),
 ]
 GROUP, MOST_STEPS, MOST_TOKENS, ROOMS = 8, 50, 200, 10
 PLACES = ["kitchen", "pantry", "garden", "attic", "cellar", "study", "bedroom", "corridor", "workshop", "bathroom"]

@@ -169,7 +169,7 @@ def slow_reinforce_pp(turns: list[Turn], gamma: float = 1.0) -> list[float]:
 
 
 def slow_reinforce_pp_baseline(turns: list[Turn], endings: list[Ending]) -> list[float]:
-    """By token: ``R`` minus the mean of the group, whitened over the tokens of groups whose returns differ; else 0."""
+    """By turn: ``R`` minus the mean of the group, whitened over the tokens of groups whose returns differ; else 0."""
     returns = episode_returns(turns)
     differ = {
         episode: len({returns[other] for other in episodes}) > 1
@@ -179,7 +179,8 @@ def slow_reinforce_pp_baseline(turns: list[Turn], endings: list[Ending]) -> list
     compared = by_token(turns, [differ[turn.episode] for turn in turns])
     centred = by_token(turns, slow_grpo(turns, endings, scale_by_std=False))
     whitened = iter(slow_whiten([number for number, wanted in zip(centred, compared, strict=True) if wanted]))
-    return [next(whitened) if wanted else 0.0 for wanted in compared]
+    of_tokens = [[next(whitened) if differ[turn.episode] else 0.0 for _ in turn.rewards] for turn in turns]
+    return [own[0] for own in of_tokens]  # all tokens of a turn have the same
 
 
 def clusters_of(texts: list[str], similarity: float) -> list[list[int]]:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from steppo.advantages import StepGAE, TokenGAE, base
-from steppo.advantages.base import discounted_suffix_sums_, whiten
+from steppo.advantages.base import discounted_suffix_sums_, ends_of_runs, whiten
 from steppo.types import Credit, CreditBatch
 from tests.numeric_helpers import FEW, close, near, normal, to_batch
 from tests.slow_credit import Ending, Turn, slow_credit, slow_whiten
@@ -192,25 +192,41 @@ def test_the_batch_is_left_alone(in_order):
 
 
 @FEW
-@given(st.lists(st.integers(1, 20), max_size=6), st.floats(0, 1), st.sampled_from([1, 7, 10, 1000]), SEEDS)
+@given(
+    st.lists(st.integers(1, 20) | st.integers(60, 300), min_size=1, max_size=6),
+    st.floats(0, 1),
+    st.sampled_from([1, 4096]),
+    SEEDS,
+)
 def test_suffix_sums_equal_a_loop(runs, decay, at_once, seed):
     numbers = normal(np.random.default_rng(seed), sum(runs))
-    is_last = torch.zeros(len(numbers), dtype=torch.bool)
-    is_last[torch.tensor(runs, dtype=torch.int64).cumsum(0) - 1] = True
-    expected, following = [0.0] * len(numbers), 0.0
+    end = torch.tensor(runs).cumsum(0) - 1
+    expected, following, ends = [0.0] * len(numbers), 0.0, set(end.tolist())
     for row in reversed(range(len(numbers))):
-        following = float(numbers[row]) + (0.0 if is_last[row] else decay * following)
+        following = float(numbers[row]) + (0.0 if row in ends else decay * following)
         expected[row] = following
-    with mock.patch.object(base, "_ROWS_AT_ONCE", at_once):
-        close(discounted_suffix_sums_(numbers, decay, is_last), expected)
+    with mock.patch.object(base, "_LINES_AT_ONCE", at_once):
+        close(discounted_suffix_sums_(numbers, decay, end), expected)
 
 
 @pytest.mark.parametrize("length", [1, 2, 3, 4, 5, 1023, 1024, 1025])
 def test_suffix_sums_of_one_run(length):
-    is_last = torch.arange(length) == length - 1
+    end = torch.tensor([length - 1])
     ones = torch.ones(length, dtype=torch.float64)
-    close(discounted_suffix_sums_(ones.clone(), 1.0, is_last), torch.arange(length, 0, -1))
-    close(discounted_suffix_sums_(ones, 0.5, is_last)[0], 2 - 0.5 ** (length - 1))
+    close(discounted_suffix_sums_(ones.clone(), 1.0, end), torch.arange(length, 0, -1))
+    close(discounted_suffix_sums_(ones, 0.5, end)[0], 2 - 0.5 ** (length - 1))
+
+
+@pytest.mark.parametrize("length", [1, 2, 7, 300])
+def test_suffix_sums_of_runs_of_one(length):
+    numbers = normal(np.random.default_rng(length), length)
+    assert torch.equal(discounted_suffix_sums_(numbers.clone(), 0.5, torch.arange(length)), numbers)
+
+
+def test_ends_of_runs():
+    """A number that comes back is another run."""
+    assert ends_of_runs(torch.tensor([4, 4, 1, 4, 4, 4])).tolist() == [1, 2, 5]
+    assert ends_of_runs(torch.tensor([3])).tolist() == [0]
 
 
 @FEW

@@ -180,8 +180,7 @@ def test_group_credit_of_verl(verl: Any, seed: int, gap: int) -> None:
     close(ours, theirs("rloo"))
     close(ours, theirs("rloo_vectorized"))
     # It adds 1e-8 to the variance instead of the standard deviation.
-    baseline, plus_plus = ReinforcePPBaseline()(batch).advantage_A, ReinforcePP(0.97)(batch).advantage_A
-    assert baseline is not None
+    baseline, plus_plus = by_token(batch, ReinforcePPBaseline()(batch).advantage_N), ReinforcePP(0.97)(batch).advantage_A
     assert plus_plus is not None
     close(baseline, theirs("reinforce_plus_plus_baseline"), 1e-6)
     close(plus_plus, theirs("reinforce_plus_plus", config=SimpleNamespace(gamma=0.97)), 1e-6)

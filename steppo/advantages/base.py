@@ -8,6 +8,7 @@ from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from steppo.errors import ConfigError
 from steppo.types import Credit, CreditBatch
@@ -69,74 +70,66 @@ def standardised_within(x: Tensor, group: Tensor, scale_by_std: bool) -> Tensor:
     return centred / (deviation + 1e-6)[group]
 
 
-_ROWS_AT_ONCE = 2**18  # what is allocated for them is small enough to be used again
+_LINES_AT_ONCE = 4096  # few enough to stay in the cache from place to place
 
 
-def discounted_suffix_sums_(x: Tensor, decay: float, is_last: Tensor) -> Tensor:
-    """``x_t <- x_t + decay * x_{t+1}``, in place, within runs that end where ``is_last`` is true; all [N], rows in order.
+def discounted_suffix_sums_(x: Tensor, decay: float, end: Tensor) -> Tensor:
+    """``x_t <- x_t + decay * x_{t+1}``, in place, within runs; ``x`` is [N] and contiguous, ``end`` from ``ends_of_runs``.
 
-    A scan by columns of rows: the same place of all columns at once, then the columns' first rows in the same way.
+    A scan: rows are cut into lines and summed up in each, one place of all lines at a time; then the lines' first rows in
+    the same way; and what comes from the next line goes to the rows of each. Lines in which a run ends are few, and go by
+    a table of factors of their own. So does the last line, which may be shorter.
     """
-    for start in reversed(range(0, len(x), _ROWS_AT_ONCE)):
-        stop = start + _ROWS_AT_ONCE
-        rows, ends = x[start:stop], is_last[start:stop]
-        if stop < len(x):
-            rows[-1] += decay * x[stop] * ~ends[-1]
-        columns = _in_columns(rows)
-        factor = torch.full_like(columns, decay).masked_fill_(_in_columns(ends), 0.0)
-        rows.copy_(_scan(columns, factor)[: len(rows)])
+    width = min(64, math.isqrt(len(x)) + 1)
+    whole = (len(x) - 1) // width
+    lines, last = x[: whole * width].view(whole, width), x[whole * width :]
+    cut, cut_of_end = torch.unique_consecutive(end // width, return_inverse=True)
+
+    cuts = torch.cat([lines[cut[:-1]], pad(last, (0, width - len(last)))[None]]).t().contiguous()
+    factors = torch.full_like(cuts, decay)
+    factors[end % width, cut_of_end] = 0.0
+    reach = factors.flip(0).cumprod(0).flip(0)  # share of the next line's first row that each row gets
+    for place in reversed(range(width - 1)):
+        cuts[place].addcmul_(factors[place], cuts[place + 1])
+
+    if whole:
+        for some in lines.split(_LINES_AT_ONCE):
+            places = some.unbind(1)
+            for place in reversed(range(width - 1)):
+                places[place].add_(places[place + 1], alpha=decay)
+        powers = x.new_full((width,), decay).cumprod(0).flip(0)
+        firsts = pad(lines[:, 0], (0, 1)).index_copy_(0, cut, cuts[0])
+        next_first = pad(discounted_suffix_sums_(firsts, float(powers[0]), cut)[1:], (0, 1))
+        lines.addcmul_(next_first[:-1, None], powers)
+        lines[cut[:-1]] = cuts.addcmul_(reach, next_first[cut]).t()[:-1]
+    last.copy_(cuts[: len(last), -1])
     return x
 
 
-def _scan(y: Tensor, factor: Tensor) -> Tensor:
-    """``y_t <- y_t + factor_t * y_{t+1}``, from the end on, of rows that stand in columns; gives them in one. Overwrites."""
-    ys, factors = y.unbind(), factor.unbind()
-    for place in reversed(range(len(ys) - 1)):
-        ys[place].addcmul_(factors[place], ys[place + 1])
-        factors[place].mul_(factors[place + 1])  # what the next column's first row will count here
-    columns = y.shape[1]
-    if columns > 1:
-        firsts = _scan(_in_columns(y[0]), _in_columns(factor[0]))[:columns]
-        y[:, :-1].addcmul_(factor[:, :-1], firsts[1:])
-    return y.t().reshape(-1)
-
-
-def _in_columns(x: Tensor) -> Tensor:
-    """[width, n]: one row after the other down each column, the last one filled up with 0."""
-    width = min(64, math.isqrt(len(x)) + 1)
-    full, rest = divmod(len(x), width)
-    columns = x.new_empty(width, full + (rest > 0))
-    columns[:, :full] = x[: full * width].reshape(full, width).t()
-    if rest:
-        columns[:rest, full] = x[full * width :]
-        columns[rest:, full] = 0
-    return columns
-
-
 def generalised_advantages(
-    reward: Tensor, value: Tensor, is_last: Tensor, final_value: Tensor, gamma: float, gae_lambda: float
+    reward: Tensor, value: Tensor, end: Tensor, final_value: Tensor, gamma: float, gae_lambda: float
 ) -> Tensor:
     """GAE over rows that are sorted by episode and time.
 
     Args:
         reward: [N] or [A].
         value: Same shape, value before each row's action.
-        is_last: bool, same shape, each episode's last row.
+        end: int64, each episode's last row.
         final_value: Value after each of those, in their order.
         gamma: Discount per row.
         gae_lambda: Decay of the temporal differences per row.
     """
     difference = reward - value
     difference[:-1].add_(value[1:], alpha=gamma)
-    difference[is_last] = reward[is_last] - value[is_last] + gamma * final_value
-    return discounted_suffix_sums_(difference, gamma * gae_lambda, is_last)
+    difference[end] = reward[end] - value[end] + gamma * final_value
+    return discounted_suffix_sums_(difference, gamma * gae_lambda, end)
 
 
 def ends_of_runs(episode: Tensor) -> Tensor:
-    """Last row of each contiguous run of equal numbers: bool, [N]."""
+    """Last row of each contiguous run of equal numbers: int64, ascending."""
     is_last = torch.ones_like(episode, dtype=torch.bool)
     is_last[:-1] = episode[1:] != episode[:-1]
-    return is_last
+    return torch.nonzero(is_last)[:, 0]
 
 
 def episode_returns(batch: CreditBatch) -> Tensor:
@@ -150,18 +143,16 @@ def time_order(episode_N: Tensor, index_N: Tensor) -> Tensor:
 
 
 def token_time_order(batch: CreditBatch) -> tuple[Tensor | slice, Tensor]:
-    """Permutation that sorts action tokens by episode, then time, and each episode's last token in that order, bool [A].
+    """Permutation that sorts action tokens by episode, then time, and each episode's last token in that order.
 
     Where the steps are in order already the permutation is ``slice(None)``, which copies nothing.
     """
     order_N = time_order(batch.episode_N, batch.index_N)
     length_N = torch.bincount(batch.step_of_A, minlength=len(order_N))
-    end_N = length_N[order_N].cumsum(0)
-    is_last = torch.zeros_like(batch.step_of_A, dtype=torch.bool)
-    is_last[end_N[ends_of_runs(batch.episode_N[order_N])] - 1] = True
+    end = length_N[order_N].cumsum(0)[ends_of_runs(batch.episode_N[order_N])] - 1
     if bool((order_N[1:] > order_N[:-1]).all()):
-        return slice(None), is_last
-    return tokens_in_order(length_N, order_N), is_last
+        return slice(None), end
+    return tokens_in_order(length_N, order_N), end
 
 
 def tokens_in_order(length_N: Tensor, order_N: Tensor) -> Tensor:

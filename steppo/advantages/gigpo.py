@@ -56,8 +56,8 @@ class GiGPO(Advantage):
 
     def __call__(self, batch: CreditBatch) -> Credit:
         order = time_order(batch.episode_N, batch.index_N)
-        is_last = ends_of_runs(batch.episode_N[order])
-        return_N = unsort(discounted_suffix_sums_(batch.reward_N[order], self.gamma, is_last), order)
+        end = ends_of_runs(batch.episode_N[order])
+        return_N = unsort(discounted_suffix_sums_(batch.reward_N[order], self.gamma, end), order)
         _, group_E = torch.unique(batch.group_E, return_inverse=True)
         group_N = group_E[batch.episode_N]
 

@@ -27,6 +27,6 @@ class ReinforcePP(Advantage):
         self.gamma = gamma
 
     def __call__(self, batch: CreditBatch) -> Credit:
-        order, is_last = token_time_order(batch)
-        return_A = unsort(discounted_suffix_sums_(batch.reward_A[order].clone(), self.gamma, is_last), order)
+        order, end = token_time_order(batch)
+        return_A = unsort(discounted_suffix_sums_(batch.reward_A[order].clone(), self.gamma, end), order)
         return Credit(advantage_A=whiten(return_A))

@@ -6,15 +6,15 @@ from typing import ClassVar
 
 import torch
 
-from steppo.advantages.base import Advantage, episode_returns, standardised_within, whiten
+from steppo.advantages.base import Advantage, episode_returns, standardised_within
 from steppo.types import Credit, CreditBatch
 
 
 class ReinforcePPBaseline(Advantage):
-    """``A = R - mean of the group``, given to all tokens of an episode, then whitened over the tokens of the iteration.
+    """``A = R - mean of the group``, the same for all tokens of an episode, whitened over the tokens of the iteration.
 
     ``R`` is the episode's undiscounted return. A group of one episode, or of equal returns, has nothing to compare: its
-    tokens get 0 and are left out of the whitening, whose mean would otherwise push all of them one way. No critic.
+    steps get 0 and are left out of the whitening, whose mean would otherwise push all of them one way. No critic.
     """
 
     needs_groups: ClassVar[bool] = True
@@ -22,7 +22,11 @@ class ReinforcePPBaseline(Advantage):
     def __call__(self, batch: CreditBatch) -> Credit:
         centred_E = standardised_within(episode_returns(batch), batch.group_E, scale_by_std=False)
         compared_E = torch.isin(batch.group_E, batch.group_E[centred_E != 0])
-        advantage_A = centred_E[batch.episode_N].index_select(0, batch.step_of_A)
-        compared_A = compared_E[batch.episode_N].index_select(0, batch.step_of_A)
-        advantage_A[compared_A] = whiten(advantage_A[compared_A])
-        return Credit(advantage_A=advantage_A)
+        # Over tokens: each episode counts as often as it has tokens.
+        tokens_N = torch.bincount(batch.step_of_A, minlength=len(batch.episode_N))
+        tokens_E = torch.zeros_like(batch.group_E).index_add(0, batch.episode_N, tokens_N) * compared_E
+        tokens = tokens_E.sum().clamp(min=2)
+        centred_E = centred_E - (centred_E * tokens_E).sum() / tokens
+        deviation = ((centred_E.square() * tokens_E).sum() / (tokens - 1)).sqrt()
+        advantage_E = torch.where(compared_E, centred_E / (deviation + 1e-8), 0.0)
+        return Credit(advantage_N=advantage_E[batch.episode_N])

@@ -40,12 +40,12 @@ class StepGAE(Advantage):
         assert batch.value_N is not None
         order = time_order(batch.episode_N, batch.index_N)
         episode = batch.episode_N[order]
-        is_last = ends_of_runs(episode)
+        end = ends_of_runs(episode)
         advantage = generalised_advantages(
             batch.reward_N[order],
             batch.value_N[order],
-            is_last,
-            final_values(batch, self.bootstrap_truncated)[episode[is_last]],
+            end,
+            final_values(batch, self.bootstrap_truncated)[episode[end]],
             self.gamma,
             self.gae_lambda,
         )

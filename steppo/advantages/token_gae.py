@@ -38,12 +38,12 @@ class TokenGAE(Advantage):
 
     def __call__(self, batch: CreditBatch) -> Credit:
         assert batch.value_A is not None
-        order, is_last = token_time_order(batch)
-        last_episodes = batch.episode_N[batch.step_of_A[order][is_last]]
+        order, end = token_time_order(batch)
+        last_episodes = batch.episode_N[batch.step_of_A[order][end]]
         advantage = generalised_advantages(
             batch.reward_A[order],
             batch.value_A[order],
-            is_last,
+            end,
             final_values(batch, self.bootstrap_truncated)[last_episodes],
             self.gamma,
             self.gae_lambda,
