@@ -27,14 +27,12 @@ class GlobalSteps:
     Attributes:
         batch: What credit is assigned from.
         credit: What was assigned.
-        lengths_N: Action tokens of each step.
         mine_N: Indices of this rank's steps, in the order of its buffer.
         gap: Largest difference between the log-probabilities of sampler and learner.
     """
 
     batch: CreditBatch
     credit: Credit
-    lengths_N: np.ndarray
     mine_N: np.ndarray
     gap: float
 
@@ -90,7 +88,7 @@ def assign_credit(buffer: StepBuffer, advantage: Advantage, kl_coef: float) -> G
         episode_N=episode_N,
         group_E=steps["group_N"][first_E],
         index_N=steps["index_N"],
-        step_of_A=torch.repeat_interleave(torch.arange(len(sort_N)), steps["length_N"]),
+        length_N=steps["length_N"],
         terminated_E=steps["terminated_N"][first_E],
         bootstrap_E=steps["bootstrap_N"][first_E],
         value_N=steps.get("value_N"),
@@ -102,8 +100,9 @@ def assign_credit(buffer: StepBuffer, advantage: Advantage, kl_coef: float) -> G
     _check(credit, batch, advantage)
 
     # Stable sorts keep a rank's steps in the order of its buffer.
-    mine_N = torch.nonzero(rank_N[sort_N] == rank)[:, 0]
-    mine_A = torch.nonzero((rank_N[sort_N] == rank)[batch.step_of_A])[:, 0]
+    is_mine_N = rank_N[sort_N] == rank
+    mine_N = torch.nonzero(is_mine_N)[:, 0]
+    mine_A = torch.nonzero(torch.repeat_interleave(is_mine_N, batch.length_N))[:, 0]
     assert buffer.scores is not None
     dtype = buffer.scores.old_logprobs_A.dtype
     buffer.credit = Credit(
@@ -113,7 +112,7 @@ def assign_credit(buffer: StepBuffer, advantage: Advantage, kl_coef: float) -> G
         target_A=_pick(credit.target_A, mine_A, dtype),
     )
     gap = max(float(part["gap"]) for part in parts)
-    return GlobalSteps(batch, credit, steps["length_N"].numpy(), mine_N.numpy(), gap)
+    return GlobalSteps(batch, credit, mine_N.numpy(), gap)
 
 
 def why_nothing(episodes: Sequence[Episode]) -> str:

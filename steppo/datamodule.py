@@ -143,7 +143,7 @@ class StepDataModule(pl.LightningDataModule):
         """This rank's part of each update. An update is the same set of steps whatever the number of ranks."""
         steps = self.global_steps
         assert steps is not None
-        total = len(steps.lengths_N)
+        total = len(steps.batch.length_N)
         if total < self.num_minibatches:
             raise RunError(f"the iteration gave {total} steps, too few for {self.num_minibatches} minibatches")
         local = np.full(total, -1)
@@ -153,7 +153,7 @@ class StepDataModule(pl.LightningDataModule):
             shuffle = np.random.default_rng([run_seed(), self.trainer.current_epoch, epoch]).permutation(total)
             for chosen in np.array_split(shuffle, self.num_minibatches):
                 mine = np.sort(local[chosen][local[chosen] >= 0])
-                sizes = len(chosen), int(steps.lengths_N[chosen].sum())
+                sizes = len(chosen), int(steps.batch.length_N[chosen].sum())
                 yield self._in_step(self.buffer.microbatches(mine, *sizes), *sizes)
 
     def _in_step(self, microbatches: list[Microbatch], update_steps: int, update_tokens: int) -> list[Microbatch]:

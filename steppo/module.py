@@ -197,7 +197,7 @@ class AgentModule(pl.LightningModule):
         infinity = torch.tensor(math.inf, device=self.device)
         self._sums = {"ratio_min": infinity, "ratio_max": -infinity}
         self.counters.iterations += 1
-        self.counters.environment_steps += len(steps.lengths_N)
+        self.counters.environment_steps += len(steps.batch.length_N)
         self.counters.episodes += len(steps.batch.terminated_E)
         self.report(steps.statistics())
 

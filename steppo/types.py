@@ -257,7 +257,7 @@ class CreditBatch:
         episode_N: int64, number of the step's episode in [0, E).
         group_E: int64, group of each episode.
         index_N: int64, position of the step in its episode.
-        step_of_A: int64 in [0, N), non-decreasing.
+        length_N: int64, action tokens of each step; those of a step stand together, steps in the order of the rows.
         terminated_E: bool, the episode ended as part of its task.
         bootstrap_E: float, value of the state after the last step of a truncated episode; 0 where there is none.
         value_N: float, value of each step's prompt, for advantages that need step values.
@@ -271,7 +271,7 @@ class CreditBatch:
     episode_N: Tensor
     group_E: Tensor
     index_N: Tensor
-    step_of_A: Tensor
+    length_N: Tensor
     terminated_E: Tensor
     bootstrap_E: Tensor
     value_N: Tensor | None = None

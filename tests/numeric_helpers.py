@@ -47,7 +47,7 @@ def to_batch(turns: list[Turn], endings: list[Ending], dtype: torch.dtype = torc
         episode_N=torch.tensor([turn.episode for turn in turns]),
         group_E=torch.tensor([ending.group for ending in endings]),
         index_N=torch.tensor([turn.index for turn in turns]),
-        step_of_A=steps_of([len(turn.rewards) for turn in turns]),
+        length_N=torch.tensor([len(turn.rewards) for turn in turns]),
         terminated_E=torch.tensor([ending.terminated for ending in endings]),
         bootstrap_E=torch.tensor([ending.bootstrap for ending in endings], dtype=dtype),
         value_N=torch.tensor([turn.value for turn in turns], dtype=dtype),

@@ -286,7 +286,7 @@ def test_the_batch_tells_episodes_apart() -> None:
     assert batch.index_N.tolist() == [0, 1] * 3
     assert batch.terminated_E.tolist() == [True, False, False]
     assert batch.group_E.tolist() == [0, 0, 1]
-    assert batch.step_of_A.tolist() == steps_of([1, 2] * 3).tolist()
+    assert batch.length_N.tolist() == [1, 2] * 3
 
 
 def test_rewards_sit_on_the_last_token_of_their_step() -> None:
@@ -510,10 +510,9 @@ def test_ranks_together_equal_a_single_process(
     for buffer, steps in found:
         assert_equal(steps.batch, expected.batch)
         assert_equal(steps.credit, expected.credit)
-        assert steps.lengths_N.tolist() == expected.lengths_N.tolist()
         assert steps.gap == expected.gap
         assert codes_N(buffer) == [LEARNED_CODES[row] for row in steps.mine_N]
-        mine_A = torch.isin(expected.batch.step_of_A, torch.from_numpy(steps.mine_N))
+        mine_A = torch.isin(steps_of(expected.batch.length_N.tolist()), torch.from_numpy(steps.mine_N))
         assert codes_A(buffer).tolist() == codes_A(whole)[mine_A].tolist()
         for name in ("advantage_N", "target_N", "advantage_A", "target_A"):
             column, of_all = getattr(buffer.credit, name), getattr(whole.credit, name)

@@ -159,7 +159,7 @@ def test_token_gae_of_verl(verl: Any, seed: int, gap: int) -> None:
 
 def by_token(batch: CreditBatch, advantage_N: Tensor | None) -> Tensor:
     assert advantage_N is not None
-    return advantage_N[batch.step_of_A]
+    return torch.repeat_interleave(advantage_N, batch.length_N)
 
 
 @pytest.mark.parametrize("gap", [0, 3])

@@ -80,6 +80,8 @@ def discounted_suffix_sums_(x: Tensor, decay: float, end: Tensor) -> Tensor:
     the same way; and what comes from the next line goes to the rows of each. Lines in which a run ends are few, and go by
     a table of factors of their own. So does the last line, which may be shorter.
     """
+    if len(end) == len(x):
+        return x
     width = min(64, math.isqrt(len(x)) + 1)
     whole = (len(x) - 1) // width
     lines, last = x[: whole * width].view(whole, width), x[whole * width :]
@@ -89,14 +91,15 @@ def discounted_suffix_sums_(x: Tensor, decay: float, end: Tensor) -> Tensor:
     factors = torch.full_like(cuts, decay)
     factors[end % width, cut_of_end] = 0.0
     reach = factors.flip(0).cumprod(0).flip(0)  # share of the next line's first row that each row gets
+    rows, shares = cuts.unbind(), factors.unbind()
     for place in reversed(range(width - 1)):
-        cuts[place].addcmul_(factors[place], cuts[place + 1])
+        rows[place].addcmul_(shares[place], rows[place + 1])
 
     if whole:
         for some in lines.split(_LINES_AT_ONCE):
-            places = some.unbind(1)
+            rows = some.unbind(1)
             for place in reversed(range(width - 1)):
-                places[place].add_(places[place + 1], alpha=decay)
+                rows[place].add_(rows[place + 1], alpha=decay)
         powers = x.new_full((width,), decay).cumprod(0).flip(0)
         firsts = pad(lines[:, 0], (0, 1)).index_copy_(0, cut, cuts[0])
         next_first = pad(discounted_suffix_sums_(firsts, float(powers[0]), cut)[1:], (0, 1))
@@ -148,11 +151,10 @@ def token_time_order(batch: CreditBatch) -> tuple[Tensor | slice, Tensor]:
     Where the steps are in order already the permutation is ``slice(None)``, which copies nothing.
     """
     order_N = time_order(batch.episode_N, batch.index_N)
-    length_N = torch.bincount(batch.step_of_A, minlength=len(order_N))
-    end = length_N[order_N].cumsum(0)[ends_of_runs(batch.episode_N[order_N])] - 1
+    end = batch.length_N[order_N].cumsum(0)[ends_of_runs(batch.episode_N[order_N])] - 1
     if bool((order_N[1:] > order_N[:-1]).all()):
         return slice(None), end
-    return tokens_in_order(length_N, order_N), end
+    return tokens_in_order(batch.length_N, order_N), end
 
 
 def tokens_in_order(length_N: Tensor, order_N: Tensor) -> Tensor:

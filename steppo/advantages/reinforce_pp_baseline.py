@@ -23,8 +23,7 @@ class ReinforcePPBaseline(Advantage):
         centred_E = standardised_within(episode_returns(batch), batch.group_E, scale_by_std=False)
         compared_E = torch.isin(batch.group_E, batch.group_E[centred_E != 0])
         # Over tokens: each episode counts as often as it has tokens.
-        tokens_N = torch.bincount(batch.step_of_A, minlength=len(batch.episode_N))
-        tokens_E = torch.zeros_like(batch.group_E).index_add(0, batch.episode_N, tokens_N) * compared_E
+        tokens_E = torch.zeros_like(batch.group_E).index_add(0, batch.episode_N, batch.length_N) * compared_E
         tokens = tokens_E.sum().clamp(min=2)
         centred_E = centred_E - (centred_E * tokens_E).sum() / tokens
         deviation = ((centred_E.square() * tokens_E).sum() / (tokens - 1)).sqrt()

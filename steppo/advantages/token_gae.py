@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
+import torch
+
 from steppo.advantages.base import (
     Advantage,
     check_decays,
@@ -39,12 +41,11 @@ class TokenGAE(Advantage):
     def __call__(self, batch: CreditBatch) -> Credit:
         assert batch.value_A is not None
         order, end = token_time_order(batch)
-        last_episodes = batch.episode_N[batch.step_of_A[order][end]]
         advantage = generalised_advantages(
             batch.reward_A[order],
             batch.value_A[order],
             end,
-            final_values(batch, self.bootstrap_truncated)[last_episodes],
+            final_values(batch, self.bootstrap_truncated)[torch.unique(batch.episode_N)],
             self.gamma,
             self.gae_lambda,
         )
