@@ -41,11 +41,16 @@ def check_decays(scheme: Advantage, **decays: float) -> None:
 
 def whiten(x: Tensor) -> Tensor:
     """Zero mean, unit sample standard deviation; a single element, or equal ones, give 0."""
+    return whiten_(x.clone())
+
+
+def whiten_(x: Tensor) -> Tensor:
+    """``whiten``, in place."""
     if x.numel() < 2 or torch.equal(*torch.aminmax(x)):
-        return torch.zeros_like(x)
-    centred = x - x.mean()
-    deviation = torch.linalg.vector_norm(centred) / math.sqrt(x.numel() - 1)
-    return centred.div_(deviation + 1e-8)
+        return x.zero_()
+    x.sub_(x.mean())
+    deviation = torch.linalg.vector_norm(x) / math.sqrt(x.numel() - 1)
+    return x.div_(deviation + 1e-8)
 
 
 def standardised_within(x: Tensor, group: Tensor, scale_by_std: bool) -> Tensor:

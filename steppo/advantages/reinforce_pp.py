@@ -8,7 +8,7 @@ from steppo.advantages.base import (
     discounted_suffix_sums_,
     token_time_order,
     unsort,
-    whiten,
+    whiten_,
 )
 from steppo.types import Credit, CreditBatch
 
@@ -29,4 +29,4 @@ class ReinforcePP(Advantage):
     def __call__(self, batch: CreditBatch) -> Credit:
         order, end = token_time_order(batch)
         return_A = unsort(discounted_suffix_sums_(batch.reward_A[order].clone(), self.gamma, end), order)
-        return Credit(advantage_A=whiten(return_A))
+        return Credit(advantage_A=whiten_(return_A))

@@ -13,7 +13,7 @@ from steppo.advantages.base import (
     generalised_advantages,
     token_time_order,
     unsort,
-    whiten,
+    whiten_,
 )
 from steppo.types import Credit, CreditBatch
 
@@ -50,4 +50,5 @@ class TokenGAE(Advantage):
             self.gae_lambda,
         )
         advantage_A = unsort(advantage, order)
-        return Credit(advantage_A=whiten(advantage_A), target_A=advantage_A + batch.value_A)
+        target_A = advantage_A + batch.value_A
+        return Credit(advantage_A=whiten_(advantage_A), target_A=target_A)
