@@ -2,7 +2,7 @@
 
 TorchRL comes with ``pip install -e ".[outside]"``. verl wants older versions than ours of what both need, but what is used
 here does without: ``pip install --no-deps verl==0.9.1 ray hydra-core antlr4-python3-runtime==4.9.3 codetiming orjson``, and
-msgpack and jsonschema. In both, an episode is a row; verl's has the observations' tokens between those of the steps, masked out.
+msgpack and jsonschema. In both, an episode is a row; verl's has the observations' tokens between the steps', masked out.
 """
 
 from __future__ import annotations
