@@ -12,7 +12,7 @@ interrupted comparison goes on. Stages:
   games; the best by the area under the learning curve is taken.
 - ``compare``: all trained methods and the untrained policy at the middle horizon, four of them at the other two.
 - ``same_rate``: the same with the grid's middle rate for all, because two seeds are few to choose a rate by.
-- ``diagnose``: variants at that rate that look for the reasons.
+- ``diagnose``: variants at that rate, and some at the highest, that look for the reasons.
 - ``report``: tables (Markdown) and pictures, into ``docs/results``.
 
 Within a task all runs start from the same warm-started weights (a seed's first evaluation is checked), learn from the same
@@ -89,6 +89,13 @@ VARIANTS = {
 }
 ALSO_LONG = "steppo, clip 0.03"  # at the longest horizon too, where StepPO fails most
 LONGEST = "coin-12"
+# What counts how often where advantages are normalised: PPO counts tokens, StepPO steps, GRPO episodes. At the highest rate
+# too, where runs collapse.
+NORMALISED = {
+    "ppo, even episodes": Variant("ppo", ("--model.advantage.even_episodes=true",)),
+    "steppo, even episodes": Variant("steppo", ("--model.advantage.even_episodes=true",)),
+    "grpo, whitened over steps": Variant("grpo", ("--model.advantage=benchmarks.compare_credit.WhitenedGRPO",)),
+}
 
 # The same for all, whatever an overlay says. In the public scripts the KL term differs by method, which is a confound.
 COMMON = [
@@ -138,7 +145,7 @@ class Cell:
         return result if result and result["command"] == "python " + " ".join(self.command()) else None
 
     def command(self) -> list[str]:
-        variant = VARIANTS.get(self.method, Variant(self.method))
+        variant = (VARIANTS | NORMALISED).get(self.method, Variant(self.method))
         overlay = variant.method
         command = ["train.py", "fit", "--config", "configs/textworld.yaml"]
         command += ["--config", f"configs/algorithm/{overlay}.yaml", f"--seed_everything={self.seed}"]
@@ -270,7 +277,11 @@ def cells_of(stage: str, seeds: list[int]) -> list[Cell]:
     if stage == "diagnose":
         few = seeds[:FEW_SEEDS]
         found = [Cell(stage, MIDDLE, name, SAME_RATE, seed) for seed in few for name in VARIANTS]
-        return found + [Cell(stage, LONGEST, ALSO_LONG, SAME_RATE, seed) for seed in few]
+        found += [Cell(stage, LONGEST, ALSO_LONG, SAME_RATE, seed) for seed in few]
+        for rate, some in ((LEARNING_RATES[-1], seeds), (SAME_RATE, few)):
+            places = [(task, name) for task in (LONGEST, MIDDLE) for name in NORMALISED]
+            found += [Cell(stage, task, name, rate, seed) for task, name in places for seed in some]
+        return found
     rates = best_learning_rates() if stage == "compare" else dict.fromkeys((*METHODS, *ABLATIONS), SAME_RATE)
     wanted = [(MIDDLE, method, seed) for seed in seeds for method in (*METHODS, *ABLATIONS)]
     wanted += [(task, "react", seed) for seed in seeds for task in TASKS]
@@ -321,7 +332,8 @@ def main() -> None:
             results = {name: read(name, arguments.seeds) for name in STAGES[:-1]}
             for name in STAGES[:-2]:  # not the variants, which may begin elsewhere
                 check_same_start(results[name])
-            write_report(results, MIDDLE, {name: VARIANTS[name].method for name in VARIANTS}, ROOT / "docs" / "results")
+            methods = {name: variant.method for name, variant in (VARIANTS | NORMALISED).items()}
+            write_report(results, MIDDLE, methods, ROOT / "docs" / "results")
             continue
         if failures := work_off(cells_of(stage, arguments.seeds), arguments.jobs, console):
             raise SystemExit(f"{failures} cells failed; run the same command again for them alone")

@@ -41,7 +41,8 @@ def write_report(stages: dict[str, list[Cell]], middle: str, variants: dict[str,
     if stages["same_rate"]:
         parts += ["", "## All methods at the same rate", *_comparison(stages["same_rate"], middle, folder / "same_rate")]
     if stages["diagnose"]:
-        parts += _variants(stages["diagnose"], stages["same_rate"], variants)
+        both = {cell["command"]: cell for cell in (*stages["compare"], *stages["same_rate"])}
+        parts += _variants(stages["diagnose"], list(both.values()), variants)
     cells = {cell["command"]: cell for cells in stages.values() for cell in cells}.values()
     hours = sum(cell["seconds"] for cell in cells) / 3600
     machines = sorted({f"{cell['machine']}, {cell['date']}" for cell in cells})
@@ -129,11 +130,14 @@ def _inside(methods: dict[str, list[Cell]], title: str) -> list[str]:
 
 
 def _variants(diagnose: list[Cell], compare: list[Cell], variants: dict[str, str]) -> list[str]:
-    """By task: each method that has variants, then those, beside the probability that one beats the method itself."""
-    lines = ["", "## Variants", "", "All at the same rate."]
-    for task in sorted({cell["task"] for cell in diagnose}, key=golden_steps):
-        there, plain = by_method(diagnose, task), by_method(compare, task)
-        lines += ["", f"### Variants, {task}", "", *_header("P(beats its method)")]
+    """By task and rate: methods that have variants, each before its own, and the probability that one beats its method."""
+    lines = ["", "## Variants"]
+    places = {(cell["task"], cell["learning_rate"]) for cell in diagnose}
+    for task, rate in sorted(places, key=lambda place: (golden_steps(place[0]), place[1])):
+        there, plain = (
+            by_method([cell for cell in cells if cell["learning_rate"] == rate], task) for cells in (diagnose, compare)
+        )
+        lines += ["", f"### Variants, {task}, rate {rate:g}", "", *_header("P(beats its method)")]
         for base in (method for method in plain if any(variants[name] == method for name in there)):
             lines.append(_row(base, plain[base], "-"))
             starts = {cell["seed"]: cell["evaluations"][0]["success_rate"] for cell in plain[base]}
@@ -142,7 +146,7 @@ def _variants(diagnose: list[Cell], compare: list[Cell], variants: dict[str, str
                     alike = all(cell["evaluations"][0]["success_rate"] == starts.get(cell["seed"]) for cell in cells)
                     own, theirs = ({"": [area(cell) for cell in some]} for some in (cells, plain[base]))
                     lines.append(_row(name, cells, _interval(improvement(own, theirs)) if alike else "another start"))
-        lines += _inside(there, f"### What the updates did in the variants, {task}")
+        lines += _inside(there, f"### What the updates did in the variants, {task}, rate {rate:g}")
     return lines
 
 

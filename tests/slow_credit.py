@@ -89,10 +89,30 @@ def slow_gae(rewards: list[float], values: list[float], final_value: float, gamm
     return advantages
 
 
+def slow_whiten_evenly(numbers: list[float], episodes: list[int]) -> list[float]:
+    """Each episode counts as one, however many of the numbers are its own: moments are means over episodes of means."""
+    if len(numbers) < 2 or min(numbers) == max(numbers):
+        return [0.0] * len(numbers)
+
+    def mean_of_means(of: list[float]) -> float:
+        own = [[x for x, other in zip(of, episodes, strict=True) if other == episode] for episode in set(episodes)]
+        return math.fsum(math.fsum(some) / len(some) for some in own) / len(own)
+
+    mean = mean_of_means(numbers)
+    variance = mean_of_means([(number - mean) ** 2 for number in numbers]) * len(numbers) / (len(numbers) - 1)
+    return [(number - mean) / (math.sqrt(variance) + 1e-8) for number in numbers]
+
+
 def slow_credit(
-    turns: list[Turn], endings: list[Ending], gamma: float, gae_lambda: float, bootstrap: bool, by_token: bool
+    turns: list[Turn],
+    endings: list[Ending],
+    gamma: float,
+    gae_lambda: float,
+    bootstrap: bool,
+    by_token: bool,
+    even: bool = False,
 ) -> tuple[list[float], list[float]]:
-    """GAE by step or by token: whitened advantages, and targets."""
+    """GAE by step or by token: whitened advantages, and targets. ``even``: each episode counts once in the whitening."""
     of_turn: list[list[float]] = [[] for _ in turns]
     for episode, rows in rows_by_episode(turns).items():
         ending = endings[episode]
@@ -111,7 +131,11 @@ def slow_credit(
             start = end
     in_order = [advantage for own in of_turn for advantage in own]
     values = [value for turn in turns for value in (turn.values if by_token else [turn.value])]
-    return slow_whiten(in_order), [advantage + value for advantage, value in zip(in_order, values, strict=True)]
+    targets = [advantage + value for advantage, value in zip(in_order, values, strict=True)]
+    if not even:
+        return slow_whiten(in_order), targets
+    episodes = [turn.episode for turn, own in zip(turns, of_turn, strict=True) for _ in own]
+    return slow_whiten_evenly(in_order, episodes), targets
 
 
 # --- without a critic ---

@@ -29,8 +29,8 @@ METHODS = {
 }
 # Their settings: no base config's may be left, such as a decay per step that now counts per token.
 CREDIT: dict[type, dict[str, Any]] = {
-    TokenGAE: {"gamma": 1.0, "gae_lambda": 1.0, "bootstrap_truncated": False},
-    StepGAE: {"gamma": 1.0, "gae_lambda": 1.0, "bootstrap_truncated": False},
+    TokenGAE: {"gamma": 1.0, "gae_lambda": 1.0, "bootstrap_truncated": False, "even_episodes": False},
+    StepGAE: {"gamma": 1.0, "gae_lambda": 1.0, "bootstrap_truncated": False, "even_episodes": False},
     ReinforcePP: {"gamma": 1.0},
     ReinforcePPBaseline: {},
     GRPO: {"scale_by_std": True},

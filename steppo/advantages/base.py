@@ -39,17 +39,28 @@ def check_decays(scheme: Advantage, **decays: float) -> None:
             raise ConfigError(f"{type(scheme).__name__}: {name} must be from 0 to 1, not {value}")
 
 
-def whiten(x: Tensor) -> Tensor:
-    """Zero mean, unit sample standard deviation; a single element, or equal ones, give 0."""
-    return whiten_(x.clone())
+def whiten(x: Tensor, episode: Tensor | None = None) -> Tensor:
+    """Zero mean, unit sample standard deviation; a single element, or equal ones, give 0.
+
+    Args:
+        x: [n].
+        episode: int64, of each row: let each episode count as one row, however many it has. Every row counts without.
+    """
+    return whiten_(x.clone(), episode)
 
 
-def whiten_(x: Tensor) -> Tensor:
+def whiten_(x: Tensor, episode: Tensor | None = None) -> Tensor:
     """``whiten``, in place."""
     if x.numel() < 2 or torch.equal(*torch.aminmax(x)):
         return x.zero_()
-    x.sub_(x.mean())
-    deviation = torch.linalg.vector_norm(x) / math.sqrt(x.numel() - 1)
+    if episode is None:
+        x.sub_(x.mean())
+        deviation = torch.linalg.vector_norm(x) / math.sqrt(x.numel() - 1)
+    else:
+        weight = 1 / torch.bincount(episode).to(x)[episode]
+        weight /= weight.sum()
+        x.sub_(weight @ x)
+        deviation = (weight @ x.square() * x.numel() / (x.numel() - 1)).sqrt()
     return x.div_(deviation + 1e-8)
 
 

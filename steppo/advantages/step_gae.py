@@ -26,15 +26,24 @@ class StepGAE(Advantage):
         gamma: Discount per step.
         gae_lambda: 1 is the Monte Carlo return, 0 the one-step difference.
         bootstrap_truncated: After the last step of an episode that was cut, take the critic's value instead of 0.
+        even_episodes: Let each episode count once in the whitening, not each step. Where won episodes are longer than
+            lost ones, the mean over steps is near what winning gives, and all that the lost ones did is pushed down.
     """
 
     needs_values: ClassVar[Literal["none", "step", "token"]] = "step"
 
-    def __init__(self, gamma: float = 1.0, gae_lambda: float = 1.0, bootstrap_truncated: bool = False) -> None:
+    def __init__(
+        self,
+        gamma: float = 1.0,
+        gae_lambda: float = 1.0,
+        bootstrap_truncated: bool = False,
+        even_episodes: bool = False,
+    ) -> None:
         check_decays(self, gamma=gamma, gae_lambda=gae_lambda)
         self.gamma = gamma
         self.gae_lambda = gae_lambda
         self.bootstrap_truncated = bootstrap_truncated
+        self.even_episodes = even_episodes
 
     def __call__(self, batch: CreditBatch) -> Credit:
         assert batch.value_N is not None
@@ -50,4 +59,5 @@ class StepGAE(Advantage):
             self.gae_lambda,
         )
         advantage_N = unsort(advantage, order)
-        return Credit(advantage_N=whiten(advantage_N), target_N=advantage_N + batch.value_N)
+        counted = batch.episode_N if self.even_episodes else None
+        return Credit(advantage_N=whiten(advantage_N, counted), target_N=advantage_N + batch.value_N)

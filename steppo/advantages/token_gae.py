@@ -28,15 +28,24 @@ class TokenGAE(Advantage):
         gamma: Discount per generated token.
         gae_lambda: 1 is the Monte Carlo return, 0 the one-token difference.
         bootstrap_truncated: After the last token of an episode that was cut, take the critic's value instead of 0.
+        even_episodes: Let each episode count once in the whitening, not each token. Where won episodes are longer than
+            lost ones, the mean over tokens is near what winning gives, and all that the lost ones did is pushed down.
     """
 
     needs_values: ClassVar[Literal["none", "step", "token"]] = "token"
 
-    def __init__(self, gamma: float = 1.0, gae_lambda: float = 1.0, bootstrap_truncated: bool = False) -> None:
+    def __init__(
+        self,
+        gamma: float = 1.0,
+        gae_lambda: float = 1.0,
+        bootstrap_truncated: bool = False,
+        even_episodes: bool = False,
+    ) -> None:
         check_decays(self, gamma=gamma, gae_lambda=gae_lambda)
         self.gamma = gamma
         self.gae_lambda = gae_lambda
         self.bootstrap_truncated = bootstrap_truncated
+        self.even_episodes = even_episodes
 
     def __call__(self, batch: CreditBatch) -> Credit:
         assert batch.value_A is not None
@@ -51,4 +60,5 @@ class TokenGAE(Advantage):
         )
         advantage_A = unsort(advantage, order)
         target_A = advantage_A + batch.value_A
-        return Credit(advantage_A=whiten_(advantage_A), target_A=target_A)
+        counted = torch.repeat_interleave(batch.episode_N, batch.length_N) if self.even_episodes else None
+        return Credit(advantage_A=whiten_(advantage_A, counted), target_A=target_A)
