@@ -279,7 +279,7 @@ def cells_of(stage: str, seeds: list[int]) -> list[Cell]:
         found = [Cell(stage, MIDDLE, name, SAME_RATE, seed) for seed in few for name in VARIANTS]
         found += [Cell(stage, LONGEST, ALSO_LONG, SAME_RATE, seed) for seed in few]
         for rate, some in ((LEARNING_RATES[-1], seeds), (SAME_RATE, few)):
-            places = [(task, name) for task in (LONGEST, MIDDLE) for name in NORMALISED]
+            places = [(task, name) for task in TASKS for name in NORMALISED]
             found += [Cell(stage, task, name, rate, seed) for task, name in places for seed in some]
         return found
     rates = best_learning_rates() if stage == "compare" else dict.fromkeys((*METHODS, *ABLATIONS), SAME_RATE)

@@ -40,6 +40,8 @@ def write_report(stages: dict[str, list[Cell]], middle: str, variants: dict[str,
         parts += ["", "## Each method at its tuned rate", *_comparison(stages["compare"], middle, folder / "tuned")]
     if stages["same_rate"]:
         parts += ["", "## All methods at the same rate", *_comparison(stages["same_rate"], middle, folder / "same_rate")]
+    if untrained := [cell for cell in stages["compare"] if cell["method"] == "react"]:
+        parts += _lengths(untrained)
     if stages["diagnose"]:
         both = {cell["command"]: cell for cell in (*stages["compare"], *stages["same_rate"])}
         parts += _variants(stages["diagnose"], list(both.values()), variants)
@@ -168,6 +170,22 @@ def _improvements(cells: list[Cell], middle: str) -> list[str]:
             everywhere = len(scores[method]) > 1
             over_all = _interval(improvement(scores["steppo"], scores[method])) if everywhere else "-"
             lines.append(f"| {name_of(method)} | {_interval(improvement(there['steppo'], there[method]))} | {over_all} |")
+    return lines
+
+
+def _lengths(untrained: list[Cell]) -> list[str]:
+    """How long won and lost episodes are before training, and which share of all steps the won ones are."""
+    lines = ["", "## Lengths of episodes, untrained", ""]
+    lines += [
+        "| task | won | steps of a won episode | of a lost one | share of steps in won ones |",
+        "|---|---|---|---|---|",
+    ]
+    for task in sorted({cell["task"] for cell in untrained}, key=golden_steps):
+        episodes = [episode for cell in untrained if cell["task"] == task for episode in cell["final_episodes"]]
+        won, lost = ([e["steps"] for e in episodes if bool(e["success"]) == wanted] for wanted in (True, False))
+        if won and lost:
+            means = f"{len(won) / len(episodes):.2f} | {np.mean(won):.1f} | {np.mean(lost):.1f}"
+            lines.append(f"| {task} | {means} | {sum(won) / sum(won + lost):.2f} |")
     return lines
 
 

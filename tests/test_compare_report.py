@@ -79,6 +79,7 @@ def test_a_report_of_whatever_there_is(tmp_path: Path) -> None:
     text = (tmp_path / "report.md").read_text()
     assert "| StepPO | 2 | 0.0002 | 0.30 | 0.25 [0.00, 0.50] | -0.05 |" in text
     assert "(1 of 2 runs won none)" in text
+    assert "| coin-8 | 0.30 | 7.0 | 12.0 | 0.20 |" in text  # 6, 7, 8 steps won; 9 to 15 lost; 21 of 105 steps
     assert "| steppo, changed | 1 | 0.0002 | 0.30 | 1.00 [1.00, 1.00] | +0.70 |" in text
     for folder in ("tuned", "same_rate"):
         assert len(list((tmp_path / folder).glob("*.png"))) == 6
