@@ -278,9 +278,10 @@ def cells_of(stage: str, seeds: list[int]) -> list[Cell]:
         few = seeds[:FEW_SEEDS]
         found = [Cell(stage, MIDDLE, name, SAME_RATE, seed) for seed in few for name in VARIANTS]
         found += [Cell(stage, LONGEST, ALSO_LONG, SAME_RATE, seed) for seed in few]
-        for rate, some in ((LEARNING_RATES[-1], seeds), (SAME_RATE, few)):
-            places = [(task, name) for task in TASKS for name in NORMALISED]
-            found += [Cell(stage, task, name, rate, seed) for task, name in places for seed in some]
+        for rate in (SAME_RATE, LEARNING_RATES[-1]):
+            for task in TASKS:  # as often as the methods themselves
+                some = few if rate == SAME_RATE and task != MIDDLE else seeds
+                found += [Cell(stage, task, name, rate, seed) for name in NORMALISED for seed in some]
         return found
     rates = best_learning_rates() if stage == "compare" else dict.fromkeys((*METHODS, *ABLATIONS), SAME_RATE)
     wanted = [(MIDDLE, method, seed) for seed in seeds for method in (*METHODS, *ABLATIONS)]

@@ -44,7 +44,8 @@ def whiten(x: Tensor, episode: Tensor | None = None) -> Tensor:
 
     Args:
         x: [n].
-        episode: int64, of each row: let each episode count as one row, however many it has. Every row counts without.
+        episode: int64, of each row: in mean and deviation all episodes weigh the same, however many rows they have, and a
+            row its share of that. Without, all rows weigh the same. If all episodes are equally long both are one.
     """
     return whiten_(x.clone(), episode)
 
@@ -90,11 +91,16 @@ _LINES_AT_ONCE = 4096  # few enough to stay in the cache from place to place
 
 
 def discounted_suffix_sums_(x: Tensor, decay: float, end: Tensor) -> Tensor:
-    """``x_t <- x_t + decay * x_{t+1}``, in place, within runs; ``x`` is [N] and contiguous, ``end`` from ``ends_of_runs``.
+    """``x_t <- x_t + decay * x_{t+1}``, in place, within runs.
 
     A scan: rows are cut into lines and summed up in each, one place of all lines at a time; then the lines' first rows in
     the same way; and what comes from the next line goes to the rows of each. Lines in which a run ends are few, and go by
     a table of factors of their own. So does the last line, which may be shorter.
+
+    Args:
+        x: [N], contiguous and finite.
+        decay: From 0 to 1.
+        end: int64, ascending, each run's last row (``ends_of_runs``).
     """
     if len(end) == len(x):
         return x

@@ -26,8 +26,8 @@ class StepGAE(Advantage):
         gamma: Discount per step.
         gae_lambda: 1 is the Monte Carlo return, 0 the one-step difference.
         bootstrap_truncated: After the last step of an episode that was cut, take the critic's value instead of 0.
-        even_episodes: Let each episode count once in the whitening, not each step. Where won episodes are longer than
-            lost ones, the mean over steps is near what winning gives, and all that the lost ones did is pushed down.
+        even_episodes: Take mean and deviation with each episode counting once, not each step. Where won episodes are longer
+            than lost ones that mean is lower, so that what was right in lost episodes is pushed down less.
     """
 
     needs_values: ClassVar[Literal["none", "step", "token"]] = "step"

@@ -28,8 +28,8 @@ class TokenGAE(Advantage):
         gamma: Discount per generated token.
         gae_lambda: 1 is the Monte Carlo return, 0 the one-token difference.
         bootstrap_truncated: After the last token of an episode that was cut, take the critic's value instead of 0.
-        even_episodes: Let each episode count once in the whitening, not each token. Where won episodes are longer than
-            lost ones, the mean over tokens is near what winning gives, and all that the lost ones did is pushed down.
+        even_episodes: Take mean and deviation with each episode counting once, not each token. Where won episodes are longer
+            than lost ones that mean is lower, so that what was right in lost episodes is pushed down less.
     """
 
     needs_values: ClassVar[Literal["none", "step", "token"]] = "token"
