@@ -4,9 +4,9 @@
     python benchmarks/compare_methods.py --stages report # tables and pictures again, from the cells that are there
     python benchmarks/compare_methods.py --verify 3      # three random cells once more: the same, bit for bit?
 
-A *cell* is one run of the real command: a task, a method, a seed, a learning rate. It is a JSON file under
-``benchmarks/results/compare_methods``. One that is there and was made by the same command is not run again, so that an
-interrupted comparison goes on. Stages:
+A *cell* is one run of the real command: a task, a method, a seed, a learning rate. It is a line of
+``benchmarks/results/compare_methods.json``. One that is there and was made by the same command is not run again, so that
+an interrupted comparison goes on. Stages:
 
 - ``tune``: a grid of learning rates for each method, on seeds that the comparison does not use, tested on the validation
   games; the best by the area under the learning curve is taken.
@@ -25,6 +25,7 @@ from __future__ import annotations
 import argparse
 import csv
 import datetime
+import functools
 import json
 import os
 import platform
@@ -46,7 +47,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 ROOT = Path(__file__).parent.parent
-RESULTS = ROOT / "benchmarks" / "results" / "compare_methods"
+RESULTS = ROOT / "benchmarks" / "results" / "compare_methods.json"
 STAGES = ("tune", "compare", "same_rate", "diagnose", "report")
 
 # Coin collector: a straight row of rooms, one coin in the last. The level is the number of golden steps.
@@ -135,13 +136,13 @@ class Cell:
     seed: int
 
     @property
-    def path(self) -> Path:
-        name = f"{self.method}-lr{self.learning_rate:g}-seed{self.seed}.json"
-        return RESULTS / self.stage / self.task / name.replace(",", "").replace(" ", "_")
+    def name(self) -> str:
+        """Unique among all cells."""
+        return f"{self.stage}: {self.task}, {self.method}, lr {self.learning_rate:g}, seed {self.seed}"
 
     def stored(self) -> dict[str, Any] | None:
         """Its result, if it is there and was made by this very command."""
-        result = json.loads(self.path.read_text()) if self.path.exists() else None
+        result = stored_results()["cells"].get(self.name)
         return result if result and result["command"] == "python " + " ".join(self.command()) else None
 
     def command(self) -> list[str]:
@@ -154,6 +155,21 @@ class Cell:
         if overlay != "react":
             command += [f"--rollout.max_environment_steps={BUDGET[self.task]}"]
         return [*command, *variant.options]
+
+
+@functools.cache
+def stored_results() -> dict[str, Any]:
+    """The results file as it is now: ``cells`` by their names, and ``verified``, what ``--verify`` found."""
+    return json.loads(RESULTS.read_text()) if RESULTS.exists() else {"cells": {}, "verified": {}}
+
+
+def store() -> None:
+    """Writes ``stored_results`` whole or not at all, a cell a line."""
+    results = stored_results()
+    lines = ",\n".join(f"{json.dumps(name)}: {json.dumps(cell)}" for name, cell in sorted(results["cells"].items()))
+    part = RESULTS.with_suffix(".part")
+    part.write_text(f'{{"verified": {json.dumps(results["verified"])},\n"cells": {{\n{lines}\n}}}}\n')
+    os.replace(part, RESULTS)
 
 
 def run(cell: Cell) -> dict[str, Any]:
@@ -228,14 +244,12 @@ def work_off(cells: list[Cell], jobs: int, console: Console) -> int:
                 result = future.result()
             except (RuntimeError, OSError, ValueError) as error:
                 failures += 1
-                progress.console.print(f"{cell.path.stem} on {cell.task} failed: {error}", markup=False)
+                progress.console.print(f"{cell.name} failed: {error}", markup=False)
                 continue
-            cell.path.parent.mkdir(parents=True, exist_ok=True)
-            part = cell.path.with_suffix(".part")
-            part.write_text(json.dumps(result) + "\n")
-            os.replace(part, cell.path)
+            stored_results()["cells"][cell.name] = result
+            store()
             rates = [record["success_rate"] for record in result["evaluations"]]
-            line = f"{cell.task} {cell.path.stem}: {rates[0]:.2f} -> {rates[-1]:.2f} in {result['seconds']:.0f} s"
+            line = f"{cell.name}: {rates[0]:.2f} -> {rates[-1]:.2f} in {result['seconds']:.0f} s"
             progress.console.print(line, markup=False)
     return failures
 
@@ -305,10 +319,10 @@ def verify(count: int, seeds: list[int]) -> bool:
     report = []
     for cell, before in random.Random(0).sample(stored, min(count, len(stored))):
         same = without_time(run(cell)) == without_time(before)
-        report.append({"cell": cell.path.relative_to(RESULTS).as_posix(), "same": same})
+        report.append({"cell": cell.name, "same": same})
         print(f"{report[-1]['cell']}: {'the same' if same else 'DIFFERENT'}", flush=True)
-    date = datetime.date.today().isoformat()
-    (RESULTS / "verify.json").write_text(json.dumps({"date": date, "cells": report}, indent=1) + "\n")
+    stored_results()["verified"] = {"date": datetime.date.today().isoformat(), "cells": report}
+    store()
     return all(entry["same"] for entry in report)
 
 
