@@ -108,7 +108,7 @@ class EnvSource(EpisodeSource):
     """Plays an environment with the engine's policy.
 
     Slots hold one episode each and are refilled as episodes end. They take turns in two halves: while the engine generates
-    for one, worker processes step the other's environments. What is played does not depend on slots or workers.
+    for one, all worker processes step the other's environments. What is played does not depend on slots or workers.
 
     Args:
         env: The environment.
@@ -275,7 +275,7 @@ class EnvSource(EpisodeSource):
         playing: dict[int, _Playing] = {}
         unfinished: dict[int, list[Episode]] = {group.id: [] for group in groups}
         sizes = {group.id: group.size for group in groups}
-        halves = (range(0, self.num_slots, 2), range(1, self.num_slots, 2))
+        halves = _halves(self.num_slots)
 
         try:
             while wanted or playing:
@@ -448,6 +448,12 @@ class EnvSource(EpisodeSource):
             success=playing.success,
             error=error,
         )
+
+
+def _halves(num_slots: int) -> tuple[range, range]:
+    """Neighbours are served by different workers (``EnvPool``), so each half keeps all of them busy."""
+    middle = (num_slots + 1) // 2
+    return range(middle), range(middle, num_slots)
 
 
 def request_seed(plan: RolloutPlan, group: Group, sample: int, step: int) -> int:
