@@ -139,6 +139,9 @@ class StepDataModule(pl.LightningDataModule):
     def teardown(self, stage: str) -> None:
         self.source.close()
 
+    def on_exception(self, exception: BaseException) -> None:
+        self.source.close()  # there is no teardown then
+
     def updates(self) -> Iterator[list[Microbatch]]:
         """This rank's part of each update. An update is the same set of steps whatever the number of ranks."""
         steps = self.global_steps

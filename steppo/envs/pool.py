@@ -4,27 +4,33 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import itertools
 import math
 import multiprocessing as mp
+import os
 import pickle
 import queue
 import resource
 import signal
 import sys
 import threading
+import time
 import traceback
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection
+from multiprocessing.util import Finalize
 from typing import Any
 
 from steppo.envs.base import Env
+from steppo.envs.guard import Guard
 from steppo.errors import ConfigError, RunError
 from steppo.types import Observation, Task
 
 _START_S = 120.0  # a process imports and unpickles before it answers; that is no environment's fault
 _STARTS = 3
+_CLOSE_S = 2.0  # for environments to close
 
 COUNTS = ("replaced_workers", "env_timeouts", "recycled_workers")
 
@@ -85,6 +91,8 @@ def _worker(connection: Connection, prototype: Env, memory_mib: int | None, spar
     within an episode that is played again.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # it was blocked for the start
+    os.setpgid(0, 0)
     envs: dict[int, Env] = {}
     outgrown = False
     with contextlib.suppress(EOFError, OSError):
@@ -127,43 +135,100 @@ def _write(connection: Connection, outbox: queue.SimpleQueue[bytes | None]) -> N
             connection.send_bytes(message)
 
 
+@contextlib.contextmanager
+def _starting() -> Iterator[None]:
+    """Says what it was that the system has no room for."""
+    try:
+        yield
+    except OSError as error:
+        raise RunError(f"cannot start a worker process of the environment: {error}") from error
+
+
 class _Process:
-    """One worker process.
+    """One worker process, to be started.
 
     Attributes:
+        id: Marks it and what it starts.
         waiting: What it has not answered yet, in order: slots, and whether anyone wants to hear the answer.
         ready: It has started.
         failed_starts: How often in a row its predecessors did not.
     """
 
-    def __init__(self, prototype: Env, memory_mib: int | None, spared_turns: int = 0, failed_starts: int = 0) -> None:
+    def __init__(
+        self, id: str, prototype: Env, memory_mib: int | None, spared_turns: int = 0, failed_starts: int = 0
+    ) -> None:
         context = mp.get_context("spawn")  # a fork would copy torch's threads and locks
-        self.connection, child = context.Pipe()
-        self.process = context.Process(target=_worker, args=(child, prototype, memory_mib, spared_turns), daemon=True)
-        try:
-            self.process.start()
-        except OSError as error:
-            raise RunError(f"cannot start a worker process of the environment: {error}") from error
-        child.close()
+        self.id = id
+        self.connection, self._child = context.Pipe()
+        arguments = self._child, prototype, memory_mib, spared_turns
+        # No daemon: those may not have children of their own.
+        self.process = context.Process(target=_worker, args=arguments, daemon=False)
         self.waiting: deque[tuple[int, bool]] = deque()
         self.ready = False
         self.failed_starts = failed_starts
         self._outbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         self._writer = threading.Thread(target=_write, args=(self.connection, self._outbox), daemon=True)
+
+    def start(self, guard: Guard) -> None:
+        """Does not wait for it to be ready."""
+        with _starting(), guard.marking(self.id):
+            self.process.start()
+        self._child.close()
         self._writer.start()
 
     def send(self, message: tuple[int, Task | None, list[str], bool] | None) -> None:
         """Never waits. A dead process is found when an answer is waited for; ``None`` asks it to stop."""
         self._outbox.put(pickle.dumps(message))
 
-    def end(self, patience_s: float = 0.0) -> None:
-        """Kills it, unless it ends by itself in time."""
-        self.process.join(patience_s)
-        self.process.kill()
-        self.process.join()
+    def hears(self, seconds: float) -> bool:
+        """Waits for a message; ``EOFError`` if it has died. Its children may hold its end of the pipe open."""
+        deadline = time.monotonic() + seconds
+        while not self.connection.poll(max(0.0, min(0.5, deadline - time.monotonic()))):
+            if not self.process.is_alive() and not self.connection.poll():
+                raise EOFError
+            if time.monotonic() >= deadline:
+                return False
+        return True
+
+    def wait(self, seconds: float) -> None:
+        """Lets it end by itself."""
+        deadline = time.monotonic() + seconds
+        while self.process.pid is not None and self.process.is_alive() and time.monotonic() < deadline:
+            self.process.join(0.05)
+
+    def end(self, guard: Guard, patience_s: float = 0.0) -> None:
+        """Kills it, unless it ends by itself in time, and all that it started."""
+        self.wait(patience_s)
+        if self.process.pid is not None:
+            guard.kill(self.id, [self.process.pid])
+        self.release()
+
+    def release(self) -> None:
+        """Frees what is held for a process that has been killed."""
+        if self.process.pid is not None:
+            self.process.kill()
+            self.process.join()
         self._outbox.put(None)
-        self._writer.join()  # a write that was under way has failed: nobody is left to read
+        if self._writer.ident is not None and self._writer is not threading.current_thread():
+            self._writer.join()  # a write that was under way has failed: nobody is left to read
+        self._child.close()
         self.connection.close()
+
+
+def _end_all(processes: list[_Process], guard: Guard) -> None:
+    """Ends workers and all that they started, at once if this is interrupted, and the guard."""
+    try:
+        for process in processes:
+            process.send(None)
+        deadline = time.monotonic() + _CLOSE_S
+        for process in processes:
+            process.wait(deadline - time.monotonic())
+    finally:
+        guard.kill(leaders=[process.process.pid for process in processes if process.process.pid is not None])
+        for process in processes:
+            process.release()
+        processes.clear()
+        guard.close()
 
 
 class EnvPool:
@@ -191,9 +256,20 @@ class EnvPool:
         self._timeout_s = timeout_s
         self._memory_mib = memory_mib
         self._slots = [_Slot() for _ in range(num_slots)]
-        self._processes = [_Process(env, memory_mib) for _ in range(min(num_workers, num_slots))]
         self._replies: dict[int, EnvReply] = {}
         self.counts = Counter(dict.fromkeys(COUNTS, 0))
+        self._ids = itertools.count()
+        with _starting():
+            self._guard = Guard()
+        self._processes: list[_Process] = []
+        # Where nobody calls close: when the pool is forgotten or the program ends, before multiprocessing waits for workers.
+        self._finalizer = Finalize(self, _end_all, (self._processes, self._guard), exitpriority=100)
+        try:
+            for worker in range(min(num_workers, num_slots)):
+                self._start(worker)
+        except BaseException:
+            self.close()
+            raise
 
     def reset(self, slot: int, task: Task, want_expert: bool = False) -> None:
         """Starts an episode in a slot."""
@@ -225,12 +301,15 @@ class EnvPool:
         self._slots[slot] = _Slot()
 
     def close(self) -> None:
-        """Ends the workers."""
-        for process in self._processes:
-            process.send(None)
-        for process in self._processes:
-            process.end(patience_s=2.0)
-        self._processes = []
+        """Ends the workers and all that they started. Those that cannot close their environments soon are killed."""
+        if self._finalizer.still_active():
+            _end_all(self._processes, self._guard)
+            self._finalizer.cancel()
+
+    def _start(self, worker: int, spared_turns: int = 0, failed_starts: int = 0) -> None:
+        process = _Process(str(next(self._ids)), self._env, self._memory_mib, spared_turns, failed_starts)
+        self._processes[worker : worker + 1] = [process]  # known before it lives, so that an interrupt loses none
+        process.start(self._guard)
 
     def _worker_of(self, slot: int) -> int:
         return slot % len(self._processes)
@@ -245,14 +324,14 @@ class EnvPool:
         process = self._processes[worker]
         allowed_s = self._timeout_s if process.ready else _START_S
         try:
-            if not process.connection.poll(allowed_s):
-                process.end()
+            if not process.hears(allowed_s):
+                process.end(self._guard)
                 self.counts["env_timeouts"] += process.ready
                 self._replace(worker, f"no answer within {allowed_s:g} s")
                 return
             message = process.connection.recv()
         except (EOFError, OSError):
-            process.end(patience_s=1.0)
+            process.end(self._guard, patience_s=1.0)
             self._replace(worker, f"the environment's process died (exit status {process.process.exitcode})")
             return
         if not process.ready:
@@ -270,7 +349,7 @@ class EnvPool:
             except Exception as error:  # what an info holds may be known to the worker only
                 self._replies[slot] = EnvReply(error=f"unreadable answer: {type(error).__name__}: {error}")
         if outgrown:
-            process.end(patience_s=2.0)  # it closes its environments
+            process.end(self._guard, patience_s=_CLOSE_S)  # it closes its environments
             self.counts["recycled_workers"] += 1
             self._replace(worker)
 
@@ -294,7 +373,7 @@ class EnvPool:
         }
         # What is played again may itself be too much. As many new turns must follow, or nothing would ever get done.
         spared = 2 * sum(1 + len(state.actions) for state in again.values())
-        self._processes[worker] = _Process(self._env, self._memory_mib, spared, failed_starts)
+        self._start(worker, spared, failed_starts)
         for slot, state in again.items():
             assert state.task is not None
             self._send(slot, state.task, list(state.actions), slot in wanted)

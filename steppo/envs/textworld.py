@@ -18,6 +18,7 @@ from typing import Any, Literal
 import platformdirs
 
 from steppo.envs.base import Env
+from steppo.envs.guard import Guard
 from steppo.errors import ConfigError
 from steppo.types import Observation, Task
 
@@ -55,13 +56,13 @@ _SPLITS = ("train", "valid", "test")
 _SEEDS_PER_SPLIT = 1_000_000
 
 
-def _make_game(challenge: str, settings: Mapping[str, Any], seed: int, path: Path) -> None:
-    """Generates and compiles one game; the game file appears only when it is complete."""
+def _make_game(challenge: str, settings: Mapping[str, Any], seed: int, path: Path, scratch: str | Path) -> None:
+    """Generates and compiles one game in a folder beside it; the game file appears only when it is complete."""
     import textworld
     import textworld.generator
 
     maker = importlib.import_module(f"textworld.challenges.tw_{challenge}.{challenge}")
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+    with tempfile.TemporaryDirectory(dir=scratch) as folder:
         options = textworld.GameOptions()
         options.seeds = seed
         options.path = os.path.join(folder, path.name)
@@ -172,17 +173,27 @@ class TextWorldEnv(Env):
             return
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
+            scratch = tempfile.TemporaryDirectory(dir=self._folder)
         except OSError as error:
             raise ConfigError(f"TextWorldEnv: cannot write games to {self._folder}: {error.strerror}") from error
         progress(0, len(missing))
-        with ProcessPoolExecutor(self.num_generators, mp.get_context("spawn")) as pool:
-            jobs = [pool.submit(_make_game, *self._recipe(task), self._path(task)) for task in missing]
+        with (
+            scratch as folder,
+            Guard() as guard,
+            ProcessPoolExecutor(self.num_generators, mp.get_context("spawn")) as pool,
+        ):
             try:
+                with guard.marking():
+                    jobs = [pool.submit(_make_game, *self._recipe(task), self._path(task), folder) for task in missing]
                 for done, job in enumerate(as_completed(jobs), start=1):
                     job.result()
                     progress(done, len(missing))
-            except Exception as error:  # each challenge has errors of its own
+            except BaseException as error:
+                guard.kill()  # nobody wants the games that are under way
                 pool.shutdown(cancel_futures=True)
+                if not isinstance(error, Exception):
+                    raise
+                # each challenge has errors of its own
                 raise ConfigError(f"TextWorldEnv: no {self.challenge} game from {self.settings}: {error}") from error
 
     def reset(self, task: Task) -> tuple[Observation, dict[str, Any]]:
@@ -190,7 +201,7 @@ class TextWorldEnv(Env):
         path = self._path(task)
         if not path.exists():  # played outside of a run that prepared its tasks
             self._folder.mkdir(parents=True, exist_ok=True)
-            _make_game(*self._recipe(task), path)
+            _make_game(*self._recipe(task), path, self._folder)
         self._start(plans=False)
         self._actions = []
         if self.challenge == "coin_collector":
