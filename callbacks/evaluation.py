@@ -8,18 +8,17 @@ import math
 import os
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from steppo.datamodule import run_seed
 from steppo.distributed import gather, rank_and_world
 from steppo.errors import ConfigError, RunError
-from steppo.metrics import EpisodeStatistics
+from steppo.metrics import EpisodeStatistics, common_failure
 from steppo.module import AgentModule
 from steppo.progress import phase
+from steppo.run_folder import run_folder
 from steppo.types import Episode, Group, RolloutPlan, Task
 
 
@@ -103,8 +102,6 @@ class EvaluationCallback(pl.Callback):
             phase(trainer, "evaluation", len(groups) * self.samples) as advance,
         ):
             for group in module.data.source.collect(groups, plan):
-                if trainer.received_sigterm:
-                    raise SIGTERMException
                 for episode in group:
                     statistics.update(episode)
                 episodes += group
@@ -125,6 +122,8 @@ class EvaluationCallback(pl.Callback):
             "invalid_action_rate": figures["invalid_action_rate"],
             "seconds": max(gather(time.perf_counter() - start)),
         }
+        if record["errors"]:
+            record["most_common_error"] = common_failure(episodes)
         self.history.append(record)
         self._write(trainer, [record], append=True)
         names = ("success_rate", "success_low", "success_high", "return_mean", "steps_mean", "invalid_action_rate", "errors")
@@ -132,9 +131,10 @@ class EvaluationCallback(pl.Callback):
 
     @staticmethod
     def _write(trainer: pl.Trainer, records: list[dict[str, Any]], append: bool = False) -> None:
-        path = Path(trainer.log_dir or trainer.default_root_dir) / "evaluation.jsonl"  # asks all ranks
-        if not trainer.is_global_zero:
+        folder = run_folder(trainer)
+        if folder is None or not trainer.is_global_zero:
             return
+        path = folder / "evaluation.jsonl"
         lines = "".join(json.dumps(record) + "\n" for record in records)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
