@@ -42,7 +42,7 @@ from steppo.errors import ConfigError, SteppoError
 from steppo.mistakes import check_config, check_config_files, explain, in_one_line, keep_values_whole, refusal
 from steppo.module import AgentModule
 from steppo.run_folder import RunTrainer, held, numbered_folders
-from steppo.stopping import ends_on_sigterm
+from steppo.stopping import STOPPED, ends_on_sigterm
 
 _CLI = TypeVar("_CLI", bound="StepCLI")
 
@@ -295,7 +295,13 @@ def mistakes_in_one_line() -> Iterator[None]:
 @mistakes_in_one_line()
 def main(args: Sequence[str] | None = None) -> StepCLI:
     """Runs a command line (the process's own unless given)."""
-    return _make(StepCLI, args, run=True)
+    try:
+        return _make(StepCLI, args, run=True)
+    except SystemExit as end:
+        if args is None and end.code == STOPPED:  # to take the interpreter down could last seconds more
+            sys.stdout.flush()
+            os._exit(STOPPED)
+        raise
 
 
 def _make(kind: type[_CLI], args: Sequence[str] | None, run: bool) -> _CLI:

@@ -16,7 +16,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-_STATUS = 128 + signal.SIGTERM
+STOPPED = 128 + signal.SIGTERM  # the exit status
 _PATIENCE_S = 3.5  # schedulers give less than half a minute, some five seconds
 
 
@@ -41,7 +41,7 @@ def ends_on_sigterm(trainer: pl.Trainer, say: Callable[[], None]) -> Iterator[No
     except SIGTERMException:
         stop.tidy()
         say()
-        raise SystemExit(_STATUS) from None
+        raise SystemExit(STOPPED) from None
     finally:
         signal.set_wakeup_fd(wakeup)
         signal.signal(signal.SIGTERM, handler)
@@ -76,7 +76,7 @@ class _Stop(threading.Thread):
                 if not self._over.wait(_PATIENCE_S):
                     self._say()
                     self._kill()
-                    os._exit(_STATUS)
+                    os._exit(STOPPED)
                 return
 
     def tidy(self) -> None:
