@@ -8,7 +8,7 @@ import math
 import os
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import lightning.pytorch as pl
 
@@ -28,7 +28,8 @@ def panel_sha256(tasks: Sequence[Task]) -> str:
 
 
 class EvaluationCallback(pl.Callback):
-    """Evaluates whenever Lightning validates or tests, and in ``fit`` also before training and at its end.
+    """Evaluates whenever Lightning validates or tests, and in ``fit`` also before training and at its end; in ``fit`` never
+    with ``trainer.limit_val_batches 0``.
 
     Each evaluation is a line of ``evaluation.jsonl`` in the run's folder, and ``val/...`` (``test/...``) metrics, which
     ModelCheckpoint and EarlyStopping can monitor. ``episodes`` keeps this rank's share of the last panel until a
@@ -55,7 +56,7 @@ class EvaluationCallback(pl.Callback):
         assert isinstance(pl_module, AgentModule)
         if trainer.ckpt_path is not None:
             self._write(trainer, self.history)  # what came after the checkpoint is played again
-        elif self.before_training:
+        elif self.before_training and cast(Any, trainer).limit_val_batches:
             metrics = self._evaluate(trainer, pl_module, "validate")
             for logger in trainer.loggers:  # Lightning's own logging starts with the first iteration
                 logger.log_metrics({f"val/{name}": value for name, value in metrics.items()}, step=0)
@@ -68,6 +69,8 @@ class EvaluationCallback(pl.Callback):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert isinstance(pl_module, AgentModule)
+        if not cast(Any, trainer).limit_val_batches:
+            return
         if not self.history or self.history[-1]["iteration"] != pl_module.counters.iterations:
             metrics = self._evaluate(trainer, pl_module, "validate")
             for logger in trainer.loggers:

@@ -128,6 +128,8 @@ class StepProgressBar(ProgressBar):
         self.end_phase()
         if trainer.state.fn == TrainerFn.FITTING:
             self._say_evaluation(trainer)
+        else:
+            self.on_test_end(trainer, pl_module)
 
     def _say_evaluation(self, trainer: pl.Trainer) -> None:
         history = _evaluations(trainer)
@@ -145,12 +147,9 @@ class StepProgressBar(ProgressBar):
             if self._enabled and isinstance(logger, TensorBoardLogger):
                 self._console.print(f"Curves:  tensorboard --logdir {logger.save_dir}", soft_wrap=True)
 
-    def on_validate_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._finish(trainer, _evaluations(trainer)[-1:])
         self._say_places(trainer)
-
-    def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.on_validate_end(trainer, pl_module)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         self._stop()

@@ -69,7 +69,6 @@ def test_before_the_first_checkpoint(
         ("steppo.envs.pool.EnvPool.receive", 520),
         ("steppo.module.AgentModule._step", 3),
         ("steppo.transcripts.TranscriptWriter.write", 4),
-        ("steppo.metrics.EpisodeStatistics.compute", 4),
         ("steppo.checkpoints.CheckpointIO.save_checkpoint", 3),
     ],
 )
@@ -161,7 +160,6 @@ def test_an_environment_that_hangs_does_not_hold_up_the_end(tmp_path: Path, whol
     ("deaf", "rank", "options"),
     [
         (True, 0, []),
-        (False, 0, ["--trainer.devices=2", "--trainer.strategy=ddp"]),
         (True, 1, ["--trainer.devices=2", "--trainer.strategy=ddp"]),  # rank 0 waits for it in a collective
     ],
 )
