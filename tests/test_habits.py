@@ -151,7 +151,11 @@ def test_fast_dev_run(
 def test_no_checkpoints(tmp_path: Path) -> None:
     cli = run(tmp_path, *ONCE, "--trainer.enable_checkpointing=false", "--trainer.callbacks+=" + BEST)
     assert cli.model.counters.updates == 2
-    assert {path.name for path in tmp_path.iterdir() if "tfevents" not in path.name} == {*FILES, "config.yaml"}
+    assert {path.name for path in tmp_path.iterdir() if "tfevents" not in path.name} == {
+        *FILES,
+        "config.yaml",
+        "hparams.yaml",
+    }
 
 
 def test_no_evaluations(tmp_path: Path) -> None:
