@@ -6,18 +6,21 @@ from pathlib import Path
 from typing import Any, cast
 
 import lightning.pytorch as pl
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 
 from steppo.checkpoints import iteration_checkpoints, iteration_path, iterations_of, read
 from steppo.errors import ConfigError
 from steppo.module import AgentModule
+from steppo.run_folder import run_folder
 
 
 class IterationCheckpoint(pl.Callback):
     """Saves before the first iteration, between iterations and at the end of the run, in ``checkpoints/`` of its folder.
 
-    A run that was killed goes on from there as if it had never stopped: the iteration that was cut is played again.
+    A run that was killed goes on from there as if it had never stopped: the iteration that was cut is played again. With
+    ``trainer.enable_checkpointing false`` or ``trainer.fast_dev_run`` nothing is saved.
 
     Args:
         every_n_iterations: Save after every n-th iteration; so many may have to be played again.
@@ -33,12 +36,20 @@ class IterationCheckpoint(pl.Callback):
             raise ConfigError("checkpoint: every_n_iterations and keep must be at least 1")
         self.every_n_iterations = every_n_iterations
         self.keep = keep
+        self.enabled = True
         self._folder = Path()
         self._newest: Path | None = None
         self._between_iterations = False
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        self._folder = Path(trainer.log_dir or trainer.default_root_dir) / "checkpoints"  # asks all ranks
+        folder = run_folder(trainer)
+        if folder is None:
+            self.enabled = False
+            return
+        self._folder = folder / "checkpoints"
+        for callback in cast(Any, trainer).callbacks:
+            if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:  # else some loggers have it elsewhere
+                callback.dirpath = str(self._folder)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert isinstance(pl_module, AgentModule)
@@ -90,16 +101,16 @@ class IterationCheckpoint(pl.Callback):
 
     def _refuse_to_go_back(self, iterations: int) -> None:
         """A run folder holds one run: what is further than this run's start would be taken for its end."""
-        newest = next(reversed(iteration_checkpoints(self._folder)), None)
+        newest = next(reversed(iteration_checkpoints(self._folder)), None) if self.enabled else None
         if newest is not None and iterations_of(newest) > iterations:
             raise ConfigError(
-                f"{self._folder.parent} holds a run that is further, {newest.name}: continue it with --ckpt_path last, or "
-                "give the logger another version"
+                f"{self._folder.parent} holds a run that is further, {newest.name}: continue it with --ckpt_path {newest}, "
+                "or give trainer.logger another version"
             )
 
     def _save(self, trainer: pl.Trainer, module: AgentModule) -> None:
         path = iteration_path(self._folder, module.counters.iterations)
-        if path == self._newest or cast(Any, trainer).fast_dev_run:
+        if path == self._newest or not self.enabled:
             return
         for logger in trainer.loggers:
             logger.save()  # what is logged must not be lost with the process, for it will not be logged again

@@ -8,18 +8,17 @@ import math
 import os
 import time
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import lightning.pytorch as pl
-from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from steppo.datamodule import run_seed
 from steppo.distributed import gather, rank_and_world
 from steppo.errors import ConfigError, RunError
-from steppo.metrics import EpisodeStatistics
+from steppo.metrics import EpisodeStatistics, common_failure
 from steppo.module import AgentModule
 from steppo.progress import phase
+from steppo.run_folder import run_folder
 from steppo.types import Episode, Group, RolloutPlan, Task
 
 
@@ -29,7 +28,8 @@ def panel_sha256(tasks: Sequence[Task]) -> str:
 
 
 class EvaluationCallback(pl.Callback):
-    """Evaluates whenever Lightning validates or tests, and in ``fit`` also before training and at its end.
+    """Evaluates whenever Lightning validates or tests, and in ``fit`` also before training and at its end; in ``fit`` never
+    with ``trainer.limit_val_batches 0``.
 
     Each evaluation is a line of ``evaluation.jsonl`` in the run's folder, and ``val/...`` (``test/...``) metrics, which
     ModelCheckpoint and EarlyStopping can monitor. ``episodes`` keeps this rank's share of the last panel until a
@@ -56,7 +56,7 @@ class EvaluationCallback(pl.Callback):
         assert isinstance(pl_module, AgentModule)
         if trainer.ckpt_path is not None:
             self._write(trainer, self.history)  # what came after the checkpoint is played again
-        elif self.before_training:
+        elif self.before_training and cast(Any, trainer).limit_val_batches:
             metrics = self._evaluate(trainer, pl_module, "validate")
             for logger in trainer.loggers:  # Lightning's own logging starts with the first iteration
                 logger.log_metrics({f"val/{name}": value for name, value in metrics.items()}, step=0)
@@ -69,6 +69,8 @@ class EvaluationCallback(pl.Callback):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert isinstance(pl_module, AgentModule)
+        if not cast(Any, trainer).limit_val_batches:
+            return
         if not self.history or self.history[-1]["iteration"] != pl_module.counters.iterations:
             metrics = self._evaluate(trainer, pl_module, "validate")
             for logger in trainer.loggers:
@@ -103,8 +105,6 @@ class EvaluationCallback(pl.Callback):
             phase(trainer, "evaluation", len(groups) * self.samples) as advance,
         ):
             for group in module.data.source.collect(groups, plan):
-                if trainer.received_sigterm:
-                    raise SIGTERMException
                 for episode in group:
                     statistics.update(episode)
                 episodes += group
@@ -125,6 +125,8 @@ class EvaluationCallback(pl.Callback):
             "invalid_action_rate": figures["invalid_action_rate"],
             "seconds": max(gather(time.perf_counter() - start)),
         }
+        if record["errors"]:
+            record["most_common_error"] = common_failure(episodes)
         self.history.append(record)
         self._write(trainer, [record], append=True)
         names = ("success_rate", "success_low", "success_high", "return_mean", "steps_mean", "invalid_action_rate", "errors")
@@ -132,9 +134,10 @@ class EvaluationCallback(pl.Callback):
 
     @staticmethod
     def _write(trainer: pl.Trainer, records: list[dict[str, Any]], append: bool = False) -> None:
-        path = Path(trainer.log_dir or trainer.default_root_dir) / "evaluation.jsonl"  # asks all ranks
-        if not trainer.is_global_zero:
+        folder = run_folder(trainer)
+        if folder is None or not trainer.is_global_zero:
             return
+        path = folder / "evaluation.jsonl"
         lines = "".join(json.dumps(record) + "\n" for record in records)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)

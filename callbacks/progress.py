@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any, cast
 
 import lightning.pytorch as pl
@@ -15,8 +14,10 @@ from rich.table import Table
 from torch import nn
 
 from callbacks.evaluation import EvaluationCallback
+from callbacks.rollout import RolloutCallback
 from steppo.errors import ConfigError
 from steppo.module import AgentModule
+from steppo.run_folder import run_folder
 
 
 class StepProgressBar(ProgressBar):
@@ -118,39 +119,37 @@ class StepProgressBar(ProgressBar):
         if not self._enabled or (trainer.current_epoch + 1) % self.every_n_iterations:
             return
         figures = [form.format(pl_module.latest[name]) for name, form in _LINE if name in pl_module.latest]
+        if failed := pl_module.latest.get("rollout/failed_episodes"):
+            played = failed + pl_module.latest["rollout/episodes"]
+            figures.append(_failed(int(failed), int(played), _failure(trainer)))
         self._console.print(f"iteration {trainer.current_epoch + 1:>4}  " + "  ".join(figures), soft_wrap=True)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.end_phase()
         if trainer.state.fn == TrainerFn.FITTING:
             self._say_evaluation(trainer)
+        else:
+            self.on_test_end(trainer, pl_module)
 
     def _say_evaluation(self, trainer: pl.Trainer) -> None:
         history = _evaluations(trainer)
         if self._enabled and history:
-            low, high = history[-1]["success_ci95"]
-            rate = history[-1]["success_rate"]
-            self._console.print(f"evaluation on {history[-1]['split']}: success {rate:.2f} [{low:.2f}, {high:.2f}]")
+            self._console.print(_in_one_line(history[-1]), soft_wrap=True)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert isinstance(pl_module, AgentModule)
         history = _evaluations(trainer)
-        folder = Path(trainer.log_dir or trainer.default_root_dir)  # asks all ranks
         self._finish(trainer, history[:1] + history[1:][-1:])
         if self._enabled:
             self._console.print(_seconds_table(pl_module))
-            self._console.print(f"Results: {folder / 'evaluation.jsonl'}", soft_wrap=True)
-            if (folder / "transcripts.html").exists():
-                self._console.print(f"Episodes: {folder / 'transcripts.html'} (open it in a browser)", soft_wrap=True)
-            for logger in trainer.loggers:
-                if isinstance(logger, TensorBoardLogger):
-                    self._console.print(f"Curves:  tensorboard --logdir {logger.save_dir}", soft_wrap=True)
-
-    def on_validate_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._finish(trainer, _evaluations(trainer)[-1:])
+        self._say_places(trainer)
+        for logger in trainer.loggers:
+            if self._enabled and isinstance(logger, TensorBoardLogger):
+                self._console.print(f"Curves:  tensorboard --logdir {logger.save_dir}", soft_wrap=True)
 
     def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._finish(trainer, _evaluations(trainer)[-1:])
+        self._say_places(trainer)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         self._stop()
@@ -162,8 +161,22 @@ class StepProgressBar(ProgressBar):
         self._stop()
         if self._enabled and records:
             self._console.print(_result_table(records))
+        for record in records[-1:]:
+            if trainer.is_global_zero and (record["errors"] or not self._enabled):  # a result is never kept to itself
+                self._console.print(_in_one_line(record), soft_wrap=True)
+
+    def _say_places(self, trainer: pl.Trainer) -> None:
+        """Where to find what the run wrote."""
+        folder = run_folder(trainer)
+        if folder is None or not trainer.is_global_zero:
+            return
+        if (folder / "evaluation.jsonl").exists():
+            self._console.print(f"Results: {folder / 'evaluation.jsonl'}", soft_wrap=True)
+        if self._enabled and (folder / "transcripts.html").exists():
+            self._console.print(f"Episodes: {folder / 'transcripts.html'} (open it in a browser)", soft_wrap=True)
 
 
+_LONGEST_ERROR = 160
 _LINE = (
     ("rollout/success_rate", "success {:.2f}"),
     ("rollout/steps_per_episode", "steps {:.1f}"),
@@ -184,6 +197,26 @@ def _parameters(module: nn.Module) -> int:
 def _evaluations(trainer: pl.Trainer) -> list[dict[str, Any]]:
     callbacks: list[pl.Callback] = cast(Any, trainer).callbacks
     return next((callback.history for callback in callbacks if isinstance(callback, EvaluationCallback)), [])
+
+
+def _failure(trainer: pl.Trainer) -> str:
+    callbacks: list[pl.Callback] = cast(Any, trainer).callbacks
+    return next((callback.failure for callback in callbacks if isinstance(callback, RolloutCallback)), "")
+
+
+def _in_one_line(record: dict[str, Any]) -> str:
+    low, high = record["success_ci95"]
+    text = f"evaluation on {record['split']}: success {record['success_rate']:.2f} [{low:.2f}, {high:.2f}]"
+    if not record["errors"]:
+        return text
+    return f"{text}  {_failed(record['errors'], record['errors'] + record['episodes'], record.get('most_common_error', ''))}"
+
+
+def _failed(failed: int, played: int, error: str) -> str:
+    said = " ".join(error.split()) or "no message"
+    return (
+        f"{failed} of {played} episodes failed ({said if len(said) <= _LONGEST_ERROR else said[:_LONGEST_ERROR] + ' ...'})"
+    )
 
 
 def _result_table(records: list[dict[str, Any]]) -> Table:

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_info
-from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from steppo.datamodule import StepDataModule, run_seed
 from steppo.distributed import gather
 from steppo.errors import ConfigError, RunError
-from steppo.metrics import EpisodeStatistics
+from steppo.metrics import EpisodeStatistics, common_failure
 from steppo.module import AgentModule
 from steppo.progress import phase
 from steppo.types import Episode, RolloutPlan
@@ -20,6 +18,8 @@ from steppo.types import Episode, RolloutPlan
 
 class RolloutCallback(pl.Callback):
     """Plays ``episodes_per_iteration`` episodes, ``group_size`` of each task, at the start of every iteration.
+
+    ``failure`` is the most common error of the last iteration's episodes, over all ranks; empty if none failed.
 
     Args:
         episodes_per_iteration: Over all processes; a multiple of ``group_size``.
@@ -58,6 +58,7 @@ class RolloutCallback(pl.Callback):
         self.temperature = temperature
         self.min_healthy = min_healthy
         self.max_environment_steps = max_environment_steps
+        self.failure = ""
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         assert isinstance(pl_module, AgentModule)
@@ -68,6 +69,13 @@ class RolloutCallback(pl.Callback):
             raise ConfigError(
                 f"rollout: {self.tasks_per_iteration} tasks per iteration (episodes_per_iteration / group_size) are fewer "
                 f"than the {trainer.world_size} processes"
+            )
+        data: StepDataModule = pl_module.data
+        longest, episodes = data.source.longest_episode, self.tasks_per_iteration * self.group_size
+        if stage == "fit" and longest is not None and episodes * longest < data.num_minibatches:
+            raise ConfigError(
+                f"an iteration of {episodes} episodes (rollout.episodes_per_iteration) of at most {longest} steps is too "
+                f"small for data.num_minibatches, {data.num_minibatches}"
             )
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -121,15 +129,14 @@ class RolloutCallback(pl.Callback):
             phase(trainer, "rollout", len(groups) * self.group_size) as advance,
         ):
             for group in data.source.collect(groups, plan):
-                if trainer.received_sigterm:
-                    raise SIGTERMException
                 episodes += group
                 advance(len(episodes))
         for episode in episodes:
             statistics.update(episode)
         data.buffer.fill(episodes)
         figures = statistics.compute()
-        self._check_health(figures["episodes"], figures["errors"], episodes)
+        self.failure = common_failure(episodes) if figures["errors"] else ""
+        self._check_health(figures["episodes"], figures["errors"])
         seconds = pl_module.seconds["rollout"] - before
         figures["degenerate_groups"] = self._degenerate_groups(episodes) if self.group_size > 1 else 0.0
         figures["failed_episodes"] = figures.pop("errors")
@@ -142,16 +149,14 @@ class RolloutCallback(pl.Callback):
         figures |= {name: float(sum(part[name] for part in counts)) for name in counts_before}
         pl_module.report({f"rollout/{name}": value for name, value in figures.items()})
 
-    def _check_health(self, healthy: float, failed: float, episodes: list[Episode]) -> None:
+    def _check_health(self, healthy: float, failed: float) -> None:
         """Raises ``RunError`` if too few episodes are healthy. The numbers are over all ranks, so that all decide alike."""
         share = healthy / max(healthy + failed, 1)
         if healthy and share >= self.min_healthy:
             return
-        parts = gather(Counter(episode.error for episode in episodes if episode.stop_reason.failed))
-        [(error, _)] = sum(parts, Counter()).most_common(1) or [("no episode was played", 0)]
         raise RunError(
             f"only {healthy:.0f} of {healthy + failed:.0f} episodes of the iteration are healthy ({share:.1%}; "
-            f"rollout.min_healthy is {self.min_healthy:g}); the most common error: {error}"
+            f"rollout.min_healthy is {self.min_healthy:g}); the most common error: {self.failure or 'no episode was played'}"
         )
 
     @staticmethod

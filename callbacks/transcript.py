@@ -1,9 +1,8 @@
-"""Lets people see what the agent does: every episode in files, a few in TensorBoard."""
+"""Lets people see what the agent does: episodes in files, a few in TensorBoard."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Literal, cast
 
 import lightning.pytorch as pl
@@ -11,9 +10,10 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from matplotlib.figure import Figure
 
 from callbacks.evaluation import EvaluationCallback
-from steppo.distributed import gather
+from steppo.distributed import gather, gather_to_first
 from steppo.errors import ConfigError
 from steppo.module import AgentModule
+from steppo.run_folder import run_folder
 from steppo.transcripts import TranscriptWriter, episode_records
 from steppo.types import Episode
 
@@ -24,19 +24,23 @@ class TranscriptCallback(pl.Callback):
     """Writes episodes to ``transcripts.jsonl`` and ``transcripts.html`` (a page to browse) in the run's folder.
 
     At each evaluation some episodes also go to TensorBoard, as text and as a figure of values, advantages and rewards. For
-    these the critic is asked and credit is assigned among them; other episodes of an evaluation have neither. Both files
-    hold the whole prompt of every step: where prompts are long, write fewer training episodes.
+    these the critic is asked and credit is assigned among them; other episodes of an evaluation have neither. Whole prompts
+    are by far the most of what there is to write: a few episodes have them, all have observations and actions.
 
     Args:
         train_episodes: Training episodes to write per iteration, the first ones of the plan; all unless given.
+        prompts: How many episodes of an iteration, and of an evaluation, have the prompts of their steps written: the first.
         num_shown: Episodes of an evaluation to show: a success, a failure, then in the panel's order.
         enabled: Write anything at all.
     """
 
-    def __init__(self, train_episodes: int | None = None, num_shown: int = 4, enabled: bool = True) -> None:
-        if num_shown < 0 or (train_episodes is not None and train_episodes < 0):
-            raise ConfigError("transcripts: train_episodes and num_shown must be at least 0")
+    def __init__(
+        self, train_episodes: int | None = None, prompts: int = 8, num_shown: int = 4, enabled: bool = True
+    ) -> None:
+        if num_shown < 0 or prompts < 0 or (train_episodes is not None and train_episodes < 0):
+            raise ConfigError("transcripts: train_episodes, prompts and num_shown must be at least 0")
         self.train_episodes = train_episodes
+        self.prompts = prompts
         self.num_shown = num_shown
         self.enabled = enabled
         self._writer: TranscriptWriter | None = None
@@ -57,7 +61,8 @@ class TranscriptCallback(pl.Callback):
         episodes = [episode for episode in buffer.episodes if most is None or episode.order < most]
         with pl_module.timed("transcripts"):
             common = {"kind": "train", "iteration": pl_module.counters.iterations, "updates": self._version}
-            self._write(trainer, common, episode_records(episodes, pl_module.policy.tokenizer, buffer, **common))
+            records = episode_records(episodes, pl_module.policy.tokenizer, buffer, self.prompts, **common)
+            self._write(trainer, common, records)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._panel(trainer, pl_module, "valid")
@@ -84,9 +89,8 @@ class TranscriptCallback(pl.Callback):
             shown = shown_orders(episodes, self.num_shown)
             buffer = module.appraise([episode for episode in episodes if episode.order in shown]) if shown else None
             common = {"kind": kind, "iteration": counters.iterations, "updates": counters.updates}
-            records = episode_records(episodes, module.policy.tokenizer, buffer, **common)
-            everyone = self._write(trainer, common, records)
-            by_order = {record["order"]: record for record in everyone}
+            records = episode_records(episodes, module.policy.tokenizer, buffer, self.prompts, **common)
+            by_order = {record["order"]: record for record in self._write(trainer, common, records)}
             for logger in trainer.loggers:
                 if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
                     for number, order in enumerate(shown):
@@ -95,10 +99,10 @@ class TranscriptCallback(pl.Callback):
                         logger.experiment.add_figure(tag, as_figure(by_order[order]), counters.updates, close=False)
 
     def _write(self, trainer: pl.Trainer, common: dict[str, Any], mine: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Puts all ranks' records together, in logical order; one rank writes them."""
-        records = sorted((record for part in gather(mine) for record in part), key=lambda record: record["order"])
-        folder = Path(trainer.log_dir or trainer.default_root_dir)  # asks all ranks
-        if trainer.is_global_zero:
+        """Writes all ranks' records, in logical order, where there is a place for them; they are on rank 0 only."""
+        records = sorted((record for part in gather_to_first(mine) for record in part), key=lambda record: record["order"])
+        folder = run_folder(trainer)
+        if folder is not None and trainer.is_global_zero:
             self._writer = self._writer or TranscriptWriter(folder)
             self._writer.write(common["kind"], common["iteration"], records)
         return records

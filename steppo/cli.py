@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any, NoReturn, TextIO, TypeVar
+from typing import Any, NoReturn, TextIO, TypeVar, cast
 
 import torch
 import yaml
@@ -20,7 +20,6 @@ from jsonargparse import ArgumentError, Namespace
 from jsonargparse.typing import PositiveInt
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher, _SubprocessScriptLauncher
@@ -40,8 +39,10 @@ from callbacks import (
 from steppo.checkpoints import CheckpointIO, iteration_checkpoints, read
 from steppo.datamodule import StepDataModule
 from steppo.errors import ConfigError, SteppoError
-from steppo.mistakes import check_config, check_config_files, explain, in_one_line, refusal
+from steppo.mistakes import check_config, check_config_files, explain, in_one_line, keep_values_whole, refusal
 from steppo.module import AgentModule
+from steppo.run_folder import RunTrainer, held, numbered_folders
+from steppo.stopping import STOPPED, ends_on_sigterm
 
 _CLI = TypeVar("_CLI", bound="StepCLI")
 
@@ -49,11 +50,13 @@ _CLI = TypeVar("_CLI", bound="StepCLI")
 class StepCLI(LightningCLI):
     """Adds sections with names of their own for steppo's callbacks: overlays reach them by name.
 
-    ``--ckpt_path last`` is the newest checkpoint of the logger's newest run folder. Where ``fit`` is given that one, by
-    ``last`` or by its path, it continues in the same folder; any other checkpoint starts a new one.
+    ``--ckpt_path last`` is the newest checkpoint of the newest run folder. Where ``fit`` is given that one, by ``last`` or
+    by its path, it continues in the same folder; any other checkpoint starts a new one.
     """
 
+    trainer: RunTrainer
     _checkpoint: Path | None = None
+    _numbered: Path | None = None
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument(
@@ -89,15 +92,26 @@ class StepCLI(LightningCLI):
         check_config(self.config[chosen] if chosen else self.config, self._parser(chosen)._actions)
 
     def _run_subcommand(self, subcommand: str) -> None:
-        try:
-            super()._run_subcommand(subcommand)
-        except BaseException as error:
-            launcher = self.trainer.strategy.launcher
-            if isinstance(launcher, _SubprocessScriptLauncher):
-                launcher.kill(signal.SIGKILL)  # the others would wait for this process in a collective
-            if isinstance(error, RuntimeError | ValueError | OSError):
-                raise in_one_line(error) from error
-            raise
+        folder = self.trainer.own_log_dir() if cast(Any, rank_zero_only).rank == 0 else None
+        with ends_on_sigterm(self.trainer, self._say_stopped):
+            try:
+                with held(None if folder is None else Path(folder)):
+                    super()._run_subcommand(subcommand)
+            except SIGTERMException:
+                raise
+            except BaseException as error:
+                launcher = self.trainer.strategy.launcher
+                if isinstance(launcher, _SubprocessScriptLauncher):
+                    launcher.kill(signal.SIGKILL)  # the others would wait for this process in a collective
+                if isinstance(error, RuntimeError | ValueError | OSError):
+                    raise in_one_line(error) from error
+                raise
+
+    def _say_stopped(self) -> None:
+        folder = self.trainer.own_log_dir() if self.subcommand == "fit" else None
+        newest = iteration_checkpoints(Path(folder) / "checkpoints")[-1:] if folder is not None else []
+        advice = f"; a fit continues with --ckpt_path {newest[0]}" if newest else ""
+        _say(f"stopped by SIGTERM{advice}", sys.stderr)
 
     def _parse_ckpt_path(self) -> None:
         """Lightning would take hyper-parameters from the checkpoint here; steppo's hold none."""
@@ -144,14 +158,18 @@ class StepCLI(LightningCLI):
     def _in_its_run_folder(self) -> Iterator[None]:
         """Has the logger continue the checkpoint's run folder, if the run goes on there. The config stays as it was."""
         config, path = self._options, self._checkpoint
-        arguments = _logger_arguments(config)
-        if path is None or arguments is None or self.subcommand != "fit" or not _goes_on(path, config):
+        if path is None or self.subcommand != "fit" or not _goes_on(path, config):
             if path is not None:
                 _say(f"Checkpoint: {path}")
             yield
             return
         folder = path.resolve().parent.parent
         _say(f"Continuing {folder} from {path.name}")
+        arguments = _logger_arguments(config)
+        if arguments is None:
+            self._numbered = folder
+            yield
+            return
         version = arguments.version
         try:
             arguments.version = folder.name if version is None else version
@@ -159,12 +177,20 @@ class StepCLI(LightningCLI):
         finally:
             arguments.version = version
 
-    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+    def instantiate_trainer(self, **kwargs: Any) -> RunTrainer:
         """As Lightning's, but without its default ModelCheckpoint and with checkpoints that are written whole."""
         config = self.config_init[self.subcommand].trainer
-        if not any(isinstance(callback, Checkpoint) for callback in config.callbacks or []):
+        given = config.callbacks if isinstance(config.callbacks, list | None) else [config.callbacks]
+        wanted = config.enable_checkpointing is not False
+        config.callbacks = [callback for callback in given or [] if wanted or not isinstance(callback, Checkpoint)]
+        if not any(isinstance(callback, Checkpoint) for callback in config.callbacks):
             kwargs["enable_checkpointing"] = False
         trainer = super().instantiate_trainer(**kwargs)
+        assert isinstance(trainer, RunTrainer)
+        trainer.numbered = self._numbered
+        for callback in cast(Any, trainer).callbacks:
+            if isinstance(callback, IterationCheckpoint):
+                callback.enabled = wanted
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = CheckpointIO()
         return trainer
@@ -254,9 +280,6 @@ def mistakes_in_one_line() -> Iterator[None]:
     )
     try:
         yield
-    except SIGTERMException:
-        _say("stopped by SIGTERM; a fit continues with --ckpt_path last", sys.stderr)
-        raise SystemExit(128 + signal.SIGTERM) from None
     except (
         SteppoError,
         ArgumentError,
@@ -272,18 +295,26 @@ def mistakes_in_one_line() -> Iterator[None]:
 @mistakes_in_one_line()
 def main(args: Sequence[str] | None = None) -> StepCLI:
     """Runs a command line (the process's own unless given)."""
-    return _make(StepCLI, args, run=True)
+    try:
+        return _make(StepCLI, args, run=True)
+    except SystemExit as end:
+        if args is None and end.code == STOPPED:  # to take the interpreter down could last seconds more
+            sys.stdout.flush()
+            os._exit(STOPPED)
+        raise
 
 
 def _make(kind: type[_CLI], args: Sequence[str] | None, run: bool) -> _CLI:
     # An abbreviated option would be taken for another. omegaconf+ resolves ${...} when all files and options are merged, so
     # that an override reaches every copy of a value.
+    keep_values_whole()
     strict = {"parser_mode": "omegaconf+", "allow_abbrev": False, "exit_on_error": False}
     return kind(
         AgentModule,
         StepDataModule,
         subclass_mode_model=True,
         subclass_mode_data=True,
+        trainer_class=RunTrainer,
         auto_configure_optimizers=False,  # the module's own: one group each for policy and critic
         seed_everything_default=0,
         save_config_kwargs={"overwrite": True},
@@ -316,22 +347,28 @@ def _goes_on(path: Path, config: Namespace) -> bool:
 
 
 def _run_folders(config: Namespace) -> list[Path]:
-    """Folders of the configured logger's runs, the newest first."""
+    """Folders that the configured runs can go on in, the newest first: see ``RunTrainer``."""
     arguments = _logger_arguments(config)
     if arguments is None:
-        return []
+        logger = _first_logger(config)
+        if logger in (None, True) or (isinstance(logger, Namespace) and logger.class_path.endswith(".CSVLogger")):
+            return []  # it begins its files anew
+        return [path for _, path in numbered_folders(Path(config.trainer.default_root_dir or ".") / "runs")]
     root = Path(os.path.expandvars(arguments.save_dir)).expanduser() / (arguments.name or "")
     if arguments.version is not None:
         return [root / (arguments.version if isinstance(arguments.version, str) else f"version_{arguments.version}")]
-    numbered = [path for path in root.glob("version_*") if path.name.removeprefix("version_").isdecimal()]
-    return sorted(numbered, key=lambda path: int(path.name.removeprefix("version_")), reverse=True)
+    return [path for _, path in numbered_folders(root)]
 
 
 def _logger_arguments(config: Namespace) -> Namespace | None:
-    """Of the first logger, if it is TensorBoard's: others number their runs in other ways, or begin their files anew."""
-    loggers = config.trainer.logger if isinstance(config.trainer.logger, list) else [config.trainer.logger]
-    found = [logger for logger in loggers[:1] if isinstance(logger, Namespace)]
-    return found[0].init_args if found and found[0].class_path.endswith(".TensorBoardLogger") else None
+    """Of the first logger, if it is TensorBoard's."""
+    logger = _first_logger(config)
+    return logger.init_args if isinstance(logger, Namespace) and logger.class_path.endswith(".TensorBoardLogger") else None
+
+
+def _first_logger(config: Namespace) -> Any:
+    logger = config.trainer.logger
+    return next(iter(logger), False) if isinstance(logger, list) else logger
 
 
 @rank_zero_only

@@ -9,6 +9,7 @@ from typing import Any
 import lightning.pytorch as pl
 import numpy as np
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from steppo.buffer import StepBuffer
@@ -80,6 +81,8 @@ class StepDataModule(pl.LightningDataModule):
         self.eval_tasks = eval_tasks
         self.global_steps: GlobalSteps | None = None
         self.from_checkpoint = False
+        self._splits: dict[str, list[Task]] = {}
+        self._tasks: dict[str, list[Task]] = {}
 
     @property
     def updates_per_iteration(self) -> int:
@@ -111,9 +114,16 @@ class StepDataModule(pl.LightningDataModule):
         evaluating = self.trainer is not None and not self.trainer.training
         # Without a checkpoint an evaluation needs the training tasks too: a tokenizer may be made of their words.
         tasks = [] if evaluating and self.from_checkpoint else self.tasks()
-        tasks = [*tasks, *self.panel("test" if self._testing else "validate")]
+        stage = "test" if self._testing else "validate"
+        panel = self.panel(stage)
+        both = sorted({task.id for task in tasks} & {task.id for task in panel})
+        if both and self.splits[stage] != self.splits["train"]:
+            rank_zero_warn(
+                f"{len(both)} of the {len(panel)} tasks of the panel ({self.splits[stage]}) are learned from "
+                f"({self.splits['train']}), such as {both[0]}: their success says nothing of unseen tasks"
+            )
         with phase(self.trainer, "preparing tasks") as advance:
-            self.source.prepare(tasks, advance)
+            self.source.prepare([*tasks, *panel], advance)
 
     @property
     def _testing(self) -> bool:
@@ -167,12 +177,15 @@ class StepDataModule(pl.LightningDataModule):
         return microbatches
 
     def _split(self, stage: str, count: int | None) -> list[Task]:
-        tasks = self.source.tasks(self.splits[stage])[:count]
-        if not tasks:
-            raise ConfigError(
-                f"split {self.splits[stage]!r} of the environment is empty; give it tasks or name another split"
-            )
-        return tasks
+        """Read once: always the same list, which samplers rely on."""
+        if stage not in self._tasks:
+            name = self.splits[stage]
+            if name not in self._splits:
+                self._splits[name] = list(self.source.tasks(name))
+            if not self._splits[name]:
+                raise ConfigError(f"split {name!r} of the environment is empty; give it tasks or name another split")
+            self._tasks[stage] = self._splits[name][:count]
+        return self._tasks[stage]
 
 
 class _Replay(IterableDataset):

@@ -31,6 +31,16 @@ def gather(item: T) -> list[T]:
     return items
 
 
+def gather_to_first(item: T) -> list[T]:
+    """Everyone's item, in the order of ranks, on rank 0; nothing on the others."""
+    rank, world = rank_and_world()
+    if world == 1:
+        return [item]
+    items: list[T] | None = [item] * world if rank == 0 else None
+    dist.gather_object(item, items)
+    return items or []
+
+
 def average_gradients(parameters: Sequence[nn.Parameter]) -> None:
     """Averages gradients over ranks, once per update. Each rank may have made any number of backward passes, also none."""
     _, world = rank_and_world()

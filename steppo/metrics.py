@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from steppo.distributed import gather
 from steppo.types import Episode, StopReason
 
 _REASONS = tuple(StopReason)
@@ -89,3 +92,9 @@ class EpisodeStatistics(Metric):
             "action_tokens": total["action_tokens"],
             **{f"stop_{reason}": count / played for reason, count in reasons.items()},
         }
+
+
+def common_failure(episodes: Iterable[Episode]) -> str:
+    """The most common error of failed episodes, over all ranks, of which all must ask; empty if none failed."""
+    parts = gather(Counter(episode.error for episode in episodes if episode.stop_reason.failed))
+    return next((error for error, _ in sum(parts, Counter()).most_common(1)), "")

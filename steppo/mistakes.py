@@ -7,6 +7,7 @@ import difflib
 import importlib
 import inspect
 import itertools
+import json
 import re
 import traceback
 import typing
@@ -17,7 +18,7 @@ from types import NoneType
 from typing import Any
 
 import yaml
-from jsonargparse import ArgumentError, Namespace
+from jsonargparse import ArgumentError, Namespace, _typehints
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf.errors import OmegaConfBaseException
 
@@ -42,6 +43,24 @@ _OTHERWISE: dict[str, tuple[set[str], str]] = {
 
 
 # ---- before and after parsing ----
+
+
+def keep_values_whole() -> None:
+    """Has the parser hand an option's value to classes within classes as it was given.
+
+    It hands them Python's way to write it: ``None`` in place of ``null``, and what is in a list or mapping likewise.
+    """
+    adapt = _typehints.adapt_class_type
+    if adapt.__module__ == __name__:
+        return
+
+    def adapt_whole(value: Any, *args: Any, **kwargs: Any) -> Any:
+        given = value.get("init_args") if isinstance(value, dict | Namespace) else None
+        if isinstance(given, _typehints.NestedArg) and isinstance(given.val, list | dict | None):
+            value["init_args"] = given._replace(val=json.dumps(given.val, default=str))
+        return adapt(value, *args, **kwargs)
+
+    _typehints.adapt_class_type = adapt_whole
 
 
 def check_config_files(args: Sequence[str]) -> None:

@@ -50,6 +50,11 @@ class EpisodeSource(ABC):
         """Largest difference between sampler and learner that is no cause for worry."""
         return math.inf
 
+    @property
+    def longest_episode(self) -> int | None:
+        """Most steps of an episode, where that is known."""
+        return None
+
     def load_weights(self, named_parameters: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Takes the learner's weights, before the episodes of an iteration or an evaluation."""
 
@@ -209,6 +214,10 @@ class EnvSource(EpisodeSource):
     def logprob_tolerance(self) -> float:
         return self.engine.logprob_tolerance
 
+    @property
+    def longest_episode(self) -> int:
+        return min(limit for limit in (self.max_steps, self.env.max_steps) if limit is not None)
+
     def load_weights(self, named_parameters: Iterable[tuple[str, Tensor]], version: int) -> None:
         self.engine.load_weights(named_parameters, version)
 
@@ -240,7 +249,7 @@ class EnvSource(EpisodeSource):
             active = list(enumerate(tasks[first : first + self.num_slots]))
             for slot, task in active:
                 self.pool.reset(slot, task, want_expert=hidden)
-            for _ in range(min(limit for limit in (self.max_steps, self.env.max_steps) if limit is not None)):
+            for _ in range(self.longest_episode):
                 going = []
                 for slot, task in active:
                     reply = self.pool.receive(slot)

@@ -64,13 +64,13 @@ class WeightedSampler(TaskSampler):
             if not 0 <= weight < math.inf:
                 raise ConfigError(f"WeightedSampler: the weight of {pattern!r} must be at least 0 and finite, not {weight}")
         self.weights = weights
-        self._cumulative: tuple[tuple[str, ...], np.ndarray] | None = None
+        self._cumulative: tuple[Sequence[Task], np.ndarray] | None = None
 
     def choose(self, tasks: Sequence[Task], position: int, seed: int) -> int:
-        ids = tuple(task.id for task in tasks)
-        if self._cumulative is None or self._cumulative[0] != ids:
-            self._cumulative = ids, np.cumsum([self._weight(name) for name in ids])
-        cumulative = self._cumulative[1]
+        known = self._cumulative
+        if known is None or known[0] is not tasks or len(known[1]) != len(tasks):  # to compare all ids would be slow
+            known = self._cumulative = tasks, np.cumsum([self._weight(task.id) for task in tasks])
+        cumulative = known[1]
         if cumulative[-1] == 0:
             raise ConfigError("WeightedSampler: every task has weight 0")
         draw = np.random.default_rng([seed, position]).random() * cumulative[-1]

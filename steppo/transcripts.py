@@ -31,7 +31,11 @@ _EPISODES_PER_CHUNK = 32
 
 
 def episode_records(
-    episodes: Sequence[Episode], tokenizer: Any, buffer: StepBuffer | None = None, **common: Any
+    episodes: Sequence[Episode],
+    tokenizer: Any,
+    buffer: StepBuffer | None = None,
+    prompts: int | None = None,
+    **common: Any,
 ) -> list[dict[str, Any]]:
     """Records of episodes, in their order.
 
@@ -39,9 +43,11 @@ def episode_records(
         episodes: Of an iteration or a panel.
         tokenizer: Decodes prompts and actions; each distinct one once.
         buffer: Knows values, advantages and ratios of (some of) the episodes' steps.
+        prompts: Episodes of a lower order have whole prompts, others ``None``; all have them unless given.
         common: What all records say: kind, iteration, updates.
     """
-    prompts = _texts([step.prompt_ids for episode in episodes for step in episode.steps], tokenizer)
+    with_prompts = [episode for episode in episodes if prompts is None or episode.order < prompts]
+    known_prompts = _texts([step.prompt_ids for episode in with_prompts for step in episode.steps], tokenizer)
     actions = _texts([step.action_ids for episode in episodes for step in episode.steps], tokenizer)
     known = _step_figures(buffer) if buffer is not None else {}
     unknown = dict.fromkeys(("value", "advantage", "ratio", "clipped"))
@@ -61,7 +67,7 @@ def episode_records(
                 "error": episode.error,
                 "steps": [
                     {
-                        "prompt": prompts[step.prompt_ids.tobytes()],
+                        "prompt": known_prompts.get(step.prompt_ids.tobytes()),
                         "observation": step.observation,
                         "text": actions[step.action_ids.tobytes()],
                         "action": step.action,

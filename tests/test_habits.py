@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import csv
 from pathlib import Path
+from typing import Any
 
 import pytest
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 
 from steppo.cli import main
 from tests.cli_helpers import TOY, checkpoint, evaluations, run
@@ -15,6 +16,8 @@ from tests.cli_helpers import TOY, checkpoint, evaluations, run
 CALLBACKS = "lightning.pytorch.callbacks"
 SHORT = ["--warm_start.updates=0", "--evaluation.before_training=false", "--data.eval_tasks=4"]
 ONCE = [*SHORT, "--trainer.max_epochs=1"]
+BEST = "{class_path: lightning.pytorch.callbacks.ModelCheckpoint, init_args: {filename: top, monitor: val/success_rate}}"
+FILES = {"evaluation.jsonl", "transcripts.jsonl", "transcripts.html"}
 
 
 def columns(path: Path) -> dict[str, list[float]]:
@@ -62,10 +65,40 @@ def test_csv_logger_and_learning_rate_monitor(tmp_path: Path) -> None:
 
 
 def test_no_logger(tmp_path: Path) -> None:
-    cli = run(tmp_path / "unused", *ONCE, "--trainer.logger=false", f"--trainer.default_root_dir={tmp_path}")
-    assert cli.trainer.loggers == []
-    assert len(evaluations(tmp_path)) == 1
-    assert not (tmp_path / "unused").exists()
+    """A run without one has a folder of its own, too; it goes on there by ``last`` or by its checkpoint's path."""
+    where = ["--trainer.logger=false", f"--trainer.default_root_dir={tmp_path}", "--trainer.callbacks+=" + BEST]
+    folders = [tmp_path / "runs" / f"version_{number}" for number in range(3)]
+    for folder in folders[:2]:
+        cli = run(tmp_path / "unused", *ONCE, *where)
+        assert cli.trainer.loggers == []
+        assert len(evaluations(folder)) == 1
+    run(tmp_path / "unused", *SHORT, *where, f"--ckpt_path={checkpoint(folders[1])}", "--trainer.max_epochs=2")
+    run(tmp_path / "unused", *SHORT, *where, "--ckpt_path=last", "--trainer.max_epochs=3")
+    run(tmp_path / "unused", *where, f"--ckpt_path={checkpoint(folders[0])}", command="validate")
+    assert [[record["iteration"] for record in evaluations(folder)] for folder in folders] == [[1], [1, 2, 3], [1]]
+    assert (folders[0] / "checkpoints" / "top.ckpt").exists()
+    assert {path.name for path in folders[2].iterdir()} == {*FILES, "config.yaml"}
+    assert {path.name for path in tmp_path.iterdir()} == {"runs"}
+
+
+class Elsewhere(Logger):
+    """Keeps figures anywhere but in a folder of this run."""
+
+    name, version = "figures", None
+
+    def log_metrics(self, *args: Any, **kwargs: Any) -> None: ...
+
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None: ...
+
+
+@pytest.mark.parametrize("logger", ["[]", "tests.test_habits.Elsewhere"])
+def test_other_loggers_have_the_same_rule(logger: str, tmp_path: Path) -> None:
+    where = [f"--trainer.logger={logger}", f"--trainer.default_root_dir={tmp_path}"]
+    for number in range(2):
+        main(["fit", "--config", str(TOY), *where, *ONCE, "--trainer.callbacks+=" + BEST])
+        folder = tmp_path / "runs" / f"version_{number}"
+        assert {path.name for path in (folder / "checkpoints").iterdir()} >= {"top.ckpt", "iteration-000001.ckpt"}
+    assert {path.name for path in tmp_path.iterdir()} == {"runs"}
 
 
 def test_several_loggers(tmp_path: Path) -> None:
@@ -93,14 +126,42 @@ def test_time_limit(tmp_path: Path) -> None:
     assert resumed.model.counters.updates == 2 * (done + 1)
 
 
-def test_fast_dev_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One rollout, one update, one evaluation; no curves and no checkpoint."""
+@pytest.mark.parametrize(
+    ("command", "options", "updates"),
+    [
+        ("fit", ["--trainer.fast_dev_run=true"], 1),
+        ("fit", ["--trainer.fast_dev_run=2", "--trainer.logger=false", "--trainer.callbacks+=" + BEST], 2),
+        ("fit", ["--trainer.fast_dev_run=1", "--trainer.logger=tests.test_habits.Elsewhere"], 1),
+        ("validate", ["--trainer.fast_dev_run=true"], 0),
+        ("test", ["--trainer.fast_dev_run=3", "--trainer.enable_progress_bar=false"], 0),
+    ],
+)
+def test_fast_dev_run(
+    command: str, options: list[str], updates: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One rollout, one update (or so many), one evaluation; nothing is left behind."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(TOY.parent.parent)
-    cli = run(tmp_path / "run", *SHORT, "--trainer.fast_dev_run=true")
-    assert cli.model.counters.updates == 1
-    assert not (tmp_path / "run").exists()
-    assert {path.name for path in tmp_path.iterdir()} == {"evaluation.jsonl", "transcripts.jsonl", "transcripts.html"}
+    short = SHORT if command == "fit" else [SHORT[0], SHORT[2]]
+    cli = run(tmp_path / "run", *short, *options, command=command)
+    assert cli.model.counters.updates == updates
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_no_checkpoints(tmp_path: Path) -> None:
+    cli = run(tmp_path, *ONCE, "--trainer.enable_checkpointing=false", "--trainer.callbacks+=" + BEST)
+    assert cli.model.counters.updates == 2
+    assert {path.name for path in tmp_path.iterdir() if "tfevents" not in path.name} == {
+        *FILES,
+        "config.yaml",
+        "hparams.yaml",
+    }
+
+
+def test_no_evaluations(tmp_path: Path) -> None:
+    cli = run(tmp_path, SHORT[0], "--trainer.limit_val_batches=0", "--trainer.max_epochs=1")
+    assert cli.model.counters.updates == 2
+    assert not (tmp_path / "evaluation.jsonl").exists()
 
 
 def test_profiler(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -114,9 +175,16 @@ def test_profiler(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "[LightningModule]AgentModule.on_train_epoch_start" in (tmp_path / "fit-profile.txt").read_text()
 
 
-def test_quiet(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run(tmp_path, *ONCE, "--trainer.enable_progress_bar=false")
-    assert capsys.readouterr().out == ""
+@pytest.mark.parametrize("command", ["fit", "validate", "test"])
+@pytest.mark.parametrize("option", ["--trainer.enable_progress_bar=false", "--progress.enabled=false"])
+def test_quiet(command: str, option: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The result and its place, and nothing else."""
+    run(tmp_path, *(ONCE if command == "fit" else [ONCE[0], ONCE[2]]), option, command=command)
+    [record] = evaluations(tmp_path)
+    split = "test" if command == "test" else "valid"
+    result, place = capsys.readouterr().out.splitlines()
+    assert result.startswith(f"evaluation on {split}: success {record['success_rate']:.2f} [")
+    assert place == f"Results: {tmp_path}/evaluation.jsonl"
 
 
 def test_fine_tuning_on_expert_play_first(tmp_path: Path) -> None:

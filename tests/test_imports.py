@@ -20,14 +20,14 @@ LAYERS: list[set[str]] = [
     {"engines"},
     {"rollout", "buffer", "samplers"},
     {"credit", "scoring"},
-    {"module", "datamodule", "metrics", "progress", "checkpoints", "transcripts"},
+    {"module", "datamodule", "metrics", "progress", "checkpoints", "transcripts", "run_folder", "stopping"},
     {"callbacks"},
     {"mistakes"},
     {"cli", "gguf"},
     {"export", "play"},
 ]
 APART = LAYERS[1]  # these do not import each other either
-USE_LIGHTNING = {"module", "datamodule", "checkpoints", "callbacks", "mistakes", "cli", "play"}
+USE_LIGHTNING = {"module", "datamodule", "checkpoints", "run_folder", "stopping", "callbacks", "mistakes", "cli", "play"}
 
 
 def imports_of(source: str, package: str) -> set[str]:

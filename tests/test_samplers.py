@@ -128,3 +128,18 @@ def test_weighted_patterns(weights: dict[str, float], possible: list[str]) -> No
 def test_weights_must_not_be_negative() -> None:
     with pytest.raises(ConfigError, match="must be at least 0 and finite, not -1"):
         WeightedSampler({"easy/*": 1.0, "hard/*": -1.0})
+
+
+def test_weights_are_worked_out_once_for_a_list(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lists that are not the same, though they may be equal or of one length, have weights of their own."""
+    sampler, worked_out = WeightedSampler({"hard/*": 3.0}), []
+    weight = WeightedSampler._weight
+    monkeypatch.setattr(WeightedSampler, "_weight", lambda self, name: worked_out.append(name) or weight(self, name))
+    expected = draw(WeightedSampler({"hard/*": 3.0}), 60)
+    worked_out.clear()
+    assert draw(sampler, 20) + draw(sampler, 20) + draw(sampler, 20) == expected
+    assert worked_out == [task.id for task in TASKS]
+    for tasks in ([Task("hard/0"), Task("easy/0")], [Task("easy/0"), Task("hard/0")], TASKS[:5], list(TASKS)):
+        fresh = WeightedSampler({"hard/*": 3.0})
+        fresh.cursor = sampler.cursor
+        assert draw(sampler, 30, tasks=tasks) == draw(fresh, 30, tasks=tasks)

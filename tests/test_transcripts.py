@@ -312,7 +312,28 @@ def test_looking_changes_nothing(tmp_path: Path) -> None:
     assert orders == [0, 1, 2] * 2
 
 
+@pytest.mark.parametrize(
+    ("prompts", "kept"), [(0, []), (1, [0]), (3, [0, 1, 2]), (100, [0, 1, 2, 3, 4]), (None, [0, 1, 2, 3, 4])]
+)
+def test_a_few_episodes_have_their_prompts(prompts: int | None, kept: list[int], tiny_policy: TinyPolicy) -> None:
+    """Which ones does not depend on how the episodes fall to ranks."""
+    episodes = [episode(order) for order in range(5)]
+    records = episode_records(episodes, tiny_policy.tokenizer, prompts=prompts)
+    assert [record["order"] for record in records if record["steps"][0]["prompt"] is not None] == kept
+    parts = [episode_records(episodes[rank::2], tiny_policy.tokenizer, prompts=prompts) for rank in range(2)]
+    assert sorted((record for part in parts for record in part), key=lambda record: record["order"]) == records
+    assert all(step["observation"] and step["text"] and step["prompt_tokens"] for r in records for step in r["steps"])
+
+
+def test_prompts_of_iterations_and_panels_are_bounded(tmp_path: Path) -> None:
+    run(tmp_path, *SHORT, "--transcripts.prompts=2")
+    for kind in ("train", "valid"):
+        found = [record for record in lines(tmp_path) if record["kind"] == kind]
+        assert len(found) == 8
+        assert [all(step["prompt"] is None for step in record["steps"]) for record in found] == [False] * 2 + [True] * 6
+
+
 def test_negative_numbers_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         run(tmp_path, "--transcripts.num_shown=-1")
-    assert "transcripts: train_episodes and num_shown must be at least 0" in capsys.readouterr().err
+    assert "transcripts: train_episodes, prompts and num_shown must be at least 0" in capsys.readouterr().err

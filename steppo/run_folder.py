@@ -1,0 +1,109 @@
+"""A run's folder: where it is, and that it belongs to one run at a time."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import lightning.pytorch as pl
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_warn
+
+from steppo.errors import ConfigError
+
+_LOCK = ".lock"
+
+
+class RunTrainer(pl.Trainer):
+    """Lightning's trainer, with a folder for each run: ``log_dir``, where everything that a run writes goes.
+
+    It is the folder of the first logger if that is TensorBoard's or the CSV logger, which number their runs; else, and
+    without a logger, a new ``runs/version_<n>`` in ``default_root_dir``. With ``fast_dev_run`` nothing is written.
+
+    Attributes:
+        numbered: The ``runs/version_<n>`` to go on in, if it is not to be a new one.
+    """
+
+    numbered: Path | None = None
+
+    @property
+    def log_dir(self) -> str | None:
+        """The run's folder, or ``None`` if nothing is to be written. It asks all ranks, so that all must ask."""
+        return self.strategy.broadcast(self.own_log_dir())
+
+    def own_log_dir(self) -> str | None:
+        """What this process takes for the run's folder; rank 0 decides."""
+        if cast(Any, self).fast_dev_run:
+            return None
+        if isinstance(self.logger, TensorBoardLogger | CSVLogger):
+            return self.logger.log_dir
+        if self.numbered is None:
+            root = Path(self.default_root_dir) / "runs"
+            self.numbered = root / f"version_{max((number for number, _ in numbered_folders(root)), default=-1) + 1}"
+        return str(self.numbered)
+
+
+def run_folder(trainer: pl.Trainer) -> Path | None:
+    """Where a run's files go; ``None``: nowhere. All ranks must ask."""
+    folder = trainer.log_dir
+    return None if folder is None else Path(folder)
+
+
+def numbered_folders(root: Path) -> list[tuple[int, Path]]:
+    """Number and folder of the runs in ``root``, the newest first."""
+    found = [(path.name.removeprefix("version_"), path) for path in root.glob("version_*")]
+    return sorted(((int(number), path) for number, path in found if number.isdecimal()), reverse=True)
+
+
+@contextmanager
+def held(folder: Path | None) -> Iterator[None]:
+    """Keeps a run's folder for this process until the body ends. The system frees it when the process dies, however it does.
+
+    Child processes that are started anew do not inherit it. Where the file system knows no locks, there is a warning only.
+
+    Raises:
+        ConfigError: Another run has it.
+    """
+    if folder is None:
+        yield
+        return
+    new = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = _lock(folder / _LOCK)
+    try:
+        yield
+    finally:  # removed before it is free: who locks it then finds that it is gone
+        with contextlib.suppress(OSError):
+            (folder / _LOCK).unlink()
+            if new:
+                folder.rmdir()  # if the run wrote nothing
+        os.close(descriptor)
+
+
+def _lock(path: Path) -> int:
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            owner = os.read(descriptor, 1000).decode(errors="replace").strip()
+            os.close(descriptor)
+            raise ConfigError(
+                f"{path.parent} belongs to a run that is under way ({owner or 'just starting'}): wait for its end, or give "
+                "this one a folder of its own (trainer.logger's version)"
+            ) from None
+        except OSError as error:
+            rank_zero_warn(f"{path} cannot be locked ({error.strerror}): start no second run there while this one goes on")
+            return descriptor
+        if path.exists() and os.path.samestat(path.stat(), os.fstat(descriptor)):
+            break
+        os.close(descriptor)  # the run before has just removed it
+    os.truncate(descriptor, 0)
+    os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+    return descriptor

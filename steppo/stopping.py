@@ -1,0 +1,103 @@
+"""SIGTERM: a run ends within seconds, wherever it is. What it leaves on disk is whole, as after ``kill -9``."""
+
+from __future__ import annotations
+
+import multiprocessing as mp
+import os
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+STOPPED = 128 + signal.SIGTERM  # the exit status
+_PATIENCE_S = 3.5  # schedulers give less than half a minute, some five seconds
+
+
+@contextmanager
+def ends_on_sigterm(trainer: pl.Trainer, say: Callable[[], None]) -> Iterator[None]:
+    """A SIGTERM while the body runs raises ``SIGTERMException`` there, at once, and goes to the ranks started from here.
+
+    Where Python does not get a word in (a long operation, a collective that waits for another rank, code that swallows the
+    exception), the process ends itself a little later. ``say`` is called before the end, once.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    stop = _Stop(trainer, say)
+    # Lightning's own reaction would only take note, and wait for the other ranks within the signal handler.
+    vars(trainer._signal_connector)["_sigterm_notifier_fn"] = lambda *_: None
+    handler = signal.signal(signal.SIGTERM, stop.interrupt)
+    wakeup = signal.set_wakeup_fd(stop.writer, warn_on_full_buffer=False)
+    stop.start()
+    try:
+        yield
+    except SIGTERMException:
+        stop.tidy()
+        say()
+        raise SystemExit(STOPPED) from None
+    finally:
+        signal.set_wakeup_fd(wakeup)
+        signal.signal(signal.SIGTERM, handler)
+        stop.end()
+
+
+class _Stop(threading.Thread):
+    """Hears of a signal at once, whatever the main thread is doing."""
+
+    def __init__(self, trainer: pl.Trainer, say: Callable[[], None]) -> None:
+        super().__init__(daemon=True)
+        self._trainer = trainer
+        self._say = say
+        self._interrupted = False
+        self._over = threading.Event()
+        self._deadline = 0.0
+        self._reader, self.writer = os.pipe()
+        os.set_blocking(self.writer, False)
+
+    def interrupt(self, signum: int, frame: Any) -> None:
+        """In the main thread; what comes after the first signal does not disturb the end."""
+        if not self._interrupted:
+            self._interrupted, self._deadline = True, time.monotonic() + _PATIENCE_S
+            self._trainer._signal_connector.received_sigterm = True
+            raise SIGTERMException
+
+    def run(self) -> None:
+        while number := os.read(self._reader, 1):
+            if number[0] == signal.SIGTERM:
+                for process in self._ranks():
+                    process.terminate()
+                if not self._over.wait(_PATIENCE_S):
+                    self._say()
+                    self._kill()
+                    os._exit(STOPPED)
+                return
+
+    def tidy(self) -> None:
+        """Gives the other ranks the time that is left, and leaves no process behind."""
+        for process in self._ranks():
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(max(self._deadline - 1.0 - time.monotonic(), 0.0))
+        self._kill()
+
+    def end(self) -> None:
+        self._over.set()
+        os.close(self.writer)
+        self.join()
+        os.close(self._reader)
+
+    def _ranks(self) -> list[subprocess.Popen]:
+        launcher = self._trainer.strategy.launcher
+        return launcher.procs if isinstance(launcher, _SubprocessScriptLauncher) else []
+
+    def _kill(self) -> None:
+        for process in self._ranks():
+            process.kill()
+        for worker in mp.active_children():
+            worker.kill()

@@ -1,0 +1,129 @@
+"""A run folder belongs to one run at a time, and is free as soon as that ends, however it does."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from steppo.errors import ConfigError
+from steppo.run_folder import held, numbered_folders
+from tests.cli_helpers import TOY, evaluations, run
+
+ROOT = Path(__file__).parent.parent
+SHORT = ["--warm_start.updates=0", "--trainer.max_epochs=2"]
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_second_run_is_refused_until_the_first_is_gone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    marker = tmp_path / "marker"
+    stuck = ["--trainer.callbacks+=tests.test_stopping.Stuck", f"--trainer.callbacks.marker={marker}"]
+    command = [sys.executable, "train.py", "fit", "--config", str(TOY), f"--trainer.logger.save_dir={tmp_path}"]
+    first = subprocess.Popen([*command, *SHORT, *stuck, "--trainer.callbacks.deaf=false"], cwd=ROOT, start_new_session=True)
+    try:
+        while not marker.exists():
+            assert first.poll() is None
+            time.sleep(0.1)
+        before = files(tmp_path)
+        for name, *options in (
+            ["fit"],
+            ["fit", "--ckpt_path=last"],
+            ["validate"],
+            ["test"],
+            ["validate", "--ckpt_path=last"],
+        ):
+            with pytest.raises(SystemExit) as stopped:
+                run(tmp_path, *(SHORT if name == "fit" else SHORT[:1]), *options, command=name)
+            assert stopped.value.code == 2
+            error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+            assert len(error) == 1
+            assert f"{tmp_path} belongs to a run that is under way (process {first.pid} on " in error[0]
+        assert files(tmp_path) == before
+    finally:
+        os.killpg(first.pid, signal.SIGKILL)
+        first.wait()
+    run(tmp_path, *SHORT, "--ckpt_path=last")
+    assert [record["iteration"] for record in evaluations(tmp_path)] == [0, 1, 2]
+    assert not (tmp_path / ".lock").exists()
+
+
+def holder(folder: Path, code: str) -> subprocess.Popen[str]:
+    """A process that holds a folder, says so, and goes on with some code."""
+    program = f"from steppo.run_folder import *\nimport os, sys, time, subprocess\nwith held(Path({str(folder)!r})):\n"
+    process = subprocess.Popen(
+        [sys.executable, "-c", f"{program}    print('held', flush=True)\n    {code}"],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "held\n"
+    return process
+
+
+@pytest.mark.parametrize(
+    "end",
+    [
+        "pass",
+        "raise KeyboardInterrupt",
+        "os._exit(3)",
+        "os.kill(os.getpid(), 9)",
+        "subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(20)'])",  # which outlives it
+    ],
+)
+def test_the_end_frees_the_folder(end: str, tmp_path: Path) -> None:
+    process = holder(tmp_path / "run", end)
+    process.wait()
+    with held(tmp_path / "run"):
+        refused = pytest.raises(ConfigError, match="belongs to a run that is under way")
+        with refused, held(tmp_path / "run"):
+            pass
+    with held(tmp_path / "run"):
+        pass
+
+
+def test_a_folder_in_which_nothing_was_written_goes(tmp_path: Path) -> None:
+    with held(tmp_path / "new"), held(tmp_path), held(None):
+        assert (tmp_path / "new" / ".lock").exists()
+    assert tmp_path.exists()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_system_without_locks_is_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: Any) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with pytest.warns(UserWarning, match=r"cannot be locked \(No locks available\)"), held(tmp_path):
+        pass
+
+
+def test_a_lock_that_its_owner_has_just_removed_is_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lock, real, removed = fcntl.flock, tmp_path / ".lock", []
+
+    def remove_once(descriptor: int, operation: int) -> None:
+        if not removed:
+            removed.append(real.unlink())
+        lock(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", remove_once)
+    with held(tmp_path):
+        assert real.exists()
+
+
+def test_runs_are_numbered(tmp_path: Path) -> None:
+    for name in ("version_2", "version_10", "version_x", "version_", "other_11"):
+        (tmp_path / name).mkdir()
+    assert [number for number, _ in numbered_folders(tmp_path)] == [10, 2]
+    assert numbered_folders(tmp_path / "none") == []
