@@ -6,9 +6,11 @@ import math
 from collections import Counter
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from steppo.advantages.base import Returns, centred_within
 from steppo.datamodule import StepDataModule, run_seed
 from steppo.distributed import gather
 from steppo.errors import ConfigError, RunError
@@ -157,9 +159,10 @@ class RolloutCallback(pl.Callback):
     @staticmethod
     def _degenerate_groups(episodes: list[Episode]) -> float:
         """Share of groups, over all ranks, whose episodes all have the same return: to compare them teaches nothing."""
-        returns: dict[int, set[float]] = {}
-        for episode in episodes:
-            if not episode.stop_reason.failed:
-                returns.setdefault(episode.group_id, set()).add(episode.episode_return)
-        parts = gather((sum(len(found) == 1 for found in returns.values()), len(returns)))
+        healthy = [episode for episode in episodes if not episode.stop_reason.failed]
+        group = torch.tensor([episode.group_id for episode in healthy], dtype=torch.int64)
+        task = torch.tensor([episode.episode_return for episode in healthy], dtype=torch.float64)
+        summed = [sum(abs(step.reward) for step in episode.steps) for episode in healthy]
+        *_, equal = centred_within(Returns(task, torch.zeros_like(task), torch.tensor(summed, dtype=torch.float64)), group)
+        parts = gather((len(group[equal].unique()), len(group.unique())))
         return sum(part[0] for part in parts) / max(sum(part[1] for part in parts), 1)

@@ -252,8 +252,10 @@ class CreditBatch:
     """All that credit assignment may look at: the steps of one iteration over all ranks, in any order.
 
     Attributes:
-        reward_N: float, reward of each step (with the KL penalty, if the reward carries it).
-        reward_A: float, the same by action token: a step's reward sits on its last token.
+        reward_N: float, reward of each step, with the KL penalty if the reward carries it.
+        reward_A: float, the same by action token: a step's reward sits on its last token, the KL penalty on each.
+        task_reward_N: float, reward of each step without the KL penalty.
+        task_reward_A: float, the same by action token.
         episode_N: int64, number of the step's episode in [0, E).
         group_E: int64, group of each episode.
         index_N: int64, position of the step in its episode.
@@ -268,6 +270,8 @@ class CreditBatch:
 
     reward_N: Tensor
     reward_A: Tensor
+    task_reward_N: Tensor
+    task_reward_A: Tensor
     episode_N: Tensor
     group_E: Tensor
     index_N: Tensor

@@ -329,19 +329,21 @@ def test_kl_in_the_reward(kl_coef: float, by_token: list[float], by_step: list[f
 
 @pytest.mark.parametrize("kl_coef", [0.0, 0.1])
 def test_kl_in_the_reward_reaches_returns(kl_coef: float) -> None:
-    """Penalties 0.1 * (old - ref): 0.05, -0.1, 0.2 and 0.1. Equal returns of 3 become 2.85 and 2.9."""
+    """Penalties 0.1 * (old - ref): 0.05, -0.1, 0.2 and 0.1. Returns of 3 stay equal: sums of 0.15 and 0.1undivided."""
     episodes = [make_episode(0, [2, 1], rewards=[1.0, 2.0], group_size=2), make_episode(1, [1], rewards=[3.0], group_size=2)]
     if kl_coef:
-        returns, by_token = [2.85, 2.85, 2.9], [2.85, 2.9, 1.8, 2.9]
+        penalties, by_token = [-0.15, -0.15, -0.1], [-0.15, -0.1, -0.2, -0.1]
     else:
-        returns, by_token = [3.0, 3.0, 3.0], [3.0, 3.0, 2.0, 3.0]
-    centred = torch.tensor(returns, dtype=torch.float64) - (returns[0] + returns[2]) / 2
+        penalties, by_token = [0.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0]
+    centred = torch.tensor(penalties, dtype=torch.float64) - (penalties[0] + penalties[2]) / 2
+    task, penalty = torch.tensor([[3.0, 3.0, 2.0, 3.0], by_token], dtype=torch.float64)  # of tokens: a deviation of 1/2
     for advantage, expected in (
         (GRPO(scale_by_std=False), centred),
         (RLOO(), 2 * centred),
-        (GiGPO(scale_by_std=False, step_weight=0.0), centred),
-        (ReinforcePPBaseline(), whiten(centred[[0, 0, 1, 2]])[[0, 2, 3]]),
-        (ReinforcePP(), whiten(torch.tensor(by_token, dtype=torch.float64))),
+        (GRPO(), centred),
+        (GiGPO(step_weight=0.0), centred),
+        (ReinforcePPBaseline(), centred),
+        (ReinforcePP(), whiten(task) + (penalty - penalty.mean()) / (0.5 + 1e-8)),
     ):
         buffer = make_buffer(episodes, "none")
         assert buffer.scores is not None
