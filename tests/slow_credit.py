@@ -85,7 +85,8 @@ def slow_standardise(numbers: list[float], summed: list[float], penalties: list[
 
     What is not in the numbers, the penalties, is centred, divided by the same and added; without spread it is not divided.
     """
-    centred = [penalty - math.fsum(penalties) / len(penalties) for penalty in penalties]
+    mean_penalty = math.fsum(penalties) / len(penalties)
+    centred = [penalty - mean_penalty for penalty in penalties]
     if are_equal(numbers, summed):
         return centred
     mean, deviation = mean_and_deviation(numbers)

@@ -329,7 +329,7 @@ def test_kl_in_the_reward(kl_coef: float, by_token: list[float], by_step: list[f
 
 @pytest.mark.parametrize("kl_coef", [0.0, 0.1])
 def test_kl_in_the_reward_reaches_returns(kl_coef: float) -> None:
-    """Penalties 0.1 * (old - ref): 0.05, -0.1, 0.2 and 0.1. Returns of 3 stay equal: sums of 0.15 and 0.1undivided."""
+    """Penalties 0.1 * (old - ref): 0.05, -0.1, 0.2 and 0.1. Returns of 3 stay equal: 0.15 and 0.1 less are undivided."""
     episodes = [make_episode(0, [2, 1], rewards=[1.0, 2.0], group_size=2), make_episode(1, [1], rewards=[3.0], group_size=2)]
     if kl_coef:
         penalties, by_token = [-0.15, -0.15, -0.1], [-0.15, -0.1, -0.2, -0.1]
