@@ -14,13 +14,14 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from steppo.credit import check_orders
 from steppo.datamodule import run_seed
 from steppo.distributed import gather, rank_and_world
 from steppo.errors import ConfigError, RunError
 from steppo.metrics import EpisodeStatistics
 from steppo.module import AgentModule
 from steppo.progress import phase
-from steppo.types import Episode, Group, RolloutPlan, Task
+from steppo.types import Episode, RolloutPlan, Task, groups_of
 
 
 def panel_sha256(tasks: Sequence[Task]) -> str:
@@ -91,7 +92,7 @@ class EvaluationCallback(pl.Callback):
         """Plays the panel, each rank its share, and writes the record."""
         panel = module.data.panel(stage)
         rank, world = rank_and_world()
-        groups = [Group(index, task, self.samples) for index, task in enumerate(panel)][rank::world]
+        groups = groups_of(panel, self.samples)[rank::world]
         plan = RolloutPlan(name=stage, seed=run_seed(), temperature=self.temperature, version=module.counters.updates)
         statistics = EpisodeStatistics().to(module.device)
         start = time.perf_counter()
@@ -109,6 +110,7 @@ class EvaluationCallback(pl.Callback):
                     statistics.update(episode)
                 episodes += group
                 advance(len(episodes))
+        check_orders(episodes)
         figures = statistics.compute()
         record = {
             "iteration": module.counters.iterations,

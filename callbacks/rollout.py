@@ -11,6 +11,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from steppo.advantages.base import Returns, centred_within
+from steppo.credit import check_orders
 from steppo.datamodule import StepDataModule, run_seed
 from steppo.distributed import gather
 from steppo.errors import ConfigError, RunError
@@ -63,6 +64,7 @@ class RolloutCallback(pl.Callback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         assert isinstance(pl_module, AgentModule)
+        pl_module.max_environment_steps = self.max_environment_steps  # for the schedules
         if stage == "fit" and pl_module.advantage.needs_groups and self.group_size < 2:
             scheme = type(pl_module.advantage).__name__
             raise ConfigError(f"{scheme} compares episodes of a group: set rollout.group_size to 2 or more")
@@ -129,6 +131,7 @@ class RolloutCallback(pl.Callback):
                 advance(len(episodes))
         for episode in episodes:
             statistics.update(episode)
+        check_orders(episodes)
         data.buffer.fill(episodes)
         figures = statistics.compute()
         self._check_health(figures["episodes"], figures["errors"], episodes)

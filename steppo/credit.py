@@ -117,6 +117,24 @@ def assign_credit(buffer: StepBuffer, advantage: Advantage, kl_coef: float) -> G
     return GlobalSteps(batch, credit, mine_N.numpy(), gap)
 
 
+def check_orders(episodes: Sequence[Episode]) -> None:
+    """Episodes are told apart by their order, over all ranks: two of one order would be taken for one.
+
+    Args:
+        episodes: This rank's, of one iteration or panel; all ranks must ask.
+
+    Raises:
+        RunError: Two have the same order.
+    """
+    known: dict[int, str] = {}
+    for order, name in (pair for part in gather([(e.order, e.id) for e in episodes]) for pair in part):
+        if order in known:
+            raise RunError(
+                f"the source gave two episodes the order {order}: {known[order]} and {name}; it must tell them apart"
+            )
+        known[order] = name
+
+
 def why_nothing(episodes: Sequence[Episode]) -> str:
     """How episodes ended that left nothing to learn from, and what may help."""
     if not episodes:
