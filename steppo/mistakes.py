@@ -36,7 +36,7 @@ _OTHERWISE: dict[str, tuple[set[str], str]] = {
     "limit_train_batches": ({"None", "1.0"}, "an iteration makes data.update_epochs * data.num_minibatches updates"),
     "max_steps": (
         {"-1"},
-        "it could end a run within an iteration; trainer.max_epochs or rollout.max_environment_steps ends it between two",
+        "it could cut an iteration; trainer.max_epochs or rollout.max_environment_steps ends a run with a whole one",
     ),
     "overfit_batches": ({"None", "0", "0.0"}, "data.train_tasks learns from the first tasks only"),
     "val_check_interval": ({"None", "1.0"}, "trainer.check_val_every_n_epoch says after how many iterations to evaluate"),

@@ -7,12 +7,10 @@ step's prompt ends with the step's own code, ``1000 e + 50 t``. All scores are f
 from __future__ import annotations
 
 import dataclasses
-import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import pytest
@@ -42,7 +40,6 @@ from steppo.types import (
 )
 from tests.numeric_helpers import close, steps_of
 
-T = TypeVar("T")
 WIDE = 10**6  # tokens: all steps in one microbatch
 
 
@@ -437,35 +434,6 @@ def test_nothing_to_learn_from() -> None:
 
 
 # --- several ranks ---
-
-
-@pytest.fixture
-def on_ranks(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Any]]:
-    """Runs ``work(rank)`` in one thread per rank, whose collectives meet at a barrier; gives what each returned."""
-
-    def run(world: int, work: Callable[[int], T]) -> list[T]:
-        here = threading.local()
-        barrier = threading.Barrier(world, timeout=20)
-        table: list[Any] = [None] * world
-
-        def gather(item: Any) -> list[Any]:
-            table[here.rank] = item
-            barrier.wait()
-            items = list(table)
-            barrier.wait()
-            return items
-
-        def start(rank: int) -> T:
-            here.rank = rank
-            return work(rank)
-
-        with monkeypatch.context() as patched, ThreadPoolExecutor(world) as threads:
-            for module in ("credit", "datamodule"):
-                patched.setattr(f"steppo.{module}.gather", gather)
-                patched.setattr(f"steppo.{module}.rank_and_world", lambda: (here.rank, world))
-            return list(threads.map(start, range(world)))
-
-    return run
 
 
 def shares_of(world: int) -> list[list[Episode]]:
