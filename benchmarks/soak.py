@@ -77,7 +77,7 @@ def play(episodes: int, folder: Path) -> dict[str, Any]:
     from steppo.engines import ScriptedEngine
     from steppo.models import TinyPolicy
     from steppo.rollout import EnvSource
-    from steppo.types import Group, RolloutPlan, StopReason
+    from steppo.types import RolloutPlan, StopReason, groups_of
     from tests.family_env import FamilyEnv
 
     names = [task.id for task in FamilyEnv(str(folder), num_tasks=episodes).tasks("train")]
@@ -91,7 +91,7 @@ def play(episodes: int, folder: Path) -> dict[str, Any]:
     looks = []
     tasks = env.tasks("train")
     for first in track(range(0, episodes, FIRST), "episodes"):
-        groups = [Group(index, task) for index, task in enumerate(tasks[first : first + FIRST])]
+        groups = groups_of(tasks[first : first + FIRST])
         for (episode,) in source.collect(groups, RolloutPlan(f"train/{first}", 0, 1.0)):
             broken += episode.stop_reason == StopReason.ENV_ERROR
             healthy += episode.stop_reason == StopReason.TERMINATED

@@ -12,6 +12,7 @@ from typing import Any, cast
 
 import lightning.pytorch as pl
 
+from steppo.credit import check_orders
 from steppo.datamodule import run_seed
 from steppo.distributed import gather, rank_and_world
 from steppo.errors import ConfigError, RunError
@@ -19,7 +20,7 @@ from steppo.metrics import EpisodeStatistics, common_failure
 from steppo.module import AgentModule
 from steppo.progress import phase
 from steppo.run_folder import run_folder
-from steppo.types import Episode, Group, RolloutPlan, Task
+from steppo.types import Episode, RolloutPlan, Task, groups_of
 
 
 def panel_sha256(tasks: Sequence[Task]) -> str:
@@ -93,7 +94,7 @@ class EvaluationCallback(pl.Callback):
         """Plays the panel, each rank its share, and writes the record."""
         panel = module.data.panel(stage)
         rank, world = rank_and_world()
-        groups = [Group(index, task, self.samples) for index, task in enumerate(panel)][rank::world]
+        groups = groups_of(panel, self.samples)[rank::world]
         plan = RolloutPlan(name=stage, seed=run_seed(), temperature=self.temperature, version=module.counters.updates)
         statistics = EpisodeStatistics().to(module.device)
         start = time.perf_counter()
@@ -109,6 +110,7 @@ class EvaluationCallback(pl.Callback):
                     statistics.update(episode)
                 episodes += group
                 advance(len(episodes))
+        check_orders(episodes)
         figures = statistics.compute()
         record = {
             "iteration": module.counters.iterations,

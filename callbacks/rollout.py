@@ -5,8 +5,11 @@ from __future__ import annotations
 import math
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.utilities import rank_zero_info
 
+from steppo.advantages.base import Returns, centred_within
+from steppo.credit import check_orders
 from steppo.datamodule import StepDataModule, run_seed
 from steppo.distributed import gather
 from steppo.errors import ConfigError, RunError
@@ -62,6 +65,7 @@ class RolloutCallback(pl.Callback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         assert isinstance(pl_module, AgentModule)
+        pl_module.max_environment_steps = self.max_environment_steps  # for the schedules
         if stage == "fit" and pl_module.advantage.needs_groups and self.group_size < 2:
             scheme = type(pl_module.advantage).__name__
             raise ConfigError(f"{scheme} compares episodes of a group: set rollout.group_size to 2 or more")
@@ -133,6 +137,7 @@ class RolloutCallback(pl.Callback):
                 advance(len(episodes))
         for episode in episodes:
             statistics.update(episode)
+        check_orders(episodes)
         data.buffer.fill(episodes)
         figures = statistics.compute()
         self.failure = common_failure(episodes) if figures["errors"] else ""
@@ -162,9 +167,10 @@ class RolloutCallback(pl.Callback):
     @staticmethod
     def _degenerate_groups(episodes: list[Episode]) -> float:
         """Share of groups, over all ranks, whose episodes all have the same return: to compare them teaches nothing."""
-        returns: dict[int, set[float]] = {}
-        for episode in episodes:
-            if not episode.stop_reason.failed:
-                returns.setdefault(episode.group_id, set()).add(episode.episode_return)
-        parts = gather((sum(len(found) == 1 for found in returns.values()), len(returns)))
+        healthy = [episode for episode in episodes if not episode.stop_reason.failed]
+        group = torch.tensor([episode.group_id for episode in healthy], dtype=torch.int64)
+        task = torch.tensor([episode.episode_return for episode in healthy], dtype=torch.float64)
+        summed = [sum(abs(step.reward) for step in episode.steps) for episode in healthy]
+        *_, equal = centred_within(Returns(task, torch.zeros_like(task), torch.tensor(summed, dtype=torch.float64)), group)
+        parts = gather((len(group[equal].unique()), len(group.unique())))
         return sum(part[0] for part in parts) / max(sum(part[1] for part in parts), 1)

@@ -26,7 +26,7 @@ from steppo.module import AgentModule
 from steppo.packing import PaddedPacker
 from steppo.progress import phase
 from steppo.rollout import EnvSource
-from steppo.types import Group, RolloutPlan, Segment
+from steppo.types import RolloutPlan, Segment, groups_of
 
 
 class WarmStartCallback(pl.Callback):
@@ -98,7 +98,7 @@ class WarmStartCallback(pl.Callback):
             raise ConfigError("warm_start needs an EnvSource: other sources cannot be played by a script")
         choose = random_action if self.actions == "random" else expert_action
         tasks = module.data.tasks()
-        groups = [Group(index, tasks[index % len(tasks)]) for index in range(self.episodes)]
+        groups = groups_of([tasks[index % len(tasks)] for index in range(self.episodes)])
         plan = RolloutPlan("warm_start", self.seed, want_expert=self.actions == "expert")
         engine = ScriptedEngine(lambda request: source.parser.answer(choose(request)), source.context.encode_action)
         played = []

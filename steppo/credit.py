@@ -85,6 +85,8 @@ def assign_credit(buffer: StepBuffer, advantage: Advantage, kl_coef: float) -> G
     batch = CreditBatch(
         reward_N=steps["reward_N"],
         reward_A=tokens["reward_A"],
+        task_reward_N=steps["task_reward_N"],
+        task_reward_A=_on_last_tokens(steps["task_reward_N"], steps["length_N"]),
         episode_N=episode_N,
         group_E=steps["group_N"][first_E],
         index_N=steps["index_N"],
@@ -113,6 +115,24 @@ def assign_credit(buffer: StepBuffer, advantage: Advantage, kl_coef: float) -> G
     )
     gap = max(float(part["gap"]) for part in parts)
     return GlobalSteps(batch, credit, mine_N.numpy(), gap)
+
+
+def check_orders(episodes: Sequence[Episode]) -> None:
+    """Episodes are told apart by their order, over all ranks: two of one order would be taken for one.
+
+    Args:
+        episodes: This rank's, of one iteration or panel; all ranks must ask.
+
+    Raises:
+        RunError: Two have the same order.
+    """
+    known: dict[int, str] = {}
+    for order, name in (pair for part in gather([(e.order, e.id) for e in episodes]) for pair in part):
+        if order in known:
+            raise RunError(
+                f"the source gave two episodes the order {order}: {known[order]} and {name}; it must tell them apart"
+            )
+        known[order] = name
 
 
 def why_nothing(episodes: Sequence[Episode]) -> str:
@@ -144,10 +164,9 @@ def _local_part(buffer: StepBuffer, kl_coef: float, with_texts: bool) -> dict[st
     assert scores is not None
     dtype = torch.float64  # in float32 a perfect critic's advantages would be rounding noise, whitened to unit size
     length_N = torch.from_numpy(buffer.lengths_N)
-    reward_N = torch.tensor([step.reward for step in buffer.steps], dtype=dtype)
+    reward_N = task_reward_N = torch.tensor([step.reward for step in buffer.steps], dtype=dtype)
     step_of_A = torch.repeat_interleave(torch.arange(len(length_N)), length_N)
-    reward_A = torch.zeros(buffer.num_tokens, dtype=dtype)
-    reward_A[length_N.cumsum(0) - 1] = reward_N
+    reward_A = _on_last_tokens(task_reward_N, length_N)
     if kl_coef and scores.ref_logprobs_A is not None:
         reward_A -= kl_coef * (scores.old_logprobs_A.to(dtype) - scores.ref_logprobs_A.to(dtype))
         reward_N = torch.zeros_like(reward_N).index_add(0, step_of_A, reward_A)
@@ -160,6 +179,7 @@ def _local_part(buffer: StepBuffer, kl_coef: float, with_texts: bool) -> dict[st
         "length_N": length_N,
         "reward_N": reward_N,
         "reward_A": reward_A,
+        "task_reward_N": task_reward_N,
         "terminated_N": torch.tensor([ended[order] for order in buffer.order_N.tolist()], dtype=torch.bool),
         "bootstrap_N": scores.bootstrap_N.to(dtype),
         "anchor_N": torch.tensor([_text_key(step.observation) for step in buffer.steps], dtype=torch.int64),
@@ -171,6 +191,12 @@ def _local_part(buffer: StepBuffer, kl_coef: float, with_texts: bool) -> dict[st
     if scores.value_A is not None:
         part["value_A"] = scores.value_A.to(dtype)
     return part
+
+
+def _on_last_tokens(reward_N: Tensor, length_N: Tensor) -> Tensor:
+    reward_A = reward_N.new_zeros(int(length_N.sum()))
+    reward_A[length_N.cumsum(0) - 1] = reward_N
+    return reward_A
 
 
 def _pick(column: Tensor | None, rows: Tensor, dtype: torch.dtype) -> Tensor | None:

@@ -20,7 +20,7 @@ from steppo.packing import Packer, PaddedPacker
 from steppo.progress import phase
 from steppo.rollout import EpisodeSource
 from steppo.samplers import ShuffledSampler, TaskSampler
-from steppo.types import Group, Microbatch, Task
+from steppo.types import Group, Microbatch, Task, groups_of
 
 _CORPUS_TASKS = 256
 
@@ -101,7 +101,7 @@ class StepDataModule(pl.LightningDataModule):
         """This rank's share of the next iteration's groups; their ids count over all ranks."""
         rank, world = rank_and_world()
         drawn = self.sampler.next(self.tasks(), num_tasks, run_seed())
-        return [Group(index, task, group_size) for index, task in enumerate(drawn)][rank::world]
+        return groups_of(drawn, group_size)[rank::world]
 
     def corpus(self) -> list[str]:
         """Texts of the training environment: of its first tasks, which is enough for a tokenizer."""

@@ -35,6 +35,10 @@ _OTHERWISE: dict[str, tuple[set[str], str]] = {
     ),
     "accumulate_grad_batches": ({"None", "1"}, "data.max_tokens_per_microbatch splits an update to fit into memory"),
     "limit_train_batches": ({"None", "1.0"}, "an iteration makes data.update_epochs * data.num_minibatches updates"),
+    "max_steps": (
+        {"-1"},
+        "it could cut an iteration; trainer.max_epochs or rollout.max_environment_steps ends a run with a whole one",
+    ),
     "overfit_batches": ({"None", "0", "0.0"}, "data.train_tasks learns from the first tasks only"),
     "val_check_interval": ({"None", "1.0"}, "trainer.check_val_every_n_epoch says after how many iterations to evaluate"),
     "limit_val_batches": ({"None", "0", "0.0", "1", "1.0"}, "data.eval_tasks is the size of the panel"),

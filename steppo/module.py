@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ from steppo.losses import LossSettings, kl_penalty, policy_loss, step_means, tok
 from steppo.models import Critic, Policy
 from steppo.models.adapters import LoRASettings
 from steppo.models.policy import AdapterView
-from steppo.optim import OptimizerSettings, learning_rate_factor
+from steppo.optim import Horizon, OptimizerSettings, learning_rate_schedule
 from steppo.rng import rng_state, set_rng_state
 from steppo.scoring import score, value_positions
 from steppo.types import Episode, Microbatch, TokenBatch
@@ -90,11 +91,13 @@ class AgentModule(pl.LightningModule):
         self.critic_optimizer = critic_optimizer
         self.critic_warmup_updates = critic_warmup_updates
         self.max_skipped_updates = max_skipped_updates
+        self.max_environment_steps: int | None = None
         self.counters = Counters()
         self.latest: dict[str, float] = {}
         self.seconds: dict[str, float] = {}
         self._phase_seconds: dict[str, float] = {}
         self._sums: dict[str, Tensor] = {}
+        self._updates_of: Counter[str] = Counter()
         self._skipped_in_a_row = 0
 
     # ---- set-up ----
@@ -157,15 +160,21 @@ class AgentModule(pl.LightningModule):
                 for name, parameters, settings in groups
             ]
         )
-        schedules = [learning_rate_factor(settings, self._total_updates()) for _, _, settings in groups]
-        return [optimizer], [torch.optim.lr_scheduler.LambdaLR(optimizer, schedules)]
-
-    def _total_updates(self) -> float:
         epochs = self.trainer.max_epochs
-        return math.inf if epochs is None or epochs < 0 else epochs * self.data.updates_per_iteration
+        self.horizon = Horizon(
+            math.inf if epochs is None or epochs < 0 else epochs * self.data.updates_per_iteration,
+            self.data.updates_per_iteration,
+            self.max_environment_steps,
+        )
+        alone = self.critic_warmup_updates if self.critic is not None else 0
+        schedules = [
+            learning_rate_schedule(settings, self.horizon, alone if name == "policy" else 0) for name, _, settings in groups
+        ]
+        return [optimizer], [torch.optim.lr_scheduler.LambdaLR(optimizer, schedules)]
 
     def on_train_start(self) -> None:
         """Settings win over what a checkpoint brought back: a resumed run takes its learning rates from the config."""
+        self.horizon.begin(self.counters.updates, self.counters.environment_steps, 0)
         optimizer, schedule = self.trainer.optimizers[0], cast(Any, self.lr_schedulers())
         if isinstance(self.trainer.strategy, ModelParallelStrategy) and not optimizer.state:
             for parameter in (p for group in optimizer.param_groups for p in group["params"]):
@@ -196,6 +205,8 @@ class AgentModule(pl.LightningModule):
         self.data.global_steps = steps
         infinity = torch.tensor(math.inf, device=self.device)
         self._sums = {"ratio_min": infinity, "ratio_max": -infinity}
+        self._updates_of = Counter()
+        self.horizon.begin(self.counters.updates, self.counters.environment_steps, len(steps.batch.length_N))
         self.counters.iterations += 1
         self.counters.environment_steps += len(steps.batch.length_N)
         self.counters.episodes += len(steps.batch.terminated_E)
@@ -227,6 +238,7 @@ class AgentModule(pl.LightningModule):
 
     def training_step(self, batch: list[Microbatch], batch_idx: int) -> None:
         """One update: all its microbatches forward and backward, then one optimizer step."""
+        before = dict(self._sums)
         with self.timed("update"):
             optimizer = cast(torch.optim.Optimizer, self.optimizers())
             optimizer.zero_grad()
@@ -235,7 +247,10 @@ class AgentModule(pl.LightningModule):
                 with self._no_gradient_sync():
                     for loss in self._losses(microbatch):
                         self.manual_backward(loss * factor)
-            self._step(optimizer)
+            if self._step(optimizer):  # each figure is a mean over the updates that had it
+                self._updates_of.update(name for name, value in self._sums.items() if value is not before.get(name))
+            else:
+                self._sums = before
 
     def _losses(self, batch: Microbatch) -> Iterator[Tensor]:
         """This microbatch's parts of the update's mean loss, each with a forward pass of its own: the activations of policy
@@ -268,6 +283,8 @@ class AgentModule(pl.LightningModule):
         weights_A = token_weights(tokens.step_of_A, torch.ones_like(batch.weight_N), settings.aggregation)
         entropy = (entropy_A * weights_A).sum()
         loss = surrogate.loss - settings.ent_coef * entropy
+        if self._critic_warmup:  # only the hidden states are wanted: the policy takes no part, and has no figures
+            return loss / total, hidden
         sums = {"policy_loss": surrogate.loss, "entropy": entropy}
         if batch.ref_logprobs_A is not None:
             sums["kl"] = (kl_penalty(logprobs_A, batch.ref_logprobs_A, settings.kl_estimator) * weights_A).sum()
@@ -301,8 +318,11 @@ class AgentModule(pl.LightningModule):
         self._add("value_loss", loss.detach() * batch.scale)
         return self.loss.vf_coef * loss
 
-    def _step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Clips each group by itself and steps, unless a gradient is not finite (a non-finite loss makes them so)."""
+    def _step(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Clips each group by itself and steps, unless a gradient is not finite (a non-finite loss makes them so).
+
+        Returns whether it stepped.
+        """
         if not isinstance(self.trainer.strategy, ModelParallelStrategy):  # which averages in the backward pass
             average_gradients([parameter for group in optimizer.param_groups for parameter in group["params"]])
         norms: dict[str, Tensor] = {}
@@ -317,7 +337,8 @@ class AgentModule(pl.LightningModule):
             optimizer.step()
             self._skipped_in_a_row = 0
             for name, norm in norms.items():
-                self._add(f"grad_norm_{name}", norm.detach() / self.trainer.world_size)
+                if name != "policy" or not self._critic_warmup:
+                    self._add(f"grad_norm_{name}", norm.detach() / self.trainer.world_size)
         else:
             # Lightning counts updates by optimizer steps: without gradients this one changes nothing.
             optimizer.zero_grad()
@@ -331,6 +352,7 @@ class AgentModule(pl.LightningModule):
                 )
         cast(Any, self.lr_schedulers()).step()
         self.counters.updates += 1
+        return finite
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Nothing: the evaluation callback plays the panel when the validation epoch starts."""
@@ -341,15 +363,15 @@ class AgentModule(pl.LightningModule):
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         if not self.trainer.is_last_batch:
             return
-        updates = self.data.updates_per_iteration
         metrics: dict[str, float] = {}
         for name, value in sorted(self._sums.items()):  # the same order on all ranks
             if name in ("ratio_min", "ratio_max"):
                 metrics[name] = self._reduce(value, name.removeprefix("ratio_"))
             else:
-                metrics[name] = self._reduce(value, "sum") / updates
+                metrics[name] = self._reduce(value, "sum") / self._updates_of[name]
         metrics = {name: value for name, value in metrics.items() if math.isfinite(value)}  # no ratio in a critic's warm-up
-        metrics["learning_rate"] = self.trainer.optimizers[0].param_groups[0]["lr"]
+        for group in self.trainer.optimizers[0].param_groups:
+            metrics["learning_rate" if group["name"] == "policy" else f"learning_rate_{group['name']}"] = group["lr"]
         counters = {name: float(count) for name, count in vars(self.counters).items()}
         self.report({f"train/{name}": value for name, value in (metrics | counters).items()})
         self.report({f"seconds/{name}": spent for name, spent in self._phase_seconds.items()})

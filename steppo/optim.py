@@ -18,8 +18,8 @@ class OptimizerSettings:
         lr: Learning rate after warm-up.
         weight_decay: AdamW's.
         max_grad_norm: Gradients are scaled down to this norm, this group's by themselves; 0 leaves them as they are.
-        warmup_updates: Updates over which the learning rate rises from 0.
-        schedule: What it does after that, until the last update.
+        warmup_updates: Updates of this group over which the learning rate rises from 0.
+        schedule: What it does after that, until the run's last update.
     """
 
     lr: float = 1e-6
@@ -36,26 +36,63 @@ class OptimizerSettings:
                 raise ConfigError(f"an optimizer's {name} must be at least 0 and finite, not {getattr(self, name)}")
 
 
-def learning_rate_factor(settings: OptimizerSettings, total_updates: float) -> Callable[[int], float]:
+@dataclass
+class Horizon:
+    """How many updates a run will make, as far as one can tell.
+
+    Attributes:
+        planned: Updates until ``trainer.max_epochs``; infinite without.
+        per_iteration: Updates of an iteration.
+        max_environment_steps: The other budget, if there is one: steps learned from.
+    """
+
+    planned: float
+    per_iteration: int
+    max_environment_steps: int | None = None
+
+    def __post_init__(self) -> None:
+        self.begin(0, 0, 0)
+
+    def begin(self, updates: int, before: int, steps: int) -> None:
+        """An iteration of so many environment steps begins, after so many updates and environment steps."""
+        self._updates, self._before, self._after = updates, before, before + steps
+
+    def total(self, done: int) -> float:
+        """Updates of the whole run, seen from one of this iteration: by the budget of which most is used up.
+
+        How many updates a number of environment steps is good for is told from the share of them that ``done`` took.
+        """
+        if self.max_environment_steps is None:
+            return self.planned
+        part = (done - self._updates) / self.per_iteration
+        budget = max(self.max_environment_steps, 1)
+        # Exactly what a run finds that goes on from the iteration's end; and 1 at the end of the last one, not before.
+        used = min(1.0, self._before / budget) * (1 - part) + min(1.0, self._after / budget) * part
+        return min(self.planned, done / used) if used else self.planned
+
+
+def learning_rate_schedule(settings: OptimizerSettings, horizon: Horizon, alone: int = 0) -> Callable[[int], float]:
     """Number of updates done -> factor of the learning rate.
 
     Args:
         settings: Warm-up and schedule.
-        total_updates: Updates of the whole run; infinite when it has no end.
+        horizon: Length of the run.
+        alone: Updates at the start of the run in which the group takes no part: its own begin after them.
 
     Raises:
         ConfigError: A schedule that falls has no end to fall to.
     """
-    if settings.schedule != "constant" and math.isinf(total_updates):
-        raise ConfigError(f"the {settings.schedule} schedule needs trainer.max_epochs")
+    if settings.schedule != "constant" and math.isinf(horizon.planned) and horizon.max_environment_steps is None:
+        raise ConfigError(f"the {settings.schedule} schedule needs trainer.max_epochs or rollout.max_environment_steps")
     warmup = settings.warmup_updates
 
     def factor(done: int) -> float:
-        if done < warmup:
-            return (done + 1) / (warmup + 1)
+        own = max(0, done - alone)
+        if own < warmup:
+            return (own + 1) / (warmup + 1)
         if settings.schedule == "constant":
             return 1.0
-        fraction = min(1.0, (done - warmup) / max(1.0, total_updates - warmup))
+        fraction = min(1.0, (own - warmup) / max(1.0, horizon.total(done) - alone - warmup))
         return 1 - fraction if settings.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * fraction))
 
     return factor

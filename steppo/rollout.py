@@ -448,7 +448,7 @@ class EnvSource(EpisodeSource):
             steps[-1] = replace(steps[-1], truncated=True)
         return Episode(
             id=playing.id,
-            order=playing.group.id * playing.group.size + playing.sample,
+            order=playing.group.first + playing.sample,
             group_id=playing.group.id,
             task_id=playing.group.task.id,
             steps=tuple(steps),

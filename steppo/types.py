@@ -6,7 +6,7 @@ Shape suffixes: ``_N`` steps, ``_E`` episodes, ``_A`` action tokens, ``_BT`` row
 from __future__ import annotations
 
 import enum
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -109,7 +109,7 @@ class Episode:
 
     Attributes:
         id: Unique within a run.
-        order: Logical place among the episodes of an iteration, over all ranks: group * group_size + sample.
+        order: Logical place among the episodes of an iteration, over all ranks; no two have the same.
         group_id: Episodes of the same task from the same start share it.
         task_id: The task.
         steps: In order, indices 0..T-1.
@@ -150,11 +150,24 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Group:
-    """``size`` episodes wanted of one task, from the same start. ``id`` is its place in the iteration, over all ranks."""
+    """Episodes wanted of one task, from the same start.
+
+    Attributes:
+        id: Its place among the groups of the iteration, over all ranks.
+        task: The task.
+        size: Number of episodes.
+        first: Order of its first episode: how many episodes the groups before it have, over all ranks.
+    """
 
     id: int
     task: Task
     size: int = 1
+    first: int = field(kw_only=True)
+
+
+def groups_of(tasks: Sequence[Task], size: int = 1) -> list[Group]:
+    """A group of so many episodes of each task, in their order: all groups of an iteration, before ranks share them."""
+    return [Group(index, task, size, first=index * size) for index, task in enumerate(tasks)]
 
 
 @dataclass(frozen=True)
@@ -252,8 +265,10 @@ class CreditBatch:
     """All that credit assignment may look at: the steps of one iteration over all ranks, in any order.
 
     Attributes:
-        reward_N: float, reward of each step (with the KL penalty, if the reward carries it).
-        reward_A: float, the same by action token: a step's reward sits on its last token.
+        reward_N: float, reward of each step, with the KL penalty if the reward carries it.
+        reward_A: float, the same by action token: a step's reward sits on its last token, the KL penalty on each.
+        task_reward_N: float, reward of each step without the KL penalty.
+        task_reward_A: float, the same by action token.
         episode_N: int64, number of the step's episode in [0, E).
         group_E: int64, group of each episode.
         index_N: int64, position of the step in its episode.
@@ -268,6 +283,8 @@ class CreditBatch:
 
     reward_N: Tensor
     reward_A: Tensor
+    task_reward_N: Tensor
+    task_reward_A: Tensor
     episode_N: Tensor
     group_E: Tensor
     index_N: Tensor

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any, TypeVar
 from unittest import mock
 
 import pytest
@@ -16,6 +19,8 @@ from steppo.envs import TextWorldEnv
 from steppo.models import TinyPolicy
 from tests.cli_helpers import run
 from tests.toy_env import CorridorEnv
+
+T = TypeVar("T")
 
 torch.set_num_threads(1)  # small models; and the number is part of what makes results repeatable
 
@@ -73,3 +78,32 @@ def toy_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[StepCLI, Path]:
     """A short run of ``toy.yaml``, and its folder. Its policy is the one of the newest checkpoint."""
     folder = tmp_path_factory.mktemp("toy_run")
     return run(folder), folder
+
+
+@pytest.fixture
+def on_ranks(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Any]]:
+    """Runs ``work(rank)`` in one thread per rank, whose collectives meet at a barrier; gives what each returned."""
+
+    def run(world: int, work: Callable[[int], T]) -> list[T]:
+        here = threading.local()
+        barrier = threading.Barrier(world, timeout=20)
+        table: list[Any] = [None] * world
+
+        def gather(item: Any) -> list[Any]:
+            table[here.rank] = item
+            barrier.wait()
+            items = list(table)
+            barrier.wait()
+            return items
+
+        def start(rank: int) -> T:
+            here.rank = rank
+            return work(rank)
+
+        with monkeypatch.context() as patched, ThreadPoolExecutor(world) as threads:
+            for module in ("credit", "datamodule"):
+                patched.setattr(f"steppo.{module}.gather", gather)
+                patched.setattr(f"steppo.{module}.rank_and_world", lambda: (here.rank, world))
+            return list(threads.map(start, range(world)))
+
+    return run

@@ -42,8 +42,10 @@ def to_batch(turns: list[Turn], endings: list[Ending], dtype: torch.dtype = torc
     """The rows of a batch in the order given."""
     anchors = {text: number for number, text in enumerate(dict.fromkeys(turn.observation for turn in turns))}
     return CreditBatch(
-        reward_N=torch.tensor([turn.reward for turn in turns], dtype=dtype),
-        reward_A=torch.tensor([reward for turn in turns for reward in turn.rewards], dtype=dtype),
+        reward_N=torch.tensor([turn.reward + turn.penalty for turn in turns], dtype=dtype),
+        reward_A=torch.tensor([reward for turn in turns for reward in turn.totals], dtype=dtype),
+        task_reward_N=torch.tensor([turn.reward for turn in turns], dtype=dtype),
+        task_reward_A=torch.tensor([reward for turn in turns for reward in turn.rewards], dtype=dtype),
         episode_N=torch.tensor([turn.episode for turn in turns]),
         group_E=torch.tensor([ending.group for ending in endings]),
         index_N=torch.tensor([turn.index for turn in turns]),

@@ -9,13 +9,16 @@ from __future__ import annotations
 import difflib
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 
 @dataclass
 class Turn:
-    """A step, in plain Python: where it is, the rewards and values of its tokens, and what the agent saw before it."""
+    """A step, in plain Python: where it is, the rewards and values of its tokens, and what the agent saw before it.
+
+    ``rewards`` are the task's; ``penalties``, by token too, are what a KL penalty adds to them.
+    """
 
     episode: int
     index: int
@@ -23,10 +26,20 @@ class Turn:
     values: list[float]
     value: float
     observation: str = ""
+    penalties: Sequence[float] = ()
 
     @functools.cached_property
     def reward(self) -> float:
         return sum(self.rewards)
+
+    @functools.cached_property
+    def penalty(self) -> float:
+        return sum(self.penalties)
+
+    @property
+    def totals(self) -> list[float]:
+        """What the reward carries, by token."""
+        return [sum(pair) for pair in zip(self.rewards, self.penalties, strict=True)] if self.penalties else self.rewards
 
 
 @dataclass
@@ -62,17 +75,27 @@ def mean_and_deviation(numbers: list[float]) -> tuple[float, float]:
     return mean, math.sqrt(math.fsum((number - mean) ** 2 for number in numbers) / (len(numbers) - 1))
 
 
-def slow_standardise(numbers: list[float], scale: bool, tiny: float) -> list[float]:
-    """Minus the mean and, if wanted, divided by the sample standard deviation; no spread gives 0."""
-    if len(numbers) < 2 or min(numbers) == max(numbers):
-        return [0.0] * len(numbers)
+def are_equal(numbers: list[float], summed: list[float]) -> bool:
+    """But for the rounding of sums, which goes by the magnitudes that were added up."""
+    return max(numbers) - min(numbers) <= 1e-12 * max(summed)
+
+
+def slow_standardise(numbers: list[float], summed: list[float], penalties: list[float], tiny: float | None) -> list[float]:
+    """Minus the mean and, unless ``tiny`` is ``None``, over the sample standard deviation plus that; no spread gives 0.
+
+    What is not in the numbers, the penalties, is centred, divided by the same and added; without spread it is not divided.
+    """
+    mean_penalty = math.fsum(penalties) / len(penalties)
+    centred = [penalty - mean_penalty for penalty in penalties]
+    if are_equal(numbers, summed):
+        return centred
     mean, deviation = mean_and_deviation(numbers)
-    divisor = deviation + tiny if scale else 1.0
-    return [(number - mean) / divisor for number in numbers]
+    divisor = 1.0 if tiny is None else deviation + tiny
+    return [(number - mean + penalty) / divisor for number, penalty in zip(numbers, centred, strict=True)]
 
 
 def slow_whiten(numbers: list[float]) -> list[float]:
-    return slow_standardise(numbers, True, 1e-8)
+    return slow_standardise(numbers, [abs(number) for number in numbers], [0.0] * len(numbers), 1e-8)
 
 
 # --- with a critic ---
@@ -118,10 +141,10 @@ def slow_credit(
         ending = endings[episode]
         final_value = ending.bootstrap if bootstrap and not ending.terminated else 0.0
         if by_token:
-            rewards = [reward for row in rows for reward in turns[row].rewards]
+            rewards = [reward for row in rows for reward in turns[row].totals]
             values = [value for row in rows for value in turns[row].values]
         else:
-            rewards = [turns[row].reward for row in rows]
+            rewards = [turns[row].reward + turns[row].penalty for row in rows]
             values = [turns[row].value for row in rows]
         advantages = slow_gae(rewards, values, final_value, gamma, gae_lambda)
         start = 0
@@ -141,11 +164,12 @@ def slow_credit(
 # --- without a critic ---
 
 
-def episode_returns(turns: list[Turn]) -> dict[int, float]:
-    """Undiscounted."""
-    returns: dict[int, float] = {}
+def episode_returns(turns: list[Turn]) -> dict[int, tuple[float, float, float]]:
+    """Undiscounted: of the task's rewards, of their magnitudes and of the penalties."""
+    returns: dict[int, tuple[float, float, float]] = {}
     for turn in turns:
-        returns[turn.episode] = returns.get(turn.episode, 0.0) + turn.reward
+        task, summed, penalty = returns.get(turn.episode, (0.0, 0.0, 0.0))
+        returns[turn.episode] = task + turn.reward, summed + abs(turn.reward), penalty + turn.penalty
     return returns
 
 
@@ -161,14 +185,15 @@ def slow_grpo(turns: list[Turn], endings: list[Ending], scale_by_std: bool = Tru
     returns = episode_returns(turns)
     advantages: dict[int, float] = {}
     for episodes in episodes_by_group(endings).values():
-        standardised = slow_standardise([returns[episode] for episode in episodes], scale_by_std, 1e-6)
+        columns = (list(column) for column in zip(*(returns[episode] for episode in episodes), strict=True))
+        standardised = slow_standardise(*columns, 1e-6 if scale_by_std else None)
         advantages.update(zip(episodes, standardised, strict=True))
     return [advantages[turn.episode] for turn in turns]
 
 
 def slow_rloo(turns: list[Turn], endings: list[Ending]) -> list[float]:
-    """By turn: ``R`` minus the mean of the group's other episodes."""
-    returns = episode_returns(turns)
+    """By turn: ``R``, penalties included, minus the mean of the group's other episodes."""
+    returns = {episode: task + penalty for episode, (task, _, penalty) in episode_returns(turns).items()}
     advantages: dict[int, float] = {}
     for episodes in episodes_by_group(endings).values():
         total = sum(returns[episode] for episode in episodes)
@@ -180,31 +205,44 @@ def slow_rloo(turns: list[Turn], endings: list[Ending]) -> list[float]:
 
 def slow_reinforce_pp(turns: list[Turn], gamma: float = 1.0) -> list[float]:
     """By token: rewards discounted per token, on to the end of the episode; whitened over tokens."""
-    of_turn: list[list[float]] = [[] for _ in turns]
-    for rows in rows_by_episode(turns).values():
-        following = 0.0
-        for row in reversed(rows):
-            backwards = []
-            for reward in reversed(turns[row].rewards):
-                following = reward + gamma * following
-                backwards.append(following)
-            of_turn[row] = backwards[::-1]
-    return slow_whiten([number for own in of_turn for number in own])
+
+    def backwards(numbers_of: Callable[[Turn], Sequence[float]]) -> list[float]:
+        of_turn: list[list[float]] = [[] for _ in turns]
+        for rows in rows_by_episode(turns).values():
+            following = 0.0
+            for row in reversed(rows):
+                own = []
+                for number in reversed(numbers_of(turns[row])):
+                    following = number + gamma * following
+                    own.append(following)
+                of_turn[row] = own[::-1]
+        return [number for own in of_turn for number in own]
+
+    returns = backwards(lambda turn: turn.rewards)
+    penalties = backwards(lambda turn: turn.penalties or [0.0] * len(turn.rewards))
+    largest = max(summed for _, summed, _ in episode_returns(turns).values())
+    return slow_standardise(returns, [largest], penalties, 1e-8)
 
 
 def slow_reinforce_pp_baseline(turns: list[Turn], endings: list[Ending]) -> list[float]:
-    """By turn: ``R`` minus the mean of the group, whitened over the tokens of groups whose returns differ; else 0."""
+    """By turn: ``R`` minus the mean of the group, whitened over the tokens of groups whose returns differ; else 0.
+
+    The penalty minus the mean of its group is added everywhere, over the same deviation, if there is one.
+    """
     returns = episode_returns(turns)
-    differ = {
-        episode: len({returns[other] for other in episodes}) > 1
-        for episodes in episodes_by_group(endings).values()
-        for episode in episodes
-    }
-    compared = by_token(turns, [differ[turn.episode] for turn in turns])
-    centred = by_token(turns, slow_grpo(turns, endings, scale_by_std=False))
-    whitened = iter(slow_whiten([number for number, wanted in zip(centred, compared, strict=True) if wanted]))
-    of_tokens = [[next(whitened) if differ[turn.episode] else 0.0 for _ in turn.rewards] for turn in turns]
-    return [own[0] for own in of_tokens]  # all tokens of a turn have the same
+    whitened: dict[int, float] = {}
+    penalties: dict[int, float] = {}
+    for episodes in episodes_by_group(endings).values():
+        tasks, summed, penalty = zip(*(returns[episode] for episode in episodes), strict=True)
+        for episode, own in zip(episodes, penalty, strict=True):
+            penalties[episode] = own - math.fsum(penalty) / len(penalty)
+        if not are_equal(list(tasks), list(summed)):
+            for episode, task in zip(episodes, tasks, strict=True):
+                whitened[episode] = task - math.fsum(tasks) / len(tasks)
+    over_tokens = [whitened[turn.episode] for turn in turns if turn.episode in whitened for _ in turn.rewards]
+    mean, deviation = mean_and_deviation(over_tokens) if over_tokens else (0.0, 1.0 - 1e-8)
+    centred = {episode: number - mean for episode, number in whitened.items()}
+    return [(centred.get(turn.episode, 0.0) + penalties[turn.episode]) / (deviation + 1e-8) for turn in turns]
 
 
 def clusters_of(texts: list[str], similarity: float) -> list[list[int]]:
@@ -241,12 +279,15 @@ def slow_gigpo(
     similarity: float = 1.0,
 ) -> list[float]:
     """By turn: GRPO's, plus the discounted return compared with those of the group's steps from the same observation."""
-    returns = [0.0] * len(turns)
+    returns = [(0.0, 0.0, 0.0)] * len(turns)
     rows_of = rows_by_episode(turns)
     for rows in rows_of.values():
-        following = 0.0
+        task = summed = penalty = 0.0
         for row in reversed(rows):
-            returns[row] = following = turns[row].reward + gamma * following
+            task = turns[row].reward + gamma * task
+            summed = abs(turns[row].reward) + gamma * summed
+            penalty = turns[row].penalty + gamma * penalty
+            returns[row] = task, summed, penalty
     advantages = slow_grpo(turns, endings, scale_by_std)
     for episodes in episodes_by_group(endings).values():
         if len(episodes) == 1:
@@ -254,7 +295,8 @@ def slow_gigpo(
         rows = [row for episode in episodes for row in rows_of[episode]]
         texts = [turns[row].observation for row in rows]
         for places in equal_texts(texts) if similarity == 1 else clusters_of(texts, similarity):
-            standardised = slow_standardise([returns[rows[place]] for place in places], scale_by_std, 1e-6)
+            columns = (list(column) for column in zip(*(returns[rows[place]] for place in places), strict=True))
+            standardised = slow_standardise(*columns, 1e-6 if scale_by_std else None)
             for place, number in zip(places, standardised, strict=True):
                 advantages[rows[place]] += step_weight * number
     return advantages

@@ -7,12 +7,10 @@ step's prompt ends with the step's own code, ``1000 e + 50 t``. All scores are f
 from __future__ import annotations
 
 import dataclasses
-import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import pytest
@@ -42,7 +40,6 @@ from steppo.types import (
 )
 from tests.numeric_helpers import close, steps_of
 
-T = TypeVar("T")
 WIDE = 10**6  # tokens: all steps in one microbatch
 
 
@@ -329,19 +326,21 @@ def test_kl_in_the_reward(kl_coef: float, by_token: list[float], by_step: list[f
 
 @pytest.mark.parametrize("kl_coef", [0.0, 0.1])
 def test_kl_in_the_reward_reaches_returns(kl_coef: float) -> None:
-    """Penalties 0.1 * (old - ref): 0.05, -0.1, 0.2 and 0.1. Equal returns of 3 become 2.85 and 2.9."""
+    """Penalties 0.1 * (old - ref): 0.05, -0.1, 0.2 and 0.1. Returns of 3 stay equal: 0.15 and 0.1 less are undivided."""
     episodes = [make_episode(0, [2, 1], rewards=[1.0, 2.0], group_size=2), make_episode(1, [1], rewards=[3.0], group_size=2)]
     if kl_coef:
-        returns, by_token = [2.85, 2.85, 2.9], [2.85, 2.9, 1.8, 2.9]
+        penalties, by_token = [-0.15, -0.15, -0.1], [-0.15, -0.1, -0.2, -0.1]
     else:
-        returns, by_token = [3.0, 3.0, 3.0], [3.0, 3.0, 2.0, 3.0]
-    centred = torch.tensor(returns, dtype=torch.float64) - (returns[0] + returns[2]) / 2
+        penalties, by_token = [0.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0]
+    centred = torch.tensor(penalties, dtype=torch.float64) - (penalties[0] + penalties[2]) / 2
+    task, penalty = torch.tensor([[3.0, 3.0, 2.0, 3.0], by_token], dtype=torch.float64)  # of tokens: a deviation of 1/2
     for advantage, expected in (
         (GRPO(scale_by_std=False), centred),
         (RLOO(), 2 * centred),
-        (GiGPO(scale_by_std=False, step_weight=0.0), centred),
-        (ReinforcePPBaseline(), whiten(centred[[0, 0, 1, 2]])[[0, 2, 3]]),
-        (ReinforcePP(), whiten(torch.tensor(by_token, dtype=torch.float64))),
+        (GRPO(), centred),
+        (GiGPO(step_weight=0.0), centred),
+        (ReinforcePPBaseline(), centred),
+        (ReinforcePP(), whiten(task) + (penalty - penalty.mean()) / (0.5 + 1e-8)),
     ):
         buffer = make_buffer(episodes, "none")
         assert buffer.scores is not None
@@ -435,35 +434,6 @@ def test_nothing_to_learn_from() -> None:
 
 
 # --- several ranks ---
-
-
-@pytest.fixture
-def on_ranks(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Any]]:
-    """Runs ``work(rank)`` in one thread per rank, whose collectives meet at a barrier; gives what each returned."""
-
-    def run(world: int, work: Callable[[int], T]) -> list[T]:
-        here = threading.local()
-        barrier = threading.Barrier(world, timeout=20)
-        table: list[Any] = [None] * world
-
-        def gather(item: Any) -> list[Any]:
-            table[here.rank] = item
-            barrier.wait()
-            items = list(table)
-            barrier.wait()
-            return items
-
-        def start(rank: int) -> T:
-            here.rank = rank
-            return work(rank)
-
-        with monkeypatch.context() as patched, ThreadPoolExecutor(world) as threads:
-            for module in ("credit", "datamodule"):
-                patched.setattr(f"steppo.{module}.gather", gather)
-                patched.setattr(f"steppo.{module}.rank_and_world", lambda: (here.rank, world))
-            return list(threads.map(start, range(world)))
-
-    return run
 
 
 def shares_of(world: int) -> list[list[Episode]]:

@@ -19,7 +19,7 @@ from steppo.contexts import AppendContext, StateContext
 from steppo.export import clean_config, main
 from steppo.models import Policy, TinyPolicy
 from steppo.packing import PaddedPacker
-from steppo.types import Group, Observation, RolloutPlan, Segment, Step
+from steppo.types import Observation, RolloutPlan, Segment, Step, groups_of
 from tests.cli_helpers import TOY, checkpoint, evaluations, run
 from tests.test_train import CHAT
 
@@ -103,7 +103,7 @@ def test_generate_gives_the_action_that_the_engine_gives(toy_run: tuple[StepCLI,
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     source = cli.datamodule.source
     task = source.tasks("valid")[0]
-    ((episode,),) = source.collect([Group(0, task)], RolloutPlan("test", 0, temperature=0.0))
+    ((episode,),) = source.collect(groups_of([task]), RolloutPlan("test", 0, temperature=0.0))
     source.close()
     for step in episode.steps:
         ids = torch.from_numpy(step.prompt_ids).long()[None]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import numpy as np
@@ -72,9 +72,9 @@ def by_turn(scheme: Advantage, turns: list[Turn], endings: list[Ending]) -> list
     return list(found.split([len(row.rewards) if isinstance(scheme, ReinforcePP) else 1 for row in turns]))
 
 
-def turn(episode: int, index: int, *rewards: float, seen: str = "") -> Turn:
+def turn(episode: int, index: int, *rewards: float, seen: str = "", penalties: Sequence[float] = ()) -> Turn:
     """A step whose values must not matter."""
-    return Turn(episode, index, list(rewards), [9.0] * len(rewards), 9.0, seen)
+    return Turn(episode, index, list(rewards), [9.0] * len(rewards), 9.0, seen, penalties)
 
 
 def groups(*ids: int) -> list[Ending]:
@@ -97,7 +97,7 @@ SEEDS = st.integers(0, 2**16)
 def turns_of(episodes: list, seed: int | None = None) -> tuple[list[Turn], list[Ending]]:
     """Rows of drawn episodes, shuffled by the seed."""
     turns = [
-        turn(number, index, *[penalty] * (tokens - 1), reward + penalty, seen=seen)
+        turn(number, index, *[0.0] * (tokens - 1), reward, seen=seen, penalties=[penalty] * tokens)
         for number, (_, steps) in enumerate(episodes)
         for index, (tokens, reward, penalty, seen) in enumerate(steps)
     ]
@@ -106,13 +106,13 @@ def turns_of(episodes: list, seed: int | None = None) -> tuple[list[Turn], list[
 
 
 def random_turns(seed: int, group_ids: list[int], steps: int = 12) -> tuple[list[Turn], list[Ending]]:
-    """Normal rewards of every token, observations from a few."""
+    """Normal rewards and penalties of every token, observations from a few."""
     rng = np.random.default_rng(seed)
-    turns = [
-        turn(episode, index, *normal(rng, int(rng.integers(1, 9))).tolist(), seen=f"room {rng.integers(4)}")
-        for episode in range(len(group_ids))
-        for index in range(int(rng.integers(1, steps + 1)))
-    ]
+    turns = []
+    for episode in range(len(group_ids)):
+        for index in range(int(rng.integers(1, steps + 1))):
+            rewards, penalties = normal(rng, 2, int(rng.integers(1, 9))).tolist()
+            turns.append(turn(episode, index, *rewards, seen=f"room {rng.integers(4)}", penalties=penalties))
     return [turns[row] for row in rng.permutation(len(turns))], groups(*group_ids)
 
 
@@ -306,7 +306,10 @@ def test_other_groups_do_not_matter(scheme, episodes, others):
 @given(EPISODES, SEEDS)
 def test_numbers_of_tokens_do_not_matter(scheme, episodes, seed):
     turns, endings = turns_of(episodes, seed)
-    single = [turn(row.episode, row.index, row.reward, seen=row.observation) for row in turns]
+    single = [
+        turn(row.episode, row.index, row.reward, seen=row.observation, penalties=[row.penalty] if row.penalties else [])
+        for row in turns
+    ]
     assert advantage(scheme, single, endings).tolist() == advantage(scheme, turns, endings).tolist()
 
 

@@ -34,10 +34,13 @@ def credit_batch(episodes: list[list[one_file.Step]]) -> CreditBatch:
     steps = [(number, index, step) for number, episode in enumerate(episodes) for index, step in enumerate(episode)]
     count = len(episodes)
     length_N = torch.tensor([len(step.action) for _, _, step in steps])
+    reward_N = torch.tensor([step.reward for _, _, step in steps], dtype=torch.float64)
     reward_A = torch.zeros(int(length_N.sum()), dtype=torch.float64)
     return CreditBatch(
-        reward_N=torch.tensor([step.reward for _, _, step in steps], dtype=torch.float64),
+        reward_N=reward_N,
         reward_A=reward_A,
+        task_reward_N=reward_N,
+        task_reward_A=reward_A,
         episode_N=torch.tensor([number for number, _, _ in steps]),
         group_E=torch.arange(count),
         index_N=torch.tensor([index for _, index, _ in steps]),

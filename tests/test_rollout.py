@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from steppo import types
 from steppo.contexts import AppendContext, ContextPolicy, StateContext
 from steppo.engines import Engine, HFEngine, ScriptedEngine
 from steppo.envs.pool import EnvPool, EnvReply
@@ -156,7 +157,7 @@ def make_source(pool: EnvPool, sharp_policy: TinyPolicy) -> Iterator[SourceMaker
 
 
 def groups_of(size: int, tasks: int = len(TASKS)) -> list[Group]:
-    return [Group(number, task, size) for number, task in enumerate(TASKS[:tasks])]
+    return types.groups_of(TASKS[:tasks], size)
 
 
 def play(source: EnvSource, groups: Sequence[Group], plan: RolloutPlan = PLAN) -> list[Episode]:
@@ -381,7 +382,7 @@ def test_refused_actions_use_up_the_limit_of_the_rollout(make_source: SourceMake
 
 
 def test_groups_come_out_whole_and_sorted(make_source: SourceMaker) -> None:
-    groups = [Group(number, TASKS[number], 3) for number in (1, 4, 6, 7)]  # one rank's share
+    groups = [Group(number, TASKS[number], 3, first=3 * number) for number in (1, 4, 6, 7)]  # one rank's share
     found = list(make_source().collect(groups, PLAN))
     assert sorted(episodes[0].group_id for episodes in found) == [1, 4, 6, 7]
     for episodes in found:

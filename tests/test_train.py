@@ -64,6 +64,8 @@ TAGS = {
     "train/explained_variance",
     "train/grad_norm_policy",
     "train/grad_norm_critic",
+    "train/learning_rate",
+    "train/learning_rate_critic",
     "train/skipped_updates",
     "train/sampler_logprob_gap",
     "train/updates",

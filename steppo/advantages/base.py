@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
@@ -39,6 +40,35 @@ def check_decays(scheme: Advantage, **decays: float) -> None:
             raise ConfigError(f"{type(scheme).__name__}: {name} must be from 0 to 1, not {value}")
 
 
+@dataclass(frozen=True)
+class Returns:
+    """Sums of rewards that a scheme compares: of whole episodes, or of what follows each step; all [n].
+
+    Attributes:
+        task: Of the task's rewards. They alone decide what is equal, what the mean is and how far numbers spread.
+        penalty: Of the KL penalty in the reward; 0 without. A little noise of it must not become a verdict on equal returns.
+        summed: Of the task rewards' magnitudes, which the rounding of ``task`` goes by.
+    """
+
+    task: Tensor
+    penalty: Tensor
+    summed: Tensor
+
+
+_ROUNDING = 1e-12  # of a few thousand float64 numbers that were added up in another order
+
+
+def are_equal(lowest: Tensor, highest: Tensor, summed: Tensor) -> Tensor:
+    """Whether all numbers between two bounds count as one number: the one rule of all schemes and figures.
+
+    Args:
+        lowest: The smallest.
+        highest: The largest.
+        summed: Largest sum of magnitudes that one of them was added up from: where much cancels, much is rounded.
+    """
+    return (lowest == highest) | (highest - lowest < _ROUNDING * summed)
+
+
 def whiten(x: Tensor, episode: Tensor | None = None) -> Tensor:
     """Zero mean, unit sample standard deviation; a single element, or equal ones, give 0.
 
@@ -52,8 +82,24 @@ def whiten(x: Tensor, episode: Tensor | None = None) -> Tensor:
 
 def whiten_(x: Tensor, episode: Tensor | None = None) -> Tensor:
     """``whiten``, in place."""
-    if x.numel() < 2 or torch.equal(*torch.aminmax(x)):
-        return x.zero_()
+    return x.div_(centre_(x, episode))
+
+
+def centre_(x: Tensor, episode: Tensor | None = None, summed: Tensor | None = None) -> Tensor | float:
+    """Takes the mean of ``x`` from it, in place, and gives what whitening divides by: 1 where all are equal.
+
+    Args:
+        x: [n].
+        episode: As for ``whiten``.
+        summed: As for ``are_equal``; the largest magnitude of ``x`` unless given.
+    """
+    if x.numel() < 2:
+        x.zero_()
+        return 1.0
+    lowest, highest = torch.aminmax(x)
+    if are_equal(lowest, highest, torch.maximum(-lowest, highest) if summed is None else summed):
+        x.zero_()
+        return 1.0
     if episode is None:
         x.sub_(x.mean())
         deviation = torch.linalg.vector_norm(x) / math.sqrt(x.numel() - 1)
@@ -62,29 +108,47 @@ def whiten_(x: Tensor, episode: Tensor | None = None) -> Tensor:
         weight /= weight.sum()
         x.sub_(weight @ x)
         deviation = (weight @ x.square() * x.numel() / (x.numel() - 1)).sqrt()
-    return x.div_(deviation + 1e-8)
+    return deviation + 1e-8
 
 
-def standardised_within(x: Tensor, group: Tensor, scale_by_std: bool) -> Tensor:
-    """``x`` minus the mean of its group and, if ``scale_by_std``, divided by the group's sample std + 1e-6; all [n].
+def centred_within(x: Returns, group: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Task returns and penalties minus the means of their groups, and whether the group's task returns are equal; all [n].
 
-    A group of one, or of equal numbers, gives 0.
+    Equal task returns, and all of a group of one, give exactly 0.
 
     Args:
-        x: Floating-point numbers.
+        x: What is compared.
+        group: int64, equal for rows of one group; any numbers.
+    """
+    _, group, sizes = torch.unique(group, return_inverse=True, return_counts=True)
+    zeros = x.task.new_zeros(len(sizes))
+    lowest = zeros.scatter_reduce(0, group, x.task, "amin", include_self=False)
+    highest = zeros.scatter_reduce(0, group, x.task, "amax", include_self=False)
+    equal = are_equal(lowest, highest, zeros.scatter_reduce(0, group, x.summed, "amax", include_self=False))[group]
+    task, penalty = (column - (zeros.index_add(0, group, column) / sizes)[group] for column in (x.task, x.penalty))
+    return torch.where(equal, 0.0, task), penalty, equal
+
+
+def standardised_within(x: Returns | Tensor, group: Tensor, scale_by_std: bool) -> Tensor:
+    """Minus the mean of the group and, if ``scale_by_std``, divided by the group's sample std + 1e-6; all [n].
+
+    A group of one gives 0, and so do equal returns, but for their penalties: these are centred, too, divided by the
+    deviation of the task returns, and added; where the task returns are equal they are left as they are.
+
+    Args:
+        x: Returns, or any floating-point numbers.
         group: int64, equal for rows of one group; any numbers.
         scale_by_std: Divide, as GRPO does, or only centre.
     """
-    _, group, sizes = torch.unique(group, return_inverse=True, return_counts=True)
-    zeros = x.new_zeros(len(sizes))
-    centred = x - (zeros.index_add(0, group, x) / sizes)[group]
-    lowest = zeros.scatter_reduce(0, group, x, "amin", include_self=False)
-    highest = zeros.scatter_reduce(0, group, x, "amax", include_self=False)
-    centred = torch.where((lowest == highest)[group], 0.0, centred)
+    if isinstance(x, Tensor):
+        x = Returns(x, torch.zeros_like(x), x.abs())
+    task, penalty, equal = centred_within(x, group)
     if not scale_by_std:
-        return centred
-    deviation = (zeros.index_add(0, group, centred.square()) / (sizes - 1).clamp(min=1)).sqrt()
-    return centred / (deviation + 1e-6)[group]
+        return task + penalty
+    _, group, sizes = torch.unique(group, return_inverse=True, return_counts=True)
+    squares = task.new_zeros(len(sizes)).index_add(0, group, task.square())
+    deviation = (squares / (sizes - 1).clamp(min=1)).sqrt()
+    return (task + penalty) / torch.where(equal, 1.0, (deviation + 1e-6)[group])
 
 
 _LINES_AT_ONCE = 4096  # few enough to stay in the cache from place to place
@@ -157,9 +221,11 @@ def ends_of_runs(episode: Tensor) -> Tensor:
     return torch.nonzero(is_last)[:, 0]
 
 
-def episode_returns(batch: CreditBatch) -> Tensor:
-    """Undiscounted return of each episode, [E]."""
-    return torch.zeros_like(batch.bootstrap_E).index_add(0, batch.episode_N, batch.reward_N)
+def episode_returns(batch: CreditBatch) -> Returns:
+    """Undiscounted returns of the episodes, [E]."""
+    zeros = torch.zeros_like(batch.bootstrap_E)
+    rewards = batch.task_reward_N, batch.reward_N - batch.task_reward_N, batch.task_reward_N.abs()
+    return Returns(*(zeros.index_add(0, batch.episode_N, reward_N) for reward_N in rewards))
 
 
 def time_order(episode_N: Tensor, index_N: Tensor) -> Tensor:

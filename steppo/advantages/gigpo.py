@@ -11,6 +11,7 @@ from torch import Tensor
 
 from steppo.advantages.base import (
     Advantage,
+    Returns,
     check_decays,
     discounted_suffix_sums_,
     ends_of_runs,
@@ -28,7 +29,8 @@ class GiGPO(Advantage):
 
     ``A_episode`` is GRPO's. ``A_step`` compares the discounted return ``G_t = r_t + gamma * G_{t+1}`` with those of all
     steps of the group's episodes that saw the same observation, the anchor state. An observation seen once adds 0, and so
-    does a group of one episode.
+    does a group of one episode. What is equal, means and deviations are of the task's rewards; a KL penalty in the reward is
+    added by its difference from its mean, over the same deviations, or as it is where the task's returns are equal.
 
     Args:
         gamma: Discount per step, of ``G_t``.
@@ -57,7 +59,8 @@ class GiGPO(Advantage):
     def __call__(self, batch: CreditBatch) -> Credit:
         order = time_order(batch.episode_N, batch.index_N)
         end = ends_of_runs(batch.episode_N[order])
-        return_N = unsort(discounted_suffix_sums_(batch.reward_N[order], self.gamma, end), order)
+        rewards = batch.task_reward_N, batch.reward_N - batch.task_reward_N, batch.task_reward_N.abs()
+        return_N = Returns(*(unsort(discounted_suffix_sums_(x[order], self.gamma, end), order) for x in rewards))
         _, group_E = torch.unique(batch.group_E, return_inverse=True)
         group_N = group_E[batch.episode_N]
 

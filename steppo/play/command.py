@@ -167,7 +167,7 @@ def _play(
     error = ""
     for number, task in enumerate(tasks):
         show.opening(task, player)
-        for (episode,) in source.collect([Group(number, task)], plan, engine, show.turn):
+        for (episode,) in source.collect([Group(number, task, first=number)], plan, engine, show.turn):
             show.ending(episode)
             statistics.update(episode)
             error = episode.error

@@ -1,0 +1,189 @@
+"""Learning rates by the budgets of a run, and what the figures of its updates are means over."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+
+from steppo.advantages import Advantage, StepGAE
+from steppo.errors import ConfigError
+from steppo.optim import Horizon, OptimizerSettings, learning_rate_schedule
+from steppo.types import Credit, CreditBatch
+from tests.cli_helpers import checkpoint, evaluations, run
+from tests.test_train import scalars
+
+
+def factors(
+    settings: OptimizerSettings, lengths: list[int], per_iteration: int, alone: int = 0, **budgets: Any
+) -> list[float]:
+    """Of each update of a run with so many environment steps per iteration, and of the one that would come after."""
+    horizon = Horizon(budgets.get("planned", math.inf), per_iteration, budgets.get("max_environment_steps"))
+    factor = learning_rate_schedule(settings, horizon, alone)
+    found, steps = [], 0
+    for iteration, length in enumerate(lengths):
+        horizon.begin(iteration * per_iteration, steps, length)
+        found += [factor(iteration * per_iteration + update) for update in range(per_iteration)]
+        steps += length
+    return [*found, factor(len(lengths) * per_iteration)]
+
+
+LINEAR, COSINE = OptimizerSettings(schedule="linear"), OptimizerSettings(schedule="cosine")
+
+
+def test_a_budget_of_epochs() -> None:
+    assert factors(LINEAR, [9, 1], 2, planned=4) == [1.0, 0.75, 0.5, 0.25, 0.0]
+    warm = OptimizerSettings(schedule="linear", warmup_updates=2)
+    assert factors(warm, [9, 1, 5], 2, planned=6) == [1 / 3, 2 / 3, 1.0, 0.75, 0.5, 0.25, 0.0]
+    assert factors(OptimizerSettings(warmup_updates=1), [1], 2) == [0.5, 1.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("lengths", "budget", "expected"),
+    [
+        ([10, 10], 20, [1.0, 0.75, 0.5, 0.25, 0.0]),
+        ([10, 10], 15, [1.0, 2 / 3, 1 / 3, 1 / 6, 0.0]),  # the last iteration goes to the end
+        ([10, 30], 40, [1.0, 0.875, 0.75, 0.375, 0.0]),
+        ([99], 10, [1.0, 0.5, 0.0]),
+        ([1], 10**9, [1.0, 1.0 - 0.5e-9, 1.0 - 1e-9]),
+    ],
+)
+def test_a_budget_of_environment_steps(lengths: list[int], budget: int, expected: list[float]) -> None:
+    """All updates but none learn something, whatever the last iteration's length."""
+    assert factors(LINEAR, lengths, 2, max_environment_steps=budget) == pytest.approx(expected, abs=1e-12)
+    cosine = [0.5 * (1 + math.cos(math.pi * (1 - factor))) for factor in expected]
+    assert factors(COSINE, lengths, 2, max_environment_steps=budget) == pytest.approx(cosine, abs=1e-12)
+
+
+def test_the_budget_that_is_used_up_first_counts() -> None:
+    few = factors(LINEAR, [10] * 4, 1, planned=100, max_environment_steps=40)
+    assert few == pytest.approx([1.0, 0.75, 0.5, 0.25, 0.0])
+    many = factors(LINEAR, [10] * 4, 1, planned=4, max_environment_steps=10**6)
+    assert many == [1.0, 0.75, 0.5, 0.25, 0.0]
+    # Within the second iteration the steps overtake the updates: 17.5 of 40 against 3 of 8.
+    both = factors(LINEAR, [1, 33, 5, 1], 2, planned=8, max_environment_steps=40)
+    assert both == pytest.approx([1.0, 0.875, 0.75, 0.5625, 0.15, 0.0875, 0.025, 0.0125, 0.0])
+
+
+@pytest.mark.parametrize("budgets", [{"planned": 20}, {"max_environment_steps": 50}])
+@pytest.mark.parametrize("warmup", [0, 3, 10])
+@pytest.mark.parametrize("kind", ["constant", "linear", "cosine"])
+def test_updates_of_the_critic_alone_use_up_nothing(budgets: dict[str, int], warmup: int, kind: Any) -> None:
+    """Ten of 20 updates are: the policy's own ten are as in a run of ten."""
+    settings = OptimizerSettings(schedule=kind, warmup_updates=warmup)
+    found = factors(settings, [5] * 10, 2, alone=10, **budgets)
+    assert found[10:] == pytest.approx(factors(settings, [5] * 5, 2, planned=10))
+    if warmup == 10:
+        assert found[10] == pytest.approx(1 / 11)
+
+
+def test_a_run_that_goes_on_finds_the_same_factors() -> None:
+    """Bit for bit, from the numbers that a checkpoint holds."""
+    lengths = [7, 13, 1, 29, 5]
+    settings = OptimizerSettings(schedule="cosine", warmup_updates=1)
+    whole = factors(settings, lengths, 3, max_environment_steps=53)
+    for iteration in range(1, 5):
+        horizon = Horizon(math.inf, 3, 53)
+        horizon.begin(3 * iteration, sum(lengths[:iteration]), 0)
+        assert learning_rate_schedule(settings, horizon)(3 * iteration) == whole[3 * iteration]
+
+
+def test_a_schedule_needs_an_end() -> None:
+    for settings in (LINEAR, COSINE):
+        with pytest.raises(ConfigError, match=r"schedule needs trainer.max_epochs or rollout.max_environment_steps"):
+            learning_rate_schedule(settings, Horizon(math.inf, 2))
+        assert learning_rate_schedule(settings, Horizon(math.inf, 2, 0))(0) == 1.0
+
+
+# --- real runs ---
+
+
+class NaNNow(Advantage):
+    """StepGAE, but not a number in the second iteration."""
+
+    needs_values = "step"
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self, batch: CreditBatch) -> Credit:
+        credit = StepGAE()(batch)
+        self.calls += 1
+        if self.calls == 2:
+            assert credit.advantage_N is not None
+            credit.advantage_N[len(credit.advantage_N) // 2] = torch.nan
+        return credit
+
+
+FAST = ["--warm_start.updates=0", "--evaluation.before_training=false", "--transcripts.enabled=false"]
+OF_POLICY = [
+    "policy_loss",
+    "entropy",
+    "approx_kl",
+    "clip_fraction",
+    "ratio_mean",
+    "ratio_min",
+    "ratio_max",
+    "grad_norm_policy",
+]
+
+
+class Rates(pl.Callback):
+    """Keeps the learning rates with which updates are made."""
+
+    def __init__(self) -> None:
+        self.policy: list[float] = []
+
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: torch.optim.Optimizer) -> None:
+        self.policy.append(optimizer.param_groups[0]["lr"])
+
+
+@pytest.mark.parametrize("critic", ["SharedCritic", "SeparateCritic"])
+def test_a_critic_that_warms_up_alone(critic: str, tmp_path: Path) -> None:
+    """Three of two updates an iteration: the first iteration has no figure of the policy, the second those of one update."""
+    options = [f"--model.critic=steppo.models.{critic}", "--model.critic_warmup_updates=3", "--trainer.max_epochs=3"]
+    rates = ["--model.policy_optimizer.warmup_updates=4", "--trainer.callbacks+=tests.test_schedules.Rates"]
+    cli = run(tmp_path, *FAST, *options, *rates, "--data.num_minibatches=2")
+    [kept] = [callback.policy for callback in cli.trainer.callbacks if isinstance(callback, Rates)]
+    assert kept == pytest.approx([2e-3 * factor for factor in (0.2, 0.2, 0.2, 0.2, 0.4, 0.6)])
+    curves = scalars(tmp_path)
+    for name in OF_POLICY:
+        assert [step for step, _ in curves[f"train/{name}"]] == [4, 6], name
+    assert curves["train/ratio_mean"][0][1] == pytest.approx(1.0)  # before its first update
+    assert 0.5 < curves["train/entropy"][0][1] / curves["train/entropy"][1][1] < 2
+    assert [step for step, _ in curves["train/value_loss"]] == [2, 4, 6]
+    assert [value for _, value in curves["train/learning_rate"]] == pytest.approx([4e-4, 8e-4, 1.6e-3])
+    assert [value for _, value in curves["train/learning_rate_critic"]] == pytest.approx([3e-3] * 3)
+
+
+def test_figures_are_of_the_updates_that_were_made(tmp_path: Path) -> None:
+    """One of the second iteration's two updates is skipped: no figure is halved, and none is lost."""
+    run(tmp_path, *FAST, "--model.advantage=tests.test_schedules.NaNNow", "--trainer.max_epochs=2")
+    curves = scalars(tmp_path)
+    assert curves["train/skipped_updates"][-1][1] == 1
+    for name in (*OF_POLICY, "value_loss", "grad_norm_critic"):
+        assert [step for step, _ in curves[f"train/{name}"]] == [2, 4], name
+    assert curves["train/ratio_mean"][1][1] == pytest.approx(1.0, abs=0.1)
+
+
+def test_a_schedule_over_environment_steps_goes_on(tmp_path: Path) -> None:
+    """Without a number of epochs: to 0 at the end, and a run that was cut ends with the same weights."""
+    options = [*FAST, "--trainer.max_epochs=-1", "--model.policy_optimizer.schedule=linear", "--checkpoint.keep=9"]
+    budget = "--rollout.max_environment_steps=150"
+    run(tmp_path / "whole", *options, budget)
+    rates = [value for _, value in scalars(tmp_path / "whole")["train/learning_rate"]]
+    assert rates[-1] == 0.0
+    assert rates[:-1] == sorted(rates[:-1], reverse=True)
+    assert len(rates) > 2
+    assert all(0 < rate < 2e-3 for rate in rates[:-1])
+    assert evaluations(tmp_path / "whole")[-1]["environment_steps"] >= 150
+    middle = tmp_path / "whole" / "checkpoints" / "iteration-000001.ckpt"
+    run(tmp_path / "rest", *options, budget, f"--ckpt_path={middle}")
+    whole, rest = (torch.load(checkpoint(tmp_path / name), weights_only=True) for name in ("whole", "rest"))
+    assert all(torch.equal(whole["state_dict"][name], weight) for name, weight in rest["state_dict"].items())
+    assert whole["lr_schedulers"] == rest["lr_schedulers"]
+    assert whole["steppo"]["counters"] == rest["steppo"]["counters"]
