@@ -304,7 +304,7 @@ def test_a_first_prompt_that_overflows_gives_no_step(make_source: SourceMaker) -
     assert [len(group) for group in groups] == [2] * len(TASKS)
     for episode in (episode for group in groups for episode in group):
         assert (episode.stop_reason, episode.steps) == (StopReason.CONTEXT_OVERFLOW, ())
-        assert (episode.final_prompt_ids, episode.success) == (None, None)
+        assert (episode.final_prompt_ids, episode.success) == (None, False)
     assert engine.heard == {}
 
 
@@ -349,7 +349,7 @@ def test_an_environment_may_call_an_action_invalid(
     def unknown(slot: int) -> EnvReply:
         reply = receive(slot)
         invalid = reply.observation is not None and reply.observation.text == "There is no coin here."
-        return replace(reply, info={**reply.info, "action_valid": not invalid})
+        return replace(reply, action_valid=not invalid)
 
     monkeypatch.setattr(pool, "receive", unknown)
     source = make_source(lambda request: "take", invalid_penalty=0.25, on_invalid=on_invalid)
