@@ -5,7 +5,7 @@
 
 Hypothesis draws what ``reset``, ``step`` and ``expert_action`` return, field by field, from right and wrong values. Each
 draw is an episode beside a healthy one, played by ``EnvSource`` with an environment in this process. Writes
-``benchmarks/results/fuzz_environments.json`` and prints a table. Takes about two minutes.
+``benchmarks/results/fuzz_environments.json`` and prints a table. Takes about three minutes.
 """
 
 from __future__ import annotations
