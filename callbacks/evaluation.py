@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 import lightning.pytorch as pl
+from lightning.pytorch.utilities import rank_zero_info
 
 from steppo.credit import check_orders
 from steppo.datamodule import run_seed
@@ -21,6 +22,9 @@ from steppo.module import AgentModule
 from steppo.progress import phase
 from steppo.run_folder import run_folder
 from steppo.types import Episode, RolloutPlan, Task, groups_of
+
+_SUCCESS, _RETURN = "val/success_rate", "val/return_mean"
+_RATE = ("success_rate", "success_low", "success_high")
 
 
 def panel_sha256(tasks: Sequence[Task]) -> str:
@@ -35,6 +39,9 @@ class EvaluationCallback(pl.Callback):
     Each evaluation is a line of ``evaluation.jsonl`` in the run's folder, and ``val/...`` (``test/...``) metrics, which
     ModelCheckpoint and EarlyStopping can monitor. ``episodes`` keeps this rank's share of the last panel until a
     callback that comes after sets it to ``None``.
+
+    Where the environment never says whether a task was solved there is no success rate, in no metric and in no record. If
+    that is so in the run's first evaluation, callbacks that monitor ``val/success_rate`` monitor ``val/return_mean``.
 
     Args:
         samples: Episodes per task of the panel.
@@ -77,6 +84,10 @@ class EvaluationCallback(pl.Callback):
             for logger in trainer.loggers:
                 logger.log_metrics({f"val/{name}": value for name, value in metrics.items()}, step=trainer.global_step)
 
+    def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Before other callbacks take their states, which are kept by what they monitor."""
+        self._find_monitors(trainer, checkpoint["callbacks"].get(self.state_key, {}).get("history", []))
+
     def state_dict(self) -> dict[str, Any]:
         return {"history": self.history}
 
@@ -89,6 +100,20 @@ class EvaluationCallback(pl.Callback):
         metrics = {f"{prefix}/{name}": value for name, value in metrics.items()}
         metrics["step"] = float(pl_module.counters.updates)  # the loggers' x axis
         pl_module.log_dict(metrics, batch_size=1, sync_dist=True)
+
+    @staticmethod
+    def _find_monitors(trainer: pl.Trainer, history: list[dict[str, Any]]) -> None:
+        """Monitors of a rate that the first evaluation did not have take the return: what there is."""
+        if not history or history[0]["success_rate"] is not None:
+            return
+        callbacks: list[Any] = cast(Any, trainer).callbacks
+        for callback in callbacks:
+            if getattr(callback, "monitor", None) == _SUCCESS:
+                callback.monitor = _RETURN
+                rank_zero_info(
+                    f"the environment does not say whether a task was solved: {type(callback).__name__} monitors {_RETURN} "
+                    f"in place of {_SUCCESS}"
+                )
 
     def _evaluate(self, trainer: pl.Trainer, module: AgentModule, stage: str) -> dict[str, float]:
         """Plays the panel, each rank its share, and writes the record."""
@@ -112,6 +137,7 @@ class EvaluationCallback(pl.Callback):
                 advance(len(episodes))
         check_orders(episodes)
         figures = statistics.compute()
+        known = not math.isnan(figures["success_rate"])
         record = {
             "iteration": module.counters.iterations,
             "updates": module.counters.updates,
@@ -120,8 +146,9 @@ class EvaluationCallback(pl.Callback):
             "panel_sha256": panel_sha256(panel),
             "episodes": int(figures["episodes"]),
             "errors": int(figures["errors"]),
-            "success_rate": figures["success_rate"],
-            "success_ci95": [figures["success_low"], figures["success_high"]],
+            "no_verdict": int(figures["no_verdict"]),
+            "success_rate": figures["success_rate"] if known else None,
+            "success_ci95": [figures["success_low"], figures["success_high"]] if known else None,
             "return_mean": figures["return_mean"],
             "steps_mean": figures["steps_mean"],
             "invalid_action_rate": figures["invalid_action_rate"],
@@ -131,8 +158,9 @@ class EvaluationCallback(pl.Callback):
             record["most_common_error"] = common_failure(episodes)
         self.history.append(record)
         self._write(trainer, [record], append=True)
-        names = ("success_rate", "success_low", "success_high", "return_mean", "steps_mean", "invalid_action_rate", "errors")
-        return {name: figures[name] for name in names}
+        self._find_monitors(trainer, self.history)
+        names = ["return_mean", "steps_mean", "invalid_action_rate", "errors", "no_verdict"]
+        return {name: figures[name] for name in [*_RATE, *names] if known or name not in _RATE}
 
     @staticmethod
     def _write(trainer: pl.Trainer, records: list[dict[str, Any]], append: bool = False) -> None:

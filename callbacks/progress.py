@@ -118,9 +118,11 @@ class StepProgressBar(ProgressBar):
         assert isinstance(pl_module, AgentModule)
         if not self._enabled or (trainer.current_epoch + 1) % self.every_n_iterations:
             return
-        figures = [form.format(pl_module.latest[name]) for name, form in _LINE if name in pl_module.latest]
-        if failed := pl_module.latest.get("rollout/failed_episodes"):
-            played = failed + pl_module.latest["rollout/episodes"]
+        latest = pl_module.latest
+        instead = {} if "rollout/success_rate" in latest else {"rollout/return_mean": "return {:.3g}"}
+        figures = [form.format(latest[name]) for name, form in {**instead, **_LINE}.items() if name in latest]
+        if failed := latest.get("rollout/failed_episodes"):
+            played = failed + latest["rollout/episodes"]
             figures.append(_failed(int(failed), int(played), _failure(trainer)))
         self._console.print(f"iteration {trainer.current_epoch + 1:>4}  " + "  ".join(figures), soft_wrap=True)
 
@@ -177,17 +179,17 @@ class StepProgressBar(ProgressBar):
 
 
 _LONGEST_ERROR = 160
-_LINE = (
-    ("rollout/success_rate", "success {:.2f}"),
-    ("rollout/steps_per_episode", "steps {:.1f}"),
-    ("rollout/invalid_action_rate", "invalid {:.3f}"),
-    ("train/entropy", "entropy {:.3f}"),
-    ("train/approx_kl", "kl {:.4f}"),
-    ("train/clip_fraction", "clipped {:.3f}"),
-    ("train/explained_variance", "explained {:.2f}"),
-    ("seconds/rollout", "rollout {:.1f} s"),
-    ("seconds/update", "update {:.1f} s"),
-)
+_LINE = {
+    "rollout/success_rate": "success {:.2f}",
+    "rollout/steps_per_episode": "steps {:.1f}",
+    "rollout/invalid_action_rate": "invalid {:.3f}",
+    "train/entropy": "entropy {:.3f}",
+    "train/approx_kl": "kl {:.4f}",
+    "train/clip_fraction": "clipped {:.3f}",
+    "train/explained_variance": "explained {:.2f}",
+    "seconds/rollout": "rollout {:.1f} s",
+    "seconds/update": "update {:.1f} s",
+}
 
 
 def _parameters(module: nn.Module) -> int:
@@ -205,8 +207,11 @@ def _failure(trainer: pl.Trainer) -> str:
 
 
 def _in_one_line(record: dict[str, Any]) -> str:
-    low, high = record["success_ci95"]
-    text = f"evaluation on {record['split']}: success {record['success_rate']:.2f} [{low:.2f}, {high:.2f}]"
+    """An evaluation in a few words: its success, or its return where nobody says what success is."""
+    result = f"return {record['return_mean']:.3g}"
+    if record["success_rate"] is not None:
+        result = f"success {record['success_rate']:.2f} " + "[{:.2f}, {:.2f}]".format(*record["success_ci95"])
+    text = f"evaluation on {record['split']}: {result}"
     if not record["errors"]:
         return text
     return f"{text}  {_failed(record['errors'], record['errors'] + record['episodes'], record.get('most_common_error', ''))}"
@@ -225,12 +230,15 @@ def _result_table(records: list[dict[str, Any]]) -> Table:
     for name in ("iteration", "environment steps", "success", "95 % interval", "return", "steps"):
         table.add_column(name, justify="right")
     for record in records:
-        low, high = record["success_ci95"]
+        success, interval = "unknown", ""
+        if record["success_rate"] is not None:
+            success = f"{record['success_rate']:.3f}"
+            interval = "{:.3f} - {:.3f}".format(*record["success_ci95"])
         table.add_row(
             str(record["iteration"]),
             f"{record['environment_steps']:,}",
-            f"{record['success_rate']:.3f}",
-            f"{low:.3f} - {high:.3f}",
+            success,
+            interval,
             f"{record['return_mean']:.3f}",
             f"{record['steps_mean']:.1f}",
         )

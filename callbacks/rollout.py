@@ -150,6 +150,9 @@ class RolloutCallback(pl.Callback):
         figures["tokens_per_second"] = (figures.pop("prompt_tokens") + figures.pop("action_tokens")) / seconds
         for name in ("success_low", "success_high"):
             del figures[name]
+        if math.isnan(figures["success_rate"]):  # unknown is not failure: there is no such figure
+            del figures["success_rate"]
+            pl_module.latest.pop("rollout/success_rate", None)
         counts = gather({name: count - counts_before[name] for name, count in data.source.counts().items()})
         figures |= {name: float(sum(part[name] for part in counts)) for name in counts_before}
         pl_module.report({f"rollout/{name}": value for name, value in figures.items()})

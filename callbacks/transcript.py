@@ -114,8 +114,8 @@ def shown_orders(episodes: Sequence[Episode], count: int) -> list[int]:
     Broken episodes and those without a step are not shown.
     """
     candidates = [episode for episode in episodes if episode.steps and not episode.stop_reason.failed]
-    mine = [(episode.order, bool(episode.success)) for episode in candidates]
-    played = sorted(pair for part in gather(mine) for pair in part)
+    mine = [(episode.order, episode.success) for episode in candidates]
+    played = sorted((pair for part in gather(mine) for pair in part), key=lambda pair: pair[0])
     first = [next((order for order, success in played if success is wanted), None) for wanted in (True, False)]
     orders = dict.fromkeys([order for order in first if order is not None] + [order for order, _ in played])
     return list(orders)[:count]
@@ -163,7 +163,7 @@ def as_figure(record: dict[str, Any]) -> Figure:
 
 
 def _headline(record: dict[str, Any]) -> str:
-    result = {True: "success", False: "failure", None: "no verdict"}[record["success"]]
+    result = "no verdict" if record["success"] is None else "success" if record["success"] else "failure"
     total = "unknown" if record["return"] is None else f"{record['return']:.3g}"
     return f"{record['task']}, iteration {record['iteration']}: {result}, return {total}, {record['stop_reason']}"
 

@@ -271,6 +271,8 @@ def mistakes_in_one_line() -> Iterator[None]:
     warnings.filterwarnings("ignore", message="LightningCLI's args parameter.*")
     warnings.filterwarnings("ignore", message=".*IterableDataset. has .__len__. defined.*")
     warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
+    # The states of callbacks that monitor a return for want of a success rate: EvaluationCallback finds them again.
+    warnings.filterwarnings("ignore", message="Be aware that when using `ckpt_path`.*val/return_mean")
     warnings.filterwarnings("ignore", message="Already found a `peft_config`.*")  # the critic's adapter beside the policy's
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor.*")  # nothing is done in place
     warnings.filterwarnings("ignore", message="`gradient_checkpointing_enable` is deprecated.*")

@@ -6,6 +6,8 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+_LONGEST_MESSAGE = 500
+
 
 class SteppoError(Exception):
     """Ends a run for a reason that its message explains."""
@@ -19,11 +21,27 @@ class RunError(SteppoError):
     """The run cannot go on: nothing finite to learn from, no healthy episode."""
 
 
+class WrongValue(Exception):
+    """Code of a user's class gave what it must not give. The message says all: what, and what is wanted instead."""
+
+
+def said(error: BaseException) -> str:
+    """An error of code that is not steppo's, on one line that can be printed and stored, whatever its message is."""
+    try:
+        message = " ".join(str.split(str(error)))
+    except Exception:
+        message = "(its message cannot be read)"
+    if len(message) > _LONGEST_MESSAGE:
+        message = message[:_LONGEST_MESSAGE] + " ..."
+    text = message if isinstance(error, WrongValue) else f"{type(error).__name__}: {message}"
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
 def located(error: BaseException) -> str:
-    """An error of code that is not steppo's, with the line that raised it."""
+    """As ``said``, with the line that raised it."""
     frames = traceback.extract_tb(error.__traceback__)
-    place = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
-    return f"{type(error).__name__}: {error}{place}"
+    place = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames and not isinstance(error, WrongValue) else ""
+    return said(error) + place
 
 
 @contextmanager

@@ -193,15 +193,19 @@ def _results(records: list[dict[str, Any]], exported: int, temperature: float) -
     ]
     for split in dict.fromkeys(record["split"] for record in records):
         mine = [record for record in records if record["split"] == split]
-        marks = {"first": mine[0], "best": max(mine, key=lambda record: record["success_rate"]), "last": mine[-1]}
+        known = [record for record in mine if record["success_rate"] is not None]
+        best = max(known or mine, key=lambda record: record["success_rate" if known else "return_mean"])
+        marks = {"first": mine[0], "best": best, "last": mine[-1]}
         for record in mine:
             names = [name for name, marked in marks.items() if marked is record]
             names += ["**these weights**"] if record["iteration"] == exported else []
             if names:
-                low, high = record["success_ci95"]
+                success = "unknown"
+                if record["success_rate"] is not None:
+                    success = f"{record['success_rate']:.3f} " + "[{:.3f}, {:.3f}]".format(*record["success_ci95"])
                 lines.append(
                     f"| {split} | {record['iteration']} | {record['environment_steps']:,} "
-                    f"| {record['success_rate']:.3f} [{low:.3f}, {high:.3f}] | {record['return_mean']:.3f} "
+                    f"| {success} | {record['return_mean']:.3f} "
                     f"| {record['steps_mean']:.1f} | {record['episodes']} | {', '.join(names)} |"
                 )
     how = f"at temperature {temperature:g}" if temperature else "greedily"

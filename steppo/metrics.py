@@ -32,13 +32,18 @@ class EpisodeStatistics(Metric):
     """Counts and means over episodes. Episodes that broke count as such and in nothing else.
 
     ``compute`` gives a dict of floats: ``episodes``, ``env_errors``, ``engine_errors``, ``errors`` (of any kind),
-    ``success_rate``, ``success_low``, ``success_high`` (Wilson 95 %), ``return_mean``, ``steps_mean``, ``steps``,
+    ``no_verdict`` (episodes whose environment did not say whether they were solved), ``success_rate``, ``success_low``,
+    ``success_high`` (Wilson 95 %), ``return_mean``, ``steps_mean``, ``steps``,
     ``invalid_action_rate``, ``prompt_tokens_mean``, ``action_tokens_mean``, ``prompt_tokens``, ``action_tokens``, and
     ``stop_<reason>``, the share of each stop reason among all episodes.
+
+    The rate counts all episodes, those without a verdict as not solved, so that what it is a share of does not depend on
+    how they went. Where none has a verdict it is unknown: the three figures are NaN.
     """
 
     full_state_update = False
     episodes: Tensor
+    verdicts: Tensor
     successes: Tensor
     returns: Tensor
     steps: Tensor
@@ -46,7 +51,7 @@ class EpisodeStatistics(Metric):
     prompt_tokens: Tensor
     action_tokens: Tensor
     reasons: Tensor
-    _SUMS = ("episodes", "successes", "returns", "steps", "invalid", "prompt_tokens", "action_tokens")
+    _SUMS = ("episodes", "verdicts", "successes", "returns", "steps", "invalid", "prompt_tokens", "action_tokens")
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -60,7 +65,8 @@ class EpisodeStatistics(Metric):
         if episode.stop_reason.failed:
             return
         self.episodes += 1
-        self.successes += bool(episode.success)
+        self.verdicts += episode.success is not None
+        self.successes += episode.success is True
         self.returns += episode.episode_return
         self.steps += len(episode.steps)
         self.invalid += sum(not step.action_valid for step in episode.steps)
@@ -71,7 +77,10 @@ class EpisodeStatistics(Metric):
         """The figures so far."""
         total = {name: float(getattr(self, name)) for name in self._SUMS}
         episodes, steps = max(total["episodes"], 1.0), max(total["steps"], 1.0)
-        low, high = wilson_interval(total["successes"], total["episodes"])
+        rate = low = high = math.nan
+        if total["verdicts"]:
+            rate = total["successes"] / episodes
+            low, high = wilson_interval(total["successes"], total["episodes"])
         reasons = dict(zip(_REASONS, self.reasons.tolist(), strict=True))
         played = max(sum(reasons.values()), 1.0)
         return {
@@ -79,7 +88,8 @@ class EpisodeStatistics(Metric):
             "env_errors": reasons[StopReason.ENV_ERROR],
             "engine_errors": reasons[StopReason.ENGINE_ERROR],
             "errors": sum(count for reason, count in reasons.items() if reason.failed),
-            "success_rate": total["successes"] / episodes,
+            "no_verdict": total["episodes"] - total["verdicts"],
+            "success_rate": rate,
             "success_low": low,
             "success_high": high,
             "return_mean": total["returns"] / episodes,

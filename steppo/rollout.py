@@ -19,8 +19,9 @@ import numpy as np
 from steppo.contexts import ContextPolicy
 from steppo.engines import Engine
 from steppo.envs import Env
-from steppo.envs.pool import COUNTS, EnvPool, EnvReply
-from steppo.errors import ConfigError, SteppoError, blamed_on
+from steppo.envs.checks import MOST_REWARD, EnvReply, checked_tasks, pickled, plain_text, shown, step_limit
+from steppo.envs.pool import COUNTS, EnvPool
+from steppo.errors import ConfigError, SteppoError, WrongValue, blamed_on, said
 from steppo.parsers import ActionParser, CommandParser, ParsedAction
 from steppo.types import Completion, Episode, Group, Observation, Request, RolloutPlan, Sampling, Step, StopReason, Task
 
@@ -106,7 +107,7 @@ def _costs(episodes: Collection[_Playing], reason: StopReason) -> Iterator[None]
         raise
     except Exception as error:
         for playing in episodes:
-            playing.failure = reason, f"{type(error).__name__}: {error}"
+            playing.failure = reason, said(error)
 
 
 class EnvSource(EpisodeSource):
@@ -158,17 +159,20 @@ class EnvSource(EpisodeSource):
         ):
             if value < 1:
                 raise ConfigError(f"EnvSource: {name} must be at least 1, not {value}")
-        if max_steps is None and env.max_steps is None:
+        task_limit = step_limit(env)
+        if max_steps is None and task_limit is None:
             raise ConfigError(f"EnvSource: {type(env).__name__} has no step limit, so max_steps must be given")
         if max_steps is not None and max_steps < 1:
             raise ConfigError(f"EnvSource: max_steps must be at least 1, not {max_steps}")
         if not env_timeout > 0:
             raise ConfigError(f"EnvSource: env_timeout must be above 0 seconds, not {env_timeout}")
-        if not 0 <= invalid_penalty < math.inf:
-            raise ConfigError(f"EnvSource: invalid_penalty must be at least 0 and finite, not {invalid_penalty}")
+        if not 0 <= invalid_penalty <= MOST_REWARD:
+            raise ConfigError(f"EnvSource: invalid_penalty must be from 0 to {MOST_REWARD:g}, not {invalid_penalty}")
         if worker_memory_mib is not None and worker_memory_mib < 1:
             raise ConfigError(f"EnvSource: worker_memory_mib must be at least 1, not {worker_memory_mib}")
+        pickled(env)  # before models are built: workers get a copy
         self.env = env
+        self.task_limit = task_limit
         self.context = context
         self.engine = engine
         self.parser = parser or CommandParser()
@@ -184,6 +188,7 @@ class EnvSource(EpisodeSource):
         self._pool: EnvPool | None = None
         self._counts = Counter(dict.fromkeys(COUNTS, 0))
         self._request_ids = itertools.count()
+        self._vocab_size: int | None = None
 
     @property
     def pool(self) -> EnvPool:
@@ -194,8 +199,9 @@ class EnvSource(EpisodeSource):
         return self._pool
 
     def tasks(self, split: str) -> list[Task]:
-        with blamed_on(f"{type(self.env).__name__}.tasks({split!r})"):
-            return self.env.tasks(split)
+        where = f"{type(self.env).__name__}.tasks({split!r})"
+        with blamed_on(where):
+            return checked_tasks(where, self.env.tasks(split))
 
     def prepare(self, tasks: Sequence[Task], progress: Callable[[int, int], None]) -> None:
         with blamed_on(f"{type(self.env).__name__}.prepare"):
@@ -207,6 +213,7 @@ class EnvSource(EpisodeSource):
             raise ConfigError(
                 f"max_prompt_tokens + max_new_tokens = {longest} is more than the model's {policy.max_positions} positions"
             )
+        self._vocab_size = policy.vocab_size
         self.context.bind(policy.tokenizer, policy.stop_ids)
         self.engine.bind(policy)
 
@@ -216,7 +223,7 @@ class EnvSource(EpisodeSource):
 
     @property
     def longest_episode(self) -> int:
-        return min(limit for limit in (self.max_steps, self.env.max_steps) if limit is not None)
+        return min(limit for limit in (self.max_steps, self.task_limit) if limit is not None)
 
     def load_weights(self, named_parameters: Iterable[tuple[str, Tensor]], version: int) -> None:
         self.engine.load_weights(named_parameters, version)
@@ -326,15 +333,15 @@ class EnvSource(EpisodeSource):
             playing.failure = StopReason.ENV_ERROR, reply.error
             return self._fail(playing)
         observation = reply.observation
-        playing.success = reply.info.get("success", playing.success)
-        if not reply.info.get("action_valid", True):
+        playing.success = playing.success if reply.success is None else reply.success
+        if not reply.action_valid:
             reply = replace(
                 reply,
                 reward=reply.reward - self.invalid_penalty,
                 terminated=reply.terminated or self.on_invalid == "end",
             )
         if playing.completion is not None:
-            if len(playing.steps) + 1 == self.env.max_steps:
+            if len(playing.steps) + 1 == self.task_limit:
                 reply = replace(reply, terminated=True)
             self._record(playing, reply, plan)
         if watch is not None:
@@ -343,7 +350,7 @@ class EnvSource(EpisodeSource):
             return self._end(playing, StopReason.TERMINATED)
         playing.observations.append(observation)
         with _costs([playing], StopReason.ABORTED):
-            playing.prompt_ids = self.context.prompt_ids(playing.observations, playing.steps)
+            playing.prompt_ids = self._checked_prompt(self.context.prompt_ids(playing.observations, playing.steps))
         if playing.failure is not None:
             return self._fail(playing)
         assert playing.prompt_ids is not None
@@ -353,10 +360,31 @@ class EnvSource(EpisodeSource):
         return self._end(playing, StopReason.CONTEXT_OVERFLOW) if overflow else None
 
     def _refuse(self, playing: _Playing) -> EnvReply:
-        """What follows an action that did not parse: the environment stays as it is."""
+        """What follows an action that did not parse: the environment stays as it is, solved or not."""
         assert playing.parsed is not None
         observation = replace(playing.observations[-1], feedback=playing.parsed.feedback)
-        return EnvReply(observation, info={"success": False, "action_valid": False})
+        return EnvReply(observation, action_valid=False)
+
+    def _checked_prompt(self, ids: Any) -> np.ndarray:
+        """Token ids of a prompt. Of an empty one the value would be read at another row's position."""
+        call = f"{type(self.context).__name__}.prompt_ids"
+        if not isinstance(ids, np.ndarray) or ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer):
+            given = f"shape {ids.shape} of {ids.dtype}" if isinstance(ids, np.ndarray) else shown(ids)
+            raise WrongValue(f"{call} must give a one-dimensional array of integers, not {given}")
+        if not ids.size:
+            raise WrongValue(f"{call} gave an empty prompt")
+        lowest, highest = int(ids.min()), int(ids.max())
+        if lowest < 0 or (self._vocab_size is not None and highest >= self._vocab_size):
+            wrong = lowest if lowest < 0 else highest
+            raise WrongValue(f"{call} gave the token id {wrong}, which is none of the model's {self._vocab_size}")
+        return ids.astype(np.int32, copy=False)
+
+    def _checked_action(self, parsed: Any) -> ParsedAction:
+        call = f"{type(self.parser).__name__}.parse"
+        if not isinstance(parsed, ParsedAction):
+            raise WrongValue(f"{call} must give a ParsedAction, not {shown(parsed)}")
+        command = None if parsed.command is None else plain_text(f"the command of {call}", parsed.command)
+        return ParsedAction(command, plain_text(f"the feedback of {call}", parsed.feedback))
 
     def _record(self, playing: _Playing, reply: EnvReply, plan: RolloutPlan) -> None:
         completion, parsed, prompt_ids = playing.completion, playing.parsed, playing.prompt_ids
@@ -374,7 +402,7 @@ class EnvSource(EpisodeSource):
                 finish_reason=completion.finish_reason,
                 terminated=reply.terminated,
                 truncated=False,
-                action_valid=reply.info.get("action_valid", True),
+                action_valid=reply.action_valid,
                 observation=playing.observations[-1].text,
                 action=text.strip() if parsed.command is None else parsed.command,
                 temperature=plan.temperature,
@@ -417,7 +445,7 @@ class EnvSource(EpisodeSource):
         assert playing.completion is not None
         with _costs([playing], StopReason.ABORTED):
             text = self.context.decode_action(playing.completion.action_ids)
-            playing.parsed = self.parser.parse(text, playing.observations[-1])
+            playing.parsed = self._checked_action(self.parser.parse(text, playing.observations[-1]))
         if playing.failure is not None:
             return
         assert playing.parsed is not None
@@ -438,7 +466,7 @@ class EnvSource(EpisodeSource):
         except SteppoError:
             raise
         except Exception as error:
-            warnings.warn(f"the engine could not release an episode: {type(error).__name__}: {error}", stacklevel=2)
+            warnings.warn(f"the engine could not release an episode: {said(error)}", stacklevel=2)
 
     def _end(
         self, playing: _Playing, reason: StopReason, final_prompt_ids: np.ndarray | None = None, error: str = ""

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import pytest
@@ -43,11 +44,12 @@ def play_here(task: Task, actions: Sequence[str]) -> list[EnvReply]:
     """All replies of an episode, played in this process."""
     env = CorridorEnv()
     observation, info = env.reset(task)
-    replies = [EnvReply(observation, info=info)]
+    replies = [EnvReply(observation, **info)]
     for action in actions:
         if replies[-1].terminated:
             break
-        replies.append(EnvReply(*env.step(action)))
+        *answer, info = env.step(action)
+        replies.append(EnvReply(*answer, **info))
     return replies
 
 
@@ -100,7 +102,7 @@ def test_expert_actions_come_only_when_wanted(make_pool: Callable[..., EnvPool])
         reply = pool.receive(0)
     assert taken == ["right", "right", "right", "take"]
     assert reply.reward == 1.0
-    assert reply.info == {"success": True}
+    assert reply.success is True
     assert reply.observation is not None
     assert reply.observation.expert_action is None, "there is nothing left to do"
 
@@ -308,6 +310,13 @@ class Unreadable:
         return int, ("not a number",)
 
 
+@dataclass(frozen=True)
+class MyObservation(Observation):
+    """With something of its own, for a context that knows it."""
+
+    extra: Any = None
+
+
 class OddEnv(CorridorEnv):
     """Answers the first step with whatever the action names."""
 
@@ -320,18 +329,18 @@ class OddEnv(CorridorEnv):
             "reward": (observation, float("nan"), *ends, info),
             "info": (observation, reward, *ends, None),
             "short": (observation, reward),
-            "unsendable": (observation, reward, *ends, {"why": lambda: None}),
-            "unreadable": (observation, reward, *ends, {"why": Unreadable()}),
+            "unsendable": (MyObservation("", extra=lambda: None), reward, *ends, info),
+            "unreadable": (MyObservation("", extra=Unreadable()), reward, *ends, info),
         }
         return odd[action]
 
 
 ODD = {
-    "text": "gave str in place of an Observation",
-    "reward": "gave a reward of nan",
-    "info": "TypeError",
-    "short": "ValueError",
-    "unsendable": "pickle",
+    "text": "the environment's observation must be an Observation, not 'You are in room 1.'",
+    "reward": "the environment's reward must be finite and at most 1e+12 in size, not nan",
+    "info": "the environment's info must be a mapping, not None",
+    "short": "the environment's step must return (observation, reward, terminated, truncated, info), not 2 values",
+    "unsendable": "the environment's observation cannot be read: ",
     "unreadable": "unreadable answer: ValueError",
     "leave": "SystemExit: 3",
 }

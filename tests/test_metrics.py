@@ -134,6 +134,7 @@ def test_statistics_of_hand_made_episodes() -> None:
             "env_errors": 0,
             "engine_errors": 0,
             "errors": 0,
+            "no_verdict": 2,
             "success_rate": 1 / 4,
             "success_low": low,
             "success_high": high,
@@ -180,8 +181,24 @@ def test_episodes_that_broke_count_as_errors_only() -> None:
 def test_nothing_to_score(episodes: Sequence[Episode]) -> None:
     figures = statistics_of(episodes).compute()
     assert (figures["episodes"], figures["errors"]) == (0, len(episodes))
-    assert (figures["success_rate"], figures["success_low"], figures["success_high"]) == (0.0, 0.0, 1.0)
-    assert all(math.isfinite(figure) for figure in figures.values())
+    unknown = {"success_rate", "success_low", "success_high"}
+    assert {name for name, figure in figures.items() if not math.isfinite(figure)} == unknown
+
+
+def test_unknown_is_not_failure() -> None:
+    """Without a verdict there is no rate; one verdict, and the others count as not solved."""
+    silent = [make_episode([1.0]), make_episode([0.0], StopReason.STEP_LIMIT)]
+    figures = statistics_of(silent).compute()
+    assert math.isnan(figures["success_rate"])
+    assert math.isnan(figures["success_low"])
+    assert math.isnan(figures["success_high"])
+    assert (figures["episodes"], figures["no_verdict"], figures["return_mean"]) == (2, 2, 0.5)
+    for verdict in (False, True):
+        figures = statistics_of([*silent, make_episode([0.0], success=verdict)]).compute()
+        assert (figures["success_rate"], figures["no_verdict"]) == (verdict / 3, 2)
+        assert (figures["success_low"], figures["success_high"]) == wilson_interval(verdict, 3)
+    broken = make_episode([1.0], StopReason.ENV_ERROR, success=True)
+    assert math.isnan(statistics_of([*silent, broken]).compute()["success_rate"])
 
 
 def test_figures_are_plain_floats() -> None:
@@ -211,6 +228,19 @@ def test_ranks_are_summed() -> None:
     for episode in [*HEALTHY, *BROKEN]:
         synchronised.update(episode)
     assert synchronised.compute() == statistics_of([*HEALTHY, *BROKEN] * 2).compute()
+
+
+def test_one_rank_with_a_verdict_is_enough() -> None:
+    """This rank has none; the other's state has one."""
+    known = statistics_of([make_episode([1.0], success=True)])
+    other = {name: getattr(known, name) for name in (*EpisodeStatistics._SUMS, "reasons")}
+    names = iter(other)
+    synchronised = EpisodeStatistics(
+        dist_sync_fn=lambda state, group: [state, other[next(names)]], distributed_available_fn=lambda: True
+    )
+    synchronised.update(make_episode([0.0]))
+    figures = synchronised.compute()
+    assert (figures["success_rate"], figures["no_verdict"]) == (0.5, 1)
 
 
 def test_reset_forgets() -> None:

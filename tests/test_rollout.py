@@ -21,6 +21,7 @@ from steppo.parsers import ActionParser, ParsedAction
 from steppo.rollout import EnvSource
 from steppo.types import Completion, Episode, Group, Observation, Request, RolloutPlan, StopReason
 from tests.toy_env import CorridorEnv, FaultyEnv
+from tests.wrong_env import VerdictEnv
 
 TASKS = CorridorEnv().tasks("train")
 ENV_LIMIT = 8
@@ -305,7 +306,7 @@ def test_a_first_prompt_that_overflows_gives_no_step(make_source: SourceMaker) -
     assert [len(group) for group in groups] == [2] * len(TASKS)
     for episode in (episode for group in groups for episode in group):
         assert (episode.stop_reason, episode.steps) == (StopReason.CONTEXT_OVERFLOW, ())
-        assert (episode.final_prompt_ids, episode.success) == (None, None)
+        assert (episode.final_prompt_ids, episode.success) == (None, False)
     assert engine.heard == {}
 
 
@@ -350,7 +351,7 @@ def test_an_environment_may_call_an_action_invalid(
     def unknown(slot: int) -> EnvReply:
         reply = receive(slot)
         invalid = reply.observation is not None and reply.observation.text == "There is no coin here."
-        return replace(reply, info={**reply.info, "action_valid": not invalid})
+        return replace(reply, action_valid=not invalid)
 
     monkeypatch.setattr(pool, "receive", unknown)
     source = make_source(lambda request: "take", invalid_penalty=0.25, on_invalid=on_invalid)
@@ -595,6 +596,96 @@ def test_what_cannot_be_read_or_rendered_costs_its_episode(
     [failed] = [episode for episode in episodes if episode.stop_reason.failed]
     assert (failed.stop_reason, failed.error) == (StopReason.ABORTED, "UnicodeError: what is this?")
     assert_same(*[[episode for episode in run if episode.id != failed.id] for run in (episodes, healthy)])
+
+
+IDS: dict[str, tuple[Any, str]] = {
+    "empty": (np.zeros(0, dtype=np.int32), "gave an empty prompt"),
+    "empty of another kind": (np.zeros(0), "must give a one-dimensional array of integers, not shape (0,) of float64"),
+    "floats": (np.ones(3), "must give a one-dimensional array of integers, not shape (3,) of float64"),
+    "booleans": (np.ones(3, dtype=bool), "not shape (3,) of bool"),
+    "rows": (np.ones((1, 3), dtype=np.int32), "not shape (1, 3) of int32"),
+    "number": (np.array(3), "not shape () of int64"),
+    "list": ([1, 2, 3], "not a list"),
+    "text": ("a prompt", "not 'a prompt'"),
+    "none": (None, "not None"),
+    "tensor": (torch.ones(3, dtype=torch.int64), "not a Tensor"),
+    "negative": (np.array([1, -1]), "gave the token id -1, which is none of the model's"),
+    "too large": (np.array([1, 10**6]), "gave the token id 1000000, which is none of the model's"),
+    "wrapped": (np.array([2**32 + 1]), "gave the token id 4294967297, which is none of the model's"),
+}
+PARSED: dict[str, tuple[Any, str]] = {
+    "none": (None, "parse must give a ParsedAction, not None"),
+    "text": ("left", "parse must give a ParsedAction, not 'left'"),
+    "tuple": (("left", ""), "parse must give a ParsedAction, not a tuple"),
+    "number": (ParsedAction(7), "the command of CommandParser.parse must be a string, not 7"),  # type: ignore[arg-type]
+    "bytes": (ParsedAction(b"left"), "the command of CommandParser.parse must be a string"),  # type: ignore[arg-type]
+    "surrogate": (ParsedAction("\ud800"), "the command of CommandParser.parse must be text that UTF-8 can hold"),
+    "feedback": (ParsedAction(None, None), "the feedback of CommandParser.parse must be a string"),  # type: ignore[arg-type]
+}
+
+
+@pytest.mark.parametrize("last", [False, True], ids=["a prompt", "a final prompt"])
+@pytest.mark.parametrize("name", IDS)
+def test_a_prompt_that_is_none_costs_its_episode(
+    name: str, last: bool, make_source: SourceMaker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also that after the last step of an episode that is cut, whose value an advantage may ask for."""
+    ids, message = IDS[name]
+    source = make_source(wander, max_steps=2)
+    whole = source.context.prompt_ids
+
+    def break_one(observations: Sequence[Observation], steps: Sequence[Any]) -> Any:
+        wrong = observations[0].goal == "Take the coin in room 1." and len(steps) == (2 if last else 1)
+        return ids if wrong else whole(observations, steps)
+
+    monkeypatch.setattr(source.context, "prompt_ids", break_one)
+    episodes = play(source, groups_of(1))
+    hit = {task.id for task in TASKS if task.data["goal"] == 1}
+    assert 0 < len(hit) < len(TASKS)
+    assert {episode.task_id for episode in episodes if episode.stop_reason.failed} == hit
+    for episode in episodes:
+        assert episode.stop_reason == (StopReason.ABORTED if episode.task_id in hit else StopReason.STEP_LIMIT)
+        assert episode.error.startswith("StateContext.prompt_ids ") == (episode.task_id in hit)
+        assert (message in episode.error) == (episode.task_id in hit)
+
+
+@pytest.mark.parametrize("kind", [np.int64, np.uint8, np.int32])
+def test_prompts_of_any_integers_are_taken(kind: type, make_source: SourceMaker, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = make_source(wander)
+    monkeypatch.setattr(source.context, "prompt_ids", lambda observations, steps: np.arange(2, 9, dtype=kind))
+    for episode in play(source, groups_of(1, tasks=2)):
+        assert {step.prompt_ids.dtype for step in episode.steps} == {np.dtype(np.int32)}
+
+
+@pytest.mark.parametrize("name", PARSED)
+def test_an_action_that_is_none_costs_its_episode(
+    name: str, make_source: SourceMaker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parsed, message = PARSED[name]
+    source = make_source(wander)
+    whole = source.parser.parse
+
+    def break_one(text: str, observation: Observation) -> Any:
+        return parsed if observation.goal == "Take the coin in room 1." else whole(text, observation)
+
+    monkeypatch.setattr(source.parser, "parse", break_one)
+    failed = [episode for episode in play(source, groups_of(1)) if episode.stop_reason.failed]
+    assert {episode.task_id for episode in failed} == {task.id for task in TASKS if task.data["goal"] == 1}
+    for episode in failed:
+        assert episode.stop_reason == StopReason.ABORTED
+        assert message in episode.error
+
+
+@pytest.mark.parametrize("on_invalid", ["continue", "end"])
+@pytest.mark.parametrize("choose", [dance, first_dance(wander), wander], ids=["all refused", "one refused", "none refused"])
+def test_a_refused_action_does_not_overrule_the_environment(
+    on_invalid: str, choose: Callable[[Request], str], make_source: SourceMaker
+) -> None:
+    env = VerdictEnv()
+    tasks = env.tasks("train")
+    source = make_source(choose, env=env, on_invalid=on_invalid, num_slots=3)
+    episodes = play(source, [Group(number, task, 1, first=number) for number, task in enumerate(tasks)])
+    assert [(episode.task_id, episode.success) for episode in episodes] == [("None", None), ("True", True), ("False", False)]
 
 
 def test_workers_are_counted_also_after_their_pool_is_closed(make_source: SourceMaker) -> None:

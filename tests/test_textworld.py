@@ -119,7 +119,7 @@ def test_expert_wins_and_sees_clean_text(textworld_env: TextWorldEnv) -> None:
         assert len(episode) == 3
         assert [reply.reward for reply in episode] == [0.0, 0.0, 1.0]
         assert episode[-1].terminated
-        assert episode[-1].info["success"] is True
+        assert episode[-1].success is True
         for reply in episode:
             observation = seen(reply)
             assert not re.search(r"\$|TextWorld|Your score|\*\*\*|^>|=-.", observation.text, re.MULTILINE)
@@ -166,7 +166,7 @@ def test_commands_that_cannot_be_carried_out_are_told_apart(textworld_env: TextW
     assert pool.receive(0).error == ""
     for command, valid in (("dance", False), ("look", True)):
         pool.step(0, command)
-        assert pool.receive(0).info["action_valid"] is valid
+        assert pool.receive(0).action_valid is valid
     pool.close()
 
 
@@ -190,13 +190,13 @@ def test_max_steps_ends_the_task_unsolved(textworld_env: TextWorldEnv) -> None:
     assert len(episode) == 1 + 6
     assert [reply.terminated for reply in episode] == [False] * 6 + [True]
     assert not any(reply.truncated or reply.reward for reply in episode)
-    assert episode[-1].info["success"] is False
+    assert episode[-1].success is False
 
 
 def test_winning_with_the_last_step_counts(textworld_env: TextWorldEnv) -> None:
     [episode] = play(variant(textworld_env, max_steps=2), textworld_env.tasks("train")[:1])
     assert len(episode) == 1 + 2
-    assert episode[-1].info["success"] is True
+    assert episode[-1].success is True
     assert episode[-1].reward == 1.0
 
 
@@ -212,7 +212,7 @@ def test_rewards_are_success_or_score(tmp_path: Path) -> None:
     assert [reply.reward for reply in success] == [0.0] * (len(success) - 1) + [1.0]
     assert len([reply for reply in score if reply.reward > 0]) > 2
     assert sum(reply.reward for reply in score) == pytest.approx(1.0)
-    assert success[-1].info["success"] is score[-1].info["success"] is True
+    assert success[-1].success is score[-1].success is True
     assert not re.search("chest|key|east", seen(success[0]).goal), "the goal is brief, the way is to be found"
 
 

@@ -29,6 +29,7 @@ RECORD = {
     "panel_sha256",
     "episodes",
     "errors",
+    "no_verdict",
     "success_rate",
     "success_ci95",
     "return_mean",

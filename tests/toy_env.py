@@ -48,7 +48,7 @@ class CorridorEnv(Env):
     def reset(self, task: Task) -> tuple[Observation, dict[str, Any]]:
         self._task = task
         self._room, self._goal, self._steps = task.data["start"], task.data["goal"], 0
-        return self._observe(f"You are in room {self._room}."), {}
+        return self._observe(f"You are in room {self._room}."), {"success": False}
 
     def step(self, action: str) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
         self._steps += 1

@@ -16,7 +16,7 @@ class Env(ABC):
     episode that is played at the same time. Acquire what is expensive in ``reset``.
 
     Attributes:
-        max_steps: Steps that the task itself allows, if it has a limit. Refused actions use them up too.
+        max_steps: Steps that the task itself allows, at least 1, if it has a limit. Refused actions use them up too.
     """
 
     max_steps: int | None = None
@@ -35,8 +35,10 @@ class Env(ABC):
 
         Returns:
             Observation, reward, terminated (the task is over, nothing follows), truncated (cut from outside), info.
-            ``info["success"]`` (bool) of the last step says whether the task was solved; ``info["action_valid"]`` (true
-            unless given) whether the command was one that can be carried out.
+            ``info["success"]`` says whether the task is solved, as far as one can tell now: True or False, or ``None`` (or
+            nothing) where there is no verdict. The last one counts; ``reset`` may give the first.
+            ``info["action_valid"]`` (true unless given) says whether the command was one that can be carried out. Other
+            entries are not looked at. A value of the wrong type ends the episode as broken (``steppo/envs/checks.py``).
         """
 
     def prepare(self, tasks: Sequence[Task], progress: Callable[[int, int], None]) -> None:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import itertools
-import math
 import multiprocessing as mp
 import os
 import pickle
@@ -15,18 +13,17 @@ import signal
 import sys
 import threading
 import time
-import traceback
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from multiprocessing.util import Finalize
-from typing import Any
 
 from steppo.envs.base import Env
+from steppo.envs.checks import EnvReply, copied, pickled, reset_reply, step_reply, with_expert
 from steppo.envs.guard import Guard
-from steppo.errors import ConfigError, RunError
-from steppo.types import Observation, Task
+from steppo.errors import ConfigError, RunError, located, said
+from steppo.types import Task
 
 _START_S = 120.0  # a process imports and unpickles before it answers; that is no environment's fault
 _STARTS = 3
@@ -35,40 +32,17 @@ _CLOSE_S = 2.0  # for environments to close
 COUNTS = ("replaced_workers", "env_timeouts", "recycled_workers")
 
 
-@dataclass(frozen=True)
-class EnvReply:
-    """What a slot answers to ``reset`` (reward 0, not done) and ``step``. ``error`` is set when the environment failed."""
-
-    observation: Observation | None = None
-    reward: float = 0.0
-    terminated: bool = False
-    truncated: bool = False
-    info: dict[str, Any] = field(default_factory=dict)
-    error: str = ""
-
-
-def _checked(observation: Any, reward: Any, terminated: Any, truncated: Any, info: Any) -> EnvReply:
-    """An environment's answer, or an error here and now: what passes must do no harm beyond its own episode."""
-    if not isinstance(observation, Observation):
-        raise TypeError(f"the environment gave {type(observation).__name__} in place of an Observation")
-    if not math.isfinite(reward):  # it would reach every advantage of the iteration
-        raise ValueError(f"the environment gave a reward of {reward}")
-    return EnvReply(observation, float(reward), bool(terminated), bool(truncated), dict(info))
-
-
 def _play(env: Env, task: Task | None, actions: list[str], want_expert: bool, going_on: Callable[[], None]) -> EnvReply:
     """Resets to ``task`` unless it is ``None``, then plays ``actions``; the last answer counts, others call ``going_on``."""
     reply = EnvReply()
     if task is not None:
-        observation, info = env.reset(task)
-        reply = _checked(observation, 0.0, False, False, info)
+        reply = reset_reply(env.reset(task))
     for action in actions:
         if task is not None:
             going_on()
-        observation, reward, terminated, truncated, info = env.step(action)
-        reply = _checked(observation, reward, terminated, truncated, info)
+        reply = step_reply(env.step(action))
     if want_expert and reply.observation is not None and not (reply.terminated or reply.truncated):
-        reply = replace(reply, observation=replace(reply.observation, expert_action=env.expert_action()))
+        reply = with_expert(reply, env.expert_action())
     return reply
 
 
@@ -83,12 +57,12 @@ def _resident_mib() -> float:
         return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
 
 
-def _worker(connection: Connection, prototype: Env, memory_mib: int | None, spared_turns: int) -> None:
+def _worker(connection: Connection, pickled_env: bytes, memory_mib: int | None, spared_turns: int) -> None:
     """Says how large it is, then serves slots until it is told to stop, nobody listens, or it has outgrown its memory.
 
-    An environment that raises is closed and made anew at its next reset. Answers come in the order of the requests; each
-    says whether it is the last, but none of the first ``spared_turns`` resets and steps is. ``None`` is a sign of life
-    within an episode that is played again.
+    Where it cannot read the environment it says why, and ends. An environment that raises is closed and made anew at its
+    next reset. Answers come in the order of the requests; each says whether it is the last, but none of the first
+    ``spared_turns`` resets and steps is. ``None`` is a sign of life within an episode that is played again.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # it was blocked for the start
@@ -96,22 +70,26 @@ def _worker(connection: Connection, prototype: Env, memory_mib: int | None, spar
     envs: dict[int, Env] = {}
     outgrown = False
     with contextlib.suppress(EOFError, OSError):
+        try:
+            prototype: Env = pickle.loads(pickled_env)
+        except Exception as error:
+            connection.send(located(error))
+            return
         connection.send(_resident_mib())
         while not outgrown and (message := connection.recv()) is not None:
-            slot, task, actions, want_expert = message
+            slot, pickled_task, actions, want_expert = message
             try:
                 if slot not in envs:
-                    if task is None:
+                    if pickled_task is None:
                         raise RuntimeError("the episode was lost with an earlier worker process")
-                    envs[slot] = copy.deepcopy(prototype)
+                    envs[slot] = copied(prototype)
+                task = pickle.loads(pickled_task) if pickled_task is not None else None
                 reply = pickle.dumps(_play(envs[slot], task, actions, want_expert, lambda: connection.send(None)))
-            except (Exception, SystemExit) as error:  # a broken environment is data, not the end of the run
-                where = traceback.extract_tb(error.__traceback__)[-1]
-                text = f"{type(error).__name__}: {error} ({where.filename}:{where.lineno})"
-                reply = pickle.dumps(EnvReply(error=text))
+            except BaseException as error:  # a broken environment is data, not the end of the run
+                reply = pickle.dumps(EnvReply(error=located(error)))
                 with contextlib.suppress(Exception):
                     envs.pop(slot).close()
-            spared_turns -= len(actions) + (task is not None)
+            spared_turns -= len(actions) + (pickled_task is not None)
             outgrown = memory_mib is not None and spared_turns <= 0 and _resident_mib() > memory_mib
             connection.send((reply, outgrown))
     for env in envs.values():
@@ -155,12 +133,12 @@ class _Process:
     """
 
     def __init__(
-        self, id: str, prototype: Env, memory_mib: int | None, spared_turns: int = 0, failed_starts: int = 0
+        self, id: str, pickled_env: bytes, memory_mib: int | None, spared_turns: int = 0, failed_starts: int = 0
     ) -> None:
         context = mp.get_context("spawn")  # a fork would copy torch's threads and locks
         self.id = id
         self.connection, self._child = context.Pipe()
-        arguments = self._child, prototype, memory_mib, spared_turns
+        arguments = self._child, pickled_env, memory_mib, spared_turns
         # No daemon: those may not have children of their own.
         self.process = context.Process(target=_worker, args=arguments, daemon=False)
         self.waiting: deque[tuple[int, bool]] = deque()
@@ -176,7 +154,7 @@ class _Process:
         self._child.close()
         self._writer.start()
 
-    def send(self, message: tuple[int, Task | None, list[str], bool] | None) -> None:
+    def send(self, message: tuple[int, bytes | None, list[str], bool] | None) -> None:
         """Never waits. A dead process is found when an answer is waited for; ``None`` asks it to stop."""
         self._outbox.put(pickle.dumps(message))
 
@@ -252,7 +230,8 @@ class EnvPool:
     """
 
     def __init__(self, env: Env, num_slots: int, num_workers: int, timeout_s: float, memory_mib: int | None = None) -> None:
-        self._env = env
+        self._name = type(env).__name__
+        self._env = pickled(env)
         self._timeout_s = timeout_s
         self._memory_mib = memory_mib
         self._slots = [_Slot() for _ in range(num_slots)]
@@ -286,7 +265,7 @@ class EnvPool:
 
         Raises:
             RunError: A worker did not start, several times in a row.
-            ConfigError: A fresh worker holds more than ``memory_mib``.
+            ConfigError: A fresh worker holds more than ``memory_mib``, or cannot read the environment.
         """
         worker = self._worker_of(slot)
         while slot not in self._replies:
@@ -317,7 +296,8 @@ class EnvPool:
     def _send(self, slot: int, task: Task | None, actions: list[str], wanted: bool = True) -> None:
         process = self._processes[self._worker_of(slot)]
         process.waiting.append((slot, wanted))
-        process.send((slot, task, actions, self._slots[slot].want_expert))
+        # A task of its own pickle: one that cannot be read there costs its episode, not the worker.
+        process.send((slot, None if task is None else pickle.dumps(task), actions, self._slots[slot].want_expert))
 
     def _listen(self, worker: int) -> None:
         """Takes a worker's next message; a worker that gives none in time, or is dead, is replaced."""
@@ -335,6 +315,11 @@ class EnvPool:
             self._replace(worker, f"the environment's process died (exit status {process.process.exitcode})")
             return
         if not process.ready:
+            if isinstance(message, str):
+                raise ConfigError(
+                    f"{self._name} cannot be read in a worker process: {message}; its class must be in a module that can be "
+                    "imported, and what it holds must pickle"
+                )
             if self._memory_mib is not None and message > self._memory_mib:
                 raise ConfigError(f"worker_memory_mib = {self._memory_mib} is too small: an idle worker holds {message:.0f}")
             process.ready, process.failed_starts = True, 0
@@ -346,8 +331,8 @@ class EnvPool:
         if wanted:
             try:
                 self._replies[slot] = pickle.loads(answer)
-            except Exception as error:  # what an info holds may be known to the worker only
-                self._replies[slot] = EnvReply(error=f"unreadable answer: {type(error).__name__}: {error}")
+            except Exception as error:  # what an Observation of the user's own holds may be known to the worker only
+                self._replies[slot] = EnvReply(error=f"unreadable answer: {said(error)}")
         if outgrown:
             process.end(self._guard, patience_s=_CLOSE_S)  # it closes its environments
             self.counts["recycled_workers"] += 1

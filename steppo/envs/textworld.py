@@ -208,7 +208,7 @@ class TextWorldEnv(Env):
             self._goal = "Find the coin and take it."
         else:
             self._goal = _clean_objective(self._state.objective)
-        return self._observe(), {}
+        return self._observe(), {"success": False}
 
     def step(self, action: str) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
         score_before = self._state.score or 0

@@ -110,6 +110,11 @@ class Policy(nn.Module, ABC):
         """Longest sequence in tokens."""
         return int(self.model.config.max_position_embeddings)
 
+    @property
+    def vocab_size(self) -> int:
+        """Token ids that the model knows, from 0."""
+        return int(self.model.get_input_embeddings().num_embeddings)
+
     # ---- what is trained ----
 
     def add_lora(self, settings: LoRASettings) -> None:

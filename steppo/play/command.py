@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -175,8 +176,10 @@ def _play(
     if figures["episodes"] == 0:
         raise RunError(f"no episode could be played: {error}")
     if len(tasks) > 1:
+        rate = figures["success_rate"]
+        success = "" if math.isnan(rate) else f"success {rate:.2f}, "
         console.print(
-            f"{figures['episodes']:.0f} episodes: success {figures['success_rate']:.2f}, "
+            f"{figures['episodes']:.0f} episodes: {success}"
             f"return {figures['return_mean']:.3g}, steps {figures['steps_mean']:.1f}",
             style="bold",
         )

@@ -59,7 +59,7 @@ class Show:
         if episode.stop_reason.failed:
             self._line(Text(f"broken ({episode.stop_reason}): {episode.error}", style="bold red"))
             return
-        result = {True: "solved", False: "not solved", None: "over"}[episode.success]
+        result = "over" if episode.success is None else "solved" if episode.success else "not solved"
         steps = f"{len(episode.steps)} step{'' if len(episode.steps) == 1 else 's'}"
         self._line(
             Text(

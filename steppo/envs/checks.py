@@ -1,0 +1,275 @@
+"""What an environment hands over, checked once, field by field, where it comes in. What passes can do no harm further on."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from numbers import Integral, Real
+from typing import Any
+
+import numpy as np
+
+from steppo.envs.base import Env
+from steppo.errors import ConfigError, WrongValue, blamed_on, said
+from steppo.types import Observation, Task
+
+# Largest size of a reward. Learning squares returns and sums the squares over an update and over all weights, in float32,
+# which ends at 3.4e38: a return of a thousand such rewards, 1e15, still leaves room for a hundred million terms.
+MOST_REWARD = 1e12
+
+_LONGEST_QUOTE = 60
+
+
+@dataclass(frozen=True)
+class EnvReply:
+    """What a slot answers to ``reset`` (reward 0, not done) and ``step``. ``error`` is set when the environment failed.
+
+    ``success`` is ``None`` where the environment does not say.
+    """
+
+    observation: Observation | None = None
+    reward: float = 0.0
+    terminated: bool = False
+    truncated: bool = False
+    success: bool | None = None
+    action_valid: bool = True
+    error: str = ""
+
+
+# ---- answers: raise WrongValue ----
+
+
+def reset_reply(answer: Any) -> EnvReply:
+    """What ``reset`` returned. No action came before it, so it cannot be valid or not."""
+    observation, info = _parts(answer, "reset", ("observation", "info"))
+    return EnvReply(_observation(observation), success=_info(info)[0])
+
+
+def step_reply(answer: Any) -> EnvReply:
+    """What ``step`` returned."""
+    names = ("observation", "reward", "terminated", "truncated", "info")
+    observation, reward, terminated, truncated, info = _parts(answer, "step", names)
+    ends = _end("terminated", terminated), _end("truncated", truncated)
+    return EnvReply(_observation(observation), _reward(reward), *ends, *_info(info))
+
+
+def with_expert(reply: EnvReply, action: Any) -> EnvReply:
+    """A reply with what ``expert_action`` returned."""
+    assert reply.observation is not None
+    return replace(reply, observation=replace(reply.observation, expert_action=_expert(action)))
+
+
+def plain_text(what: str, value: Any) -> str:
+    """Text as a plain ``str`` that UTF-8 can hold: hashes, tokenizers and files need that."""
+    if not isinstance(value, str):
+        raise WrongValue(f"{what} must be a string, not {shown(value)}")
+    text = str.__str__(value)
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise WrongValue(
+            f"{what} must be text that UTF-8 can hold; character {error.start} is {text[error.start]!a}"
+        ) from None
+    return text
+
+
+def _parts(answer: Any, method: str, names: tuple[str, ...]) -> list[Any]:
+    given = shown(answer)
+    if isinstance(answer, tuple | list):
+        with _reading(f"answer to {method}"):
+            parts = list(answer)
+        if len(parts) == len(names):
+            return parts
+        given = f"{len(parts)} values"
+    raise WrongValue(f"the environment's {method} must return ({', '.join(names)}), not {given}")
+
+
+def _observation(value: Any) -> Observation:
+    with _reading("observation"):
+        if not isinstance(value, Observation):
+            raise _wrong("observation", value, "an Observation")
+        fields: dict[str, Any] = {
+            "text": plain_text("the environment's text", value.text),
+            "goal": plain_text("the environment's goal", value.goal),
+            "admissible_commands": _commands(value.admissible_commands),
+            "feedback": plain_text("the environment's feedback", value.feedback),
+            "expert_action": _expert(value.expert_action),
+        }
+        if type(value) is Observation:
+            return Observation(**fields)
+        value = replace(value, **fields)  # a class of the user's own keeps what it adds
+        pickle.dumps(value)
+        return value
+
+
+def _commands(value: Any) -> tuple[str, ...] | None:
+    if value is None:
+        return None
+    if not isinstance(value, list | tuple):  # a set has no order, and a string is a sequence of letters
+        raise _wrong("admissible_commands", value, "a list or tuple of strings, or None")
+    with _reading("admissible_commands"):
+        return tuple(
+            plain_text(f"the environment's admissible_commands[{number}]", entry) for number, entry in enumerate(value)
+        )
+
+
+def _expert(value: Any) -> str | None:
+    return None if value is None else plain_text("the environment's expert_action", value)
+
+
+def _reward(value: Any) -> float:
+    with _reading("reward"):
+        if not isinstance(value, Real | np.bool_):
+            raise _wrong("reward", value, "a number")
+        try:
+            reward = float(value)
+        except OverflowError:
+            reward = float("inf")
+        if not abs(reward) <= MOST_REWARD:  # also not a number
+            raise _wrong("reward", reward, f"finite and at most {MOST_REWARD:g} in size")
+        return reward
+
+
+def _end(name: str, value: Any) -> bool:
+    with _reading(name):
+        if not isinstance(value, bool | np.bool_):
+            raise _wrong(name, value, "True or False")
+        return bool(value)
+
+
+def _info(value: Any) -> tuple[bool | None, bool]:
+    """``success`` and ``action_valid``. What else it may hold is the environment's own."""
+    with _reading("info"):
+        if not isinstance(value, Mapping):
+            raise _wrong("info", value, "a mapping")
+        success, valid = value.get("success"), value.get("action_valid")
+    for name, verdict in (("success", success), ("action_valid", valid)):
+        if verdict is not None and not isinstance(verdict, bool | np.bool_):
+            raise _wrong(f'info["{name}"]', verdict, "True, False or None")
+    return None if success is None else bool(success), valid is None or bool(valid)
+
+
+# ---- what is given once: raise ConfigError ----
+
+
+def step_limit(env: Env) -> int | None:
+    """The task's own limit of steps."""
+    name = type(env).__name__
+    with blamed_on(f"{name}.max_steps"):
+        limit: Any = env.max_steps
+    if limit is None:
+        return None
+    if isinstance(limit, bool) or not isinstance(limit, Integral) or int(limit) < 1:
+        raise ConfigError(f"{name}: max_steps must be None or a whole number of at least 1, not {shown(limit)}")
+    return int(limit)
+
+
+def checked_tasks(where: str, tasks: Any) -> list[Task]:
+    """What ``tasks`` returned: tasks that can be named, told apart and sent to workers."""
+    if isinstance(tasks, str | bytes) or not isinstance(tasks, Sequence):
+        raise ConfigError(f"{where} must return a list of tasks, not {shown(tasks)}")
+    checked: list[Task] = []
+    places: dict[str, int] = {}
+    for number, task in enumerate(tasks):
+        if not isinstance(task, Task):
+            raise ConfigError(f"{where}: entry {number} must be a Task, not {shown(task)}")
+        try:
+            name = plain_text("its id", task.id)
+            if not name:
+                raise WrongValue("its id is empty")
+            if name in places:
+                raise WrongValue(f"its id {name!a} is that of task {places[name]}")
+            if not isinstance(task.data, Mapping):
+                raise WrongValue(f"its data must be a mapping, not {shown(task.data)}")
+        except WrongValue as error:
+            raise ConfigError(f"{where}: task {number} is wrong: {error}") from None
+        places[name] = number
+        checked.append(task if type(task.id) is str else replace(task, id=name))
+    try:
+        pickle.dumps(checked)  # all at once: a split may hold very many
+    except Exception as error:
+        number = next((number for number, task in enumerate(checked) if _fails(pickle.dumps, task)), 0)
+        entries = {f"data[{shown(key)}]": entry for key, entry in checked[number].data.items()}
+        culprit = _culprit(entries, pickle.dumps) or said(error)
+        raise ConfigError(f"{where}: task {number} cannot be sent to worker processes: {culprit}") from None
+    return checked
+
+
+def pickled(env: Env) -> bytes:
+    """The environment as it is sent to worker processes."""
+    try:
+        return pickle.dumps(env)
+    except Exception as error:
+        kind = type(env)
+        culprit = _culprit(_state(env), pickle.dumps) or said(error)
+        if "<locals>" in kind.__qualname__:
+            culprit = "its class is defined in a function, and workers must be able to import it"
+        raise ConfigError(f"{kind.__name__} cannot be sent to worker processes: {culprit}") from None
+
+
+def copied(env: Env) -> Env:
+    """A slot's own copy. Raises ``WrongValue``."""
+    try:
+        return copy.deepcopy(env)
+    except Exception as error:
+        culprit = _culprit(_state(env), copy.deepcopy) or said(error)
+        raise WrongValue(f"the environment cannot be copied in its worker process: {culprit}") from None
+
+
+def _state(env: Env) -> dict[str, Any]:
+    """What is pickled and copied of an object, by attribute, if that can be told."""
+    try:
+        state: Any = env.__getstate__()
+    except Exception:
+        return {}
+    parts = state if isinstance(state, tuple) else (state,)
+    return {f"attribute {name}": value for part in parts if isinstance(part, dict) for name, value in part.items()}
+
+
+def _culprit(entries: Mapping[str, Any], attempt: Callable[[Any], Any]) -> str:
+    """The first entry that fails, and how; empty if none does."""
+    for name, value in entries.items():
+        if (error := _fails(attempt, value)) is not None:
+            return f"its {name} is {shown(value)} ({said(error)})"
+    return ""
+
+
+def _fails(attempt: Callable[[Any], Any], value: Any) -> Exception | None:
+    try:
+        attempt(value)
+    except Exception as error:
+        return error
+    return None
+
+
+# ---- words ----
+
+
+def shown(value: Any) -> str:
+    """A value in an error message: plain ones as they are, of others the class. Runs nothing of the value's own."""
+    kind = type(value)
+    if value is None or kind in (bool, float):
+        return repr(value)
+    if kind is str:
+        return ascii(value if len(value) <= _LONGEST_QUOTE else value[:_LONGEST_QUOTE] + "...")
+    if kind is int and abs(value) < 10**_LONGEST_QUOTE:
+        return repr(value)
+    return f"{'an' if kind.__name__[:1].lower() in 'aeiou' else 'a'} {kind.__name__}"
+
+
+def _wrong(field: str, value: Any, wanted: str) -> WrongValue:
+    return WrongValue(f"the environment's {field} must be {wanted}, not {shown(value)}")
+
+
+@contextmanager
+def _reading(field: str) -> Iterator[None]:
+    """An object of the user's runs code of its own when it is read: what that raises names the field."""
+    try:
+        yield
+    except WrongValue:
+        raise
+    except Exception as error:
+        raise WrongValue(f"the environment's {field} cannot be read: {said(error)}") from None
