@@ -20,9 +20,9 @@ from jsonargparse import ArgumentError, Namespace
 from jsonargparse.typing import PositiveInt
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher, _SubprocessScriptLauncher
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
@@ -39,11 +39,22 @@ from callbacks import (
 )
 from steppo.checkpoints import CheckpointIO, iteration_checkpoints, read
 from steppo.datamodule import StepDataModule
+from steppo.distributed import require_equal
 from steppo.errors import ConfigError, SteppoError
 from steppo.mistakes import check_config, check_config_files, explain, in_one_line, refusal
 from steppo.module import AgentModule
 
 _CLI = TypeVar("_CLI", bound="StepCLI")
+
+
+class SaveConfig(SaveConfigCallback):
+    """Keeps the merged config in the run's folder, once it is known to be the same in all processes."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if trainer.world_size > 1:
+            config = yaml.safe_load(self.parser.dump(self.config, skip_none=False, format="yaml"))
+            require_equal({f"{name} in its config": value for name, value in config.items()})
+        super().setup(trainer, pl_module, stage)
 
 
 class StepCLI(LightningCLI):
@@ -286,6 +297,7 @@ def _make(kind: type[_CLI], args: Sequence[str] | None, run: bool) -> _CLI:
         subclass_mode_data=True,
         auto_configure_optimizers=False,  # the module's own: one group each for policy and critic
         seed_everything_default=0,
+        save_config_callback=SaveConfig,
         save_config_kwargs={"overwrite": True},
         parser_kwargs={**strict, **dict.fromkeys(StepCLI.subcommands(), strict)},
         trainer_defaults={"num_sanity_val_steps": 0, "enable_model_summary": False},
