@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -63,7 +62,8 @@ class QuantizationCallback(pl.Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         assert isinstance(pl_module, AgentModule)
         self._check(trainer, pl_module)
-        checkpoint = read(Path(trainer.ckpt_path), mmap=True) if self.lora_rank and trainer.ckpt_path else None
+        path = pl_module.begins_from
+        checkpoint = read(path, mmap=True) if self.lora_rank and path is not None else None
         self.apply(pl_module, trainer.strategy.root_device, checkpoint)
 
     def apply(self, module: AgentModule, device: torch.device, checkpoint: dict[str, Any] | None = None) -> None:

@@ -150,6 +150,7 @@ class StepCLI(LightningCLI):
         if self._checkpoint is not None:
             self.config_init[self.subcommand].ckpt_path = str(self._checkpoint)
             self.datamodule.from_checkpoint = True
+            self.model.begins_from = self._checkpoint
 
     @contextmanager
     def _in_its_run_folder(self) -> Iterator[None]:

@@ -86,6 +86,7 @@ class AgentModule(pl.LightningModule):
         self.reference: Policy | AdapterView | None = None
         self.lora: LoRASettings | None = None
         self.gradient_checkpointing = False
+        self.begins_from: Path | None = None  # Lightning's trainer knows the checkpoint only after models are built
         self.identity: dict[str, Any] = {}
         self.loss = loss
         self.policy_optimizer = policy_optimizer
