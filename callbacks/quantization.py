@@ -12,6 +12,7 @@ from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Sin
 from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 
+from steppo.checkpoints import read
 from steppo.errors import ConfigError
 from steppo.models import AdapterCritic, SeparateCritic
 from steppo.models.adapters import LoRASettings
@@ -30,7 +31,7 @@ class QuantizationCallback(pl.Callback):
         lora_alpha: Scale of the adapters; twice the rank unless given.
         lora_targets: Names of the linear layers to adapt; all but the head unless given.
         base_dtype: Of a frozen base's weights (those that are not quantised): bfloat16 on CUDA and float32 on a CPU unless
-            given. Weights that are trained are always as the policy says.
+            given, or what a checkpoint was trained on. Weights that are trained are always as the policy says.
         gradient_checkpointing: Keep no activations within a layer, compute them again in the backward pass.
     """
 
@@ -61,17 +62,21 @@ class QuantizationCallback(pl.Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         assert isinstance(pl_module, AgentModule)
         self._check(trainer, pl_module)
-        self.apply(pl_module, trainer.strategy.root_device)
+        path = pl_module.begins_from
+        checkpoint = read(path, mmap=True) if self.lora_rank and path is not None else None
+        self.apply(pl_module, trainer.strategy.root_device, checkpoint)
 
-    def apply(self, module: AgentModule, device: torch.device) -> None:
-        """Tells a module what to build, and where; for commands without a trainer too."""
+    def apply(self, module: AgentModule, device: torch.device, checkpoint: dict[str, Any] | None = None) -> None:
+        """Tells a module what to build, where, and for which checkpoint; for commands without a trainer too."""
         module.gradient_checkpointing = self.gradient_checkpointing
         if self.lora_rank == 0:
             return
         policy = module.policy
         policy.bits = self.bits
         policy.load_device = device
-        policy.base_dtype = getattr(torch, self.base_dtype or ("bfloat16" if device.type == "cuda" else "float32"))
+        kept = checkpoint["steppo"].get("belongs_to", {}).get("base_dtype") if checkpoint else None
+        own = "bfloat16" if device.type == "cuda" else "float32"
+        policy.base_dtype = getattr(torch, self.base_dtype or kept or own)
         alpha = self.lora_alpha if self.lora_alpha is not None else 2.0 * self.lora_rank
         module.lora = LoRASettings(self.lora_rank, alpha, tuple(self.lora_targets) if self.lora_targets else "all-linear")
 

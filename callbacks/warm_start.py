@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import io
 import json
 import math
 import os
+import platform
+import re
 import tempfile
+import time
+import zipfile
+from collections.abc import Sequence
+from contextlib import suppress
+from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 
@@ -15,25 +23,35 @@ import lightning.pytorch as pl
 import numpy as np
 import platformdirs
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+import steppo
 from steppo.credit import why_nothing
 from steppo.datamodule import run_seed
-from steppo.distributed import load_trained_state, trained_state
+from steppo.distributed import gather, load_trained_state, rank_and_world, trained_state
 from steppo.engines import ScriptedEngine, expert_action, random_action
 from steppo.errors import ConfigError, RunError
+from steppo.models import Policy
 from steppo.module import AgentModule
 from steppo.packing import PaddedPacker
 from steppo.progress import phase
 from steppo.rollout import EnvSource
-from steppo.types import RolloutPlan, Segment, groups_of
+from steppo.types import Episode, RolloutPlan, Segment, Step, groups_of
+
+_RESULT = re.compile(r"[0-9a-f]{32}\.pt")
+_MOST_FILES, _MOST_BYTES = 32, 32 * 2**30
+_DAY = 24 * 3600
 
 
 class WarmStartCallback(pl.Callback):
     """Fine-tunes the policy on demonstrations before iteration 0; never when a checkpoint is resumed.
 
-    The result is kept in a cache folder under a hash of all that it depends on: the initial weights, the demonstrations'
-    tokens and the settings.
+    The result is kept in a cache folder under a hash of all that shapes it: settings, model, initial weights, tokens of the
+    demonstrations, machine, number of processes, versions and code. The 32 most recently used results stay, as long as they
+    have less than 32 GiB together; the newest always does. A damaged file is made anew. Where nothing can be written, a
+    warning says so and the run goes on. Demonstrated actions that are longer than ``max_new_tokens`` are refused.
 
     Args:
         updates: Optimizer steps; 0 turns it off.
@@ -81,14 +99,13 @@ class WarmStartCallback(pl.Callback):
         with pl_module.timed("warm_start"):
             segments = self._demonstrations(trainer, pl_module)
             path = self.cache / f"{self._key(trainer, pl_module, segments)}.pt"
-            if trainer.strategy.broadcast(path.exists()):
-                weights = torch.load(path, map_location="cpu", weights_only=True) if trainer.is_global_zero else {}
-            else:  # on every rank, as a sharded policy needs them all
+            weights = self._cached(path, pl_module.policy) if trainer.is_global_zero else None
+            if not trainer.strategy.broadcast(weights is not None):  # on every rank, as a sharded policy needs them all
                 self._clone(trainer, pl_module, segments)
                 weights = trained_state(pl_module.policy)
                 if trainer.is_global_zero:
                     self._save(weights, path)
-            load_trained_state(pl_module.policy, weights)
+            load_trained_state(pl_module.policy, weights or {})
             pl_module.policy_was_initialised()
 
     def _demonstrations(self, trainer: pl.Trainer, module: AgentModule) -> list[Segment]:
@@ -98,31 +115,59 @@ class WarmStartCallback(pl.Callback):
             raise ConfigError("warm_start needs an EnvSource: other sources cannot be played by a script")
         choose = random_action if self.actions == "random" else expert_action
         tasks = module.data.tasks()
-        groups = groups_of([tasks[index % len(tasks)] for index in range(self.episodes)])
+        rank, world = rank_and_world()
+        groups = groups_of([tasks[index % len(tasks)] for index in range(self.episodes)])[rank::world]
         plan = RolloutPlan("warm_start", self.seed, want_expert=self.actions == "expert")
         engine = ScriptedEngine(lambda request: source.parser.answer(choose(request)), source.context.encode_action)
-        played = []
-        with phase(trainer, "demonstrations", self.episodes) as advance:
+        mine: list[Episode] = []
+        with phase(trainer, "demonstrations", len(groups)) as advance:
             for group in source.collect(groups, plan, engine):
-                played += group
-                advance(len(played))
-        played.sort(key=lambda episode: episode.order)
-        segments = [
-            Segment(step.prompt_ids, step.action_ids)
-            for episode in played
-            if not episode.stop_reason.failed
-            for step in episode.steps
-        ]
-        if not segments:
+                mine += group
+                advance(len(mine))
+        played = sorted((episode for share in gather(mine) for episode in share), key=lambda episode: episode.order)
+        steps = [step for episode in played if not episode.stop_reason.failed for step in episode.steps]
+        if not steps:
             raise RunError(f"warm_start: there is no demonstration: {why_nothing(played)}")
-        return segments
+        self._check_lengths(steps, source)
+        return [Segment(step.prompt_ids, step.action_ids) for step in steps]
+
+    @staticmethod
+    def _check_lengths(steps: Sequence[Step], source: EnvSource) -> None:
+        """What is longer than the policy may speak would teach it to begin actions that are cut."""
+        cut = [step.action_ids for step in steps if len(step.action_ids) > source.max_new_tokens]
+        if cut:
+            longest = max(cut, key=len)
+            said = source.context.decode_action(longest)
+            raise ConfigError(
+                f"warm_start: {len(cut)} of {len(steps)} demonstrated actions have more tokens than max_new_tokens = "
+                f"{source.max_new_tokens} and would always be cut; set data.source.max_new_tokens to {len(longest)} at "
+                f"least, for {said if len(said) <= 100 else said[:97] + '...'!r}"
+            )
 
     def _key(self, trainer: pl.Trainer, module: AgentModule, segments: list[Segment]) -> str:
-        settings = [self.updates, self.batch_size, self.lr, self.seed, torch.__version__, torch.get_num_threads()]
-        digest = hashlib.sha256(json.dumps([*settings, module.device.type, trainer.precision]).encode())
-        for name, weight in module.policy.state_dict().items():
-            digest.update(name.encode())
+        """A hash of all that shapes the result: own settings, model, machine, code, weights and demonstrations."""
+        policy, packed = module.policy, module.data.buffer
+        config = policy.model.config
+        shapes = {
+            "settings": {name: value for name, value in vars(self).items() if name != "cache"} | {"_seed": self.seed},
+            "model": {name: value for name, value in config.to_dict().items() if not name.startswith("_")},
+            "attention": getattr(config, "_attn_implementation", None),
+            "identity": module.identity,
+            "trained": [name for name, parameter in policy.named_parameters() if parameter.requires_grad],
+            "gradient_checkpointing": module.gradient_checkpointing,
+            "max_tokens": packed.max_tokens,
+            "machine": [module.device.type, _processor(module.device), torch.get_num_threads()],
+            "processes": [type(trainer.strategy).__name__, trainer.world_size],
+            "precision": [trainer.precision, torch.get_float32_matmul_precision()],
+            "deterministic": torch.are_deterministic_algorithms_enabled(),
+            "versions": {name: version(name) for name in ("torch", "transformers", "peft", "bitsandbytes", "numpy")},
+        }
+        digest = hashlib.sha256(json.dumps(shapes, default=str, sort_keys=True).encode())
+        for file in _code(policy):
+            digest.update(file.read_bytes())
+        for name, weight in policy.state_dict().items():
             weight = weight.full_tensor() if isinstance(weight, DTensor) else weight.detach()
+            digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
             digest.update(weight.cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
         for segment in segments:
             digest.update(np.asarray([len(segment.prompt_ids), len(segment.action_ids)]).tobytes())
@@ -154,13 +199,71 @@ class WarmStartCallback(pl.Callback):
                 advance(update)
         optimizer.zero_grad()
 
-    def _save(self, weights: dict[str, torch.Tensor], path: Path) -> None:
+    def _cached(self, path: Path, policy: Policy) -> dict[str, Tensor] | None:
+        """The kept result, if there is one; a file that is damaged or holds something else is removed."""
+        wanted = {name: (p.shape, p.dtype) for name, p in policy.named_parameters() if p.requires_grad}
+        try:
+            weights = torch.load(path, map_location="cpu", weights_only=True)
+            with zipfile.ZipFile(path) as archive:  # torch does not look at the checksums that it writes
+                damaged = archive.testzip()
+            if damaged is None and {name: (weight.shape, weight.dtype) for name, weight in weights.items()} == wanted:
+                with suppress(OSError):
+                    os.utime(path)  # the least recently used go first
+                return weights
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except Exception as error:  # there is no end to what a damaged file makes the loader raise
+            reason = f" ({' '.join(str(error).split())[:60]})"
+        else:
+            reason = ""
+        rank_zero_warn(f"warm_start: {path} is damaged or holds something else{reason}; it is made anew")
+        with suppress(OSError):
+            path.unlink()
+        return None
+
+    def _save(self, weights: dict[str, Tensor], path: Path) -> None:
+        """Keeps a result, whole or not at all. The run goes on without."""
         buffer = io.BytesIO()
         torch.save(weights, buffer)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-                file.write(buffer.getvalue())
-            os.replace(file.name, path)
+            with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".", suffix=".part", delete=False) as file:
+                part = Path(file.name)
+                try:
+                    file.write(buffer.getbuffer())
+                    file.flush()
+                    os.replace(part, path)
+                finally:
+                    part.unlink(missing_ok=True)
+            self._prune(path)
         except OSError as error:
-            raise ConfigError(f"warm_start: cannot write to {path.parent}: {error.strerror}") from error
+            rank_zero_warn(f"warm_start: cannot write to {path.parent}: {error.strerror or error}; the result is not kept")
+
+    def _prune(self, newest: Path) -> None:
+        """Removes the least recently used results, and what killed processes left half written."""
+        found = []
+        for path in self.cache.iterdir():
+            with suppress(OSError):  # another process prunes too
+                stat = path.stat()
+                if _RESULT.fullmatch(path.name) and path != newest:
+                    found.append((stat.st_mtime, stat.st_size, path))
+                elif path.name.startswith(".tmp") and path.suffix == ".part" and stat.st_mtime < time.time() - _DAY:
+                    path.unlink()
+        size = newest.stat().st_size
+        for number, (_, bytes_, path) in enumerate(sorted(found, reverse=True), 2):
+            size += bytes_
+            if number > _MOST_FILES or size > _MOST_BYTES:
+                with suppress(OSError):
+                    path.unlink()
+
+
+def _processor(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+
+
+def _code(policy: Policy) -> list[Path]:
+    """Source files of steppo and of a policy's own class: another version may clone otherwise."""
+    files = {Path(__file__), Path(inspect.getfile(type(policy))), *Path(steppo.__file__).parent.rglob("*.py")}
+    return sorted(path for path in files if path.is_file())

@@ -10,8 +10,10 @@ from typing import Any
 
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from lightning.pytorch.utilities import rank_zero_warn
 
 from steppo.errors import ConfigError, RunError
+from steppo.models.identity import difference
 
 
 def iteration_path(folder: Path, iterations: int) -> Path:
@@ -49,6 +51,21 @@ def read(path: Path, mmap: bool = False) -> dict[str, Any]:
     if reason:
         raise ConfigError(f"cannot use the checkpoint {path}: {reason}{_another(path)}")
     return checkpoint
+
+
+def require_identity(checkpoint: dict[str, Any], identity: dict[str, Any]) -> None:
+    """Compares what a checkpoint belongs to with the model that is to take it; an older one only warns.
+
+    Raises:
+        ConfigError: The model is another one. The message says in what.
+    """
+    there = checkpoint["steppo"].get("belongs_to")
+    if not there:
+        rank_zero_warn(
+            "the checkpoint is an older one that does not say which model it belongs to: nothing but shapes is compared"
+        )
+    elif unlike := difference(there, identity):
+        raise ConfigError(f"the checkpoint does not fit the config's model: {unlike}")
 
 
 def _another(path: Path) -> str:

@@ -20,8 +20,9 @@ from jsonargparse import ArgumentError, Namespace
 from jsonargparse.typing import PositiveInt
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher, _SubprocessScriptLauncher
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
@@ -38,6 +39,7 @@ from callbacks import (
 )
 from steppo.checkpoints import CheckpointIO, iteration_checkpoints, read
 from steppo.datamodule import StepDataModule
+from steppo.distributed import require_equal
 from steppo.errors import ConfigError, SteppoError
 from steppo.mistakes import check_config, check_config_files, explain, in_one_line, keep_values_whole, refusal
 from steppo.module import AgentModule
@@ -45,6 +47,16 @@ from steppo.run_folder import RunTrainer, held, numbered_folders
 from steppo.stopping import STOPPED, ends_on_sigterm
 
 _CLI = TypeVar("_CLI", bound="StepCLI")
+
+
+class SaveConfig(SaveConfigCallback):
+    """Keeps the merged config in the run's folder, once it is known to be the same in all processes."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if trainer.world_size > 1:
+            config = yaml.safe_load(self.parser.dump(self.config, skip_none=False, format="yaml"))
+            require_equal({f"{name} in its config": value for name, value in config.items()})
+        super().setup(trainer, pl_module, stage)
 
 
 class StepCLI(LightningCLI):
@@ -153,6 +165,7 @@ class StepCLI(LightningCLI):
         if self._checkpoint is not None:
             self.config_init[self.subcommand].ckpt_path = str(self._checkpoint)
             self.datamodule.from_checkpoint = True
+            self.model.begins_from = self._checkpoint
 
     @contextmanager
     def _in_its_run_folder(self) -> Iterator[None]:
@@ -319,6 +332,7 @@ def _make(kind: type[_CLI], args: Sequence[str] | None, run: bool) -> _CLI:
         trainer_class=RunTrainer,
         auto_configure_optimizers=False,  # the module's own: one group each for policy and critic
         seed_everything_default=0,
+        save_config_callback=SaveConfig,
         save_config_kwargs={"overwrite": True},
         parser_kwargs={**strict, **dict.fromkeys(StepCLI.subcommands(), strict)},
         trainer_defaults={"num_sanity_val_steps": 0, "enable_model_summary": False},

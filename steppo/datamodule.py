@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -14,7 +16,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from steppo.buffer import StepBuffer
 from steppo.credit import GlobalSteps
-from steppo.distributed import gather, rank_and_world
+from steppo.distributed import gather, made_once, rank_and_world, require_equal
 from steppo.errors import ConfigError, RunError
 from steppo.packing import Packer, PaddedPacker
 from steppo.progress import phase
@@ -101,13 +103,14 @@ class StepDataModule(pl.LightningDataModule):
         """This rank's share of the next iteration's groups; their ids count over all ranks."""
         rank, world = rank_and_world()
         drawn = self.sampler.next(self.tasks(), num_tasks, run_seed())
+        require_equal({"tasks drawn by the sampler": [task.id for task in drawn]})
         return groups_of(drawn, group_size)[rank::world]
 
     def corpus(self) -> list[str]:
         """Texts of the training environment: of its first tasks, which is enough for a tokenizer."""
         if self.from_checkpoint:  # it brings its tokenizer
             return []
-        return self.source.corpus(self.tasks()[:_CORPUS_TASKS])
+        return made_once(lambda: self.source.corpus(self.tasks()[:_CORPUS_TASKS]))
 
     def prepare_data(self) -> None:
         """Has the environment make what the tasks need, once per machine."""
@@ -124,6 +127,18 @@ class StepDataModule(pl.LightningDataModule):
             )
         with phase(self.trainer, "preparing tasks") as advance:
             self.source.prepare([*tasks, *panel], advance)
+
+    def setup(self, stage: str) -> None:
+        """Ranks must agree on what they play before they share it among them."""
+        if rank_and_world()[1] > 1:
+            tasks = self.tasks() if stage == "fit" else []
+            panel = self.panel("test" if stage == "test" else "validate")
+            listed = json.dumps(
+                [[(task.id, dict(task.data)) for task in split] for split in (tasks, panel)],
+                default=lambda value: type(value).__name__,
+                skipkeys=True,
+            )
+            require_equal({"tasks": hashlib.sha256(listed.encode()).hexdigest(), "seed": run_seed()})
 
     @property
     def _testing(self) -> bool:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
+
+from steppo.errors import RunError, SteppoError
 
 T = TypeVar("T")
 
@@ -39,6 +41,42 @@ def gather_to_first(item: T) -> list[T]:
     items: list[T] | None = [item] * world if rank == 0 else None
     dist.gather_object(item, items)
     return items or []
+
+
+def made_once(make: Callable[[], T]) -> T:
+    """What rank 0 makes, for everyone; its mistake is everyone's. All ranks must ask."""
+    rank, world = rank_and_world()
+    if world == 1:
+        return make()
+    box: list[Any] = [None, None]
+    if rank == 0:
+        try:
+            box[0] = make()
+        except SteppoError as error:
+            box[1] = error
+    dist.broadcast_object_list(box, 0)
+    if box[1] is not None:
+        raise box[1]
+    return box[0]
+
+
+def require_equal(parts: Mapping[str, Any]) -> None:
+    """Compares what must be equal on all ranks. All must ask.
+
+    Args:
+        parts: Plain data, by what it is called.
+
+    Raises:
+        RunError: On every rank, if one differs from rank 0; it names what and who.
+    """
+    first, *others = gather(dict(parts))
+    for rank, other in enumerate(others, 1):
+        names = [name for name in first if other.get(name) != first[name]]
+        if names:
+            raise RunError(
+                f"process {rank} has other {' and '.join(names)} than process 0: what runs in several processes must give "
+                "all of them the same, from files and seeds that are the same on every machine"
+            )
 
 
 def average_gradients(parameters: Sequence[nn.Parameter]) -> None:

@@ -14,15 +14,22 @@ from huggingface_hub import ModelCardData
 from rich.console import Console
 from transformers import GenerationConfig
 
-from steppo.checkpoints import read
+from steppo.checkpoints import read, require_identity
 from steppo.cli import OwnOptions, PartsCLI, build_parts, mistakes_in_one_line
 from steppo.contexts import PLAIN_TEMPLATE
 from steppo.errors import ConfigError
 from steppo.models import Policy
 from steppo.models.adapters import LoRASettings
+from steppo.models.identity import identity
 from steppo.rollout import EnvSource
 
 _SECRET = re.compile(r"(^|_)(token|secret|password|passwd|credentials?|api_?key)$", re.IGNORECASE)
+# transformers loads in evaluation mode, in which bitsandbytes computes another way on a CPU than while it trained.
+_QUANTIZED_LAYERS = [
+    "for layer in model.modules():",
+    '    if type(layer).__name__ in ("Linear4bit", "Linear8bitLt"):',
+    "        layer.training = True  # computes as in the run, on a CPU too",
+]
 _USER_IN_URL = re.compile(r"(?<=://)[^/@\s]+@")
 
 
@@ -48,9 +55,11 @@ def main(args: Sequence[str] | None = None) -> None:
     checkpoint = read(options.ckpt_path)
     parts = build_parts(options, overrides)
     policy: Policy = parts.model.policy
-    parts.quantization.apply(parts.model, torch.device("cpu"))
-    _restore(policy, parts.model.lora, checkpoint)
-    policy.tokenizer.chat_template = policy.tokenizer.chat_template or PLAIN_TEMPLATE
+    parts.quantization.apply(parts.model, torch.device("cpu"), checkpoint)
+    _restore(policy, parts.model.lora, checkpoint, double=_precision(parts) == "64-true")
+    if not policy.tokenizer.chat_template:  # contexts begin with what the tokenizer begins with
+        begin = policy.tokenizer.decode(policy.tokenizer.encode("", add_special_tokens=True))
+        policy.tokenizer.chat_template = begin + PLAIN_TEMPLATE
     policy.model.generation_config = _generation(parts)
     records = _evaluations(checkpoint, options.ckpt_path.parent.parent / "evaluation.jsonl")
     adapter = policy.adapters is not None and not options.merge
@@ -66,13 +75,22 @@ def main(args: Sequence[str] | None = None) -> None:
     console.print("done: " + ", ".join(sorted(path.name for path in out.iterdir())))
 
 
-def _restore(policy: Policy, lora: LoRASettings | None, checkpoint: dict[str, Any]) -> None:
+def _precision(parts: PartsCLI) -> str:
+    """The run's, by its whole name."""
+    given = str(parts.resolved["trainer"]["precision"])
+    return {"64": "64-true", "bf16": "bf16-mixed"}.get(given, given)
+
+
+def _restore(policy: Policy, lora: LoRASettings | None, checkpoint: dict[str, Any], double: bool) -> None:
     """Builds a policy as it is in a checkpoint: weights and tokenizer. Raises ``ConfigError`` if they do not fit."""
     policy.build(list)
     if lora is not None:
         policy.add_lora(lora)
     if checkpoint["steppo"]["tokenizer"]:
         policy.load_tokenizer_state(checkpoint["steppo"]["tokenizer"])
+    require_identity(checkpoint, identity(policy))
+    if double:
+        policy.model.double()
     weights = {k.removeprefix("policy."): w for k, w in checkpoint["state_dict"].items() if k.startswith("policy.")}
     own = policy.state_dict()
     # The critic's and the reference's adapters sit on the same base; the base's own weights are not in the checkpoint.
@@ -146,17 +164,10 @@ def _card(name: str, parts: PartsCLI, checkpoint: dict[str, Any], records: list[
             "## Use",
             "",
             "```python",
-            *(["from peft import AutoPeftModelForCausalLM"] if adapter else []),
-            f"from transformers import {'' if adapter else 'AutoModelForCausalLM, '}AutoTokenizer",
-            "",
-            f'tokenizer = AutoTokenizer.from_pretrained("{name}")',
-            f'model = Auto{"Peft" if adapter else ""}ModelForCausalLM.from_pretrained("{name}")',
-            'prompt = [{"role": "user", "content": "..."}]  # rendered as the context in the config below does',
-            "text = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)",
-            'inputs = tokenizer(text, add_special_tokens=False, return_tensors="pt")',
-            "action = model.generate(**inputs)",
+            *_use(name, parts, adapter),
             "```",
             "",
+            *_rounding(parts, adapter),
             "## Config of the run",
             "",
             "```yaml",
@@ -165,6 +176,61 @@ def _card(name: str, parts: PartsCLI, checkpoint: dict[str, Any], records: list[
             "",
         ]
     )
+
+
+def _use(name: str, parts: PartsCLI, adapter: bool) -> list[str]:
+    """Code that gives the run's own answers: the base stored and computing as in the run, and sampling as evaluated."""
+    policy, source = parts.model.policy, parts.datamodule.source
+    arguments = {
+        key: repr(value) for key, value in policy.load_arguments().items() if adapter or key == "attn_implementation"
+    }
+    quantized = "quantization_config" in arguments
+    if quantized:
+        settings = policy.load_arguments()["quantization_config"]
+        quantization = ", ".join(f"{key}={value!r}" for key, value in settings.items())
+        arguments["quantization_config"] = f"BitsAndBytesConfig({quantization})"
+    mixed = _precision(parts) == "bf16-mixed" and (adapter or policy.adapters is None)
+    names = ["AutoTokenizer", *(["BitsAndBytesConfig"] if quantized else [])]
+    names += ["GenerationConfig"] if adapter else ["AutoModelForCausalLM"]
+    loaded = "".join(f"    {key}={value},\n" for key, value in arguments.items())
+    turns, rendering = [{"role": "user", "content": "..."}], ""
+    if isinstance(source, EnvSource):
+        if source.context.instructions:
+            turns.insert(0, {"role": "system", "content": source.context.instructions})
+        rendering = "".join(f", {key}={value!r}" for key, value in source.context.template_kwargs.items())
+    return [
+        *(["import torch"] if mixed or "torch." in loaded else []),
+        *(["from peft import AutoPeftModelForCausalLM"] if adapter else []),
+        f"from transformers import {', '.join(sorted(names))}",
+        "",
+        f'tokenizer = AutoTokenizer.from_pretrained("{name}")',
+        f"model = Auto{'Peft' if adapter else ''}ModelForCausalLM.from_pretrained("
+        + (f'\n    "{name}",\n{loaded})' if loaded else f'"{name}")'),
+        *([f'model.generation_config = GenerationConfig.from_pretrained("{name}")'] if adapter else []),
+        *(_QUANTIZED_LAYERS if quantized else []),
+        f"prompt = {turns!r}  # as the context in the config below writes it",
+        f"text = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False{rendering})",
+        'inputs = tokenizer(text, add_special_tokens=False, return_tensors="pt").to(model.device)',
+        *(["with torch.autocast(model.device.type, torch.bfloat16):"] if mixed else []),
+        f"{'    ' if mixed else ''}action = model.generate(**inputs)",
+    ]
+
+
+def _rounding(parts: PartsCLI, adapter: bool) -> list[str]:
+    """What a merged model cannot do as the run did it."""
+    policy = parts.model.policy
+    if adapter or policy.adapters is None:
+        return []
+    reasons = ["its base in bfloat16"] if policy.base_dtype == torch.bfloat16 else []
+    reasons += ["in mixed precision"] if _precision(parts) == "bf16-mixed" else []
+    reasons += ["in 8 bits, for which a GPU rounds inputs too"] if policy.bits == 8 else []
+    if not reasons:
+        return []
+    how = " and ".join(reasons)
+    return [
+        f"The run computed {how}; this merged model computes in float32, so two nearly equal tokens may change places.",
+        "",
+    ]
 
 
 def _trained_on(config: dict[str, Any]) -> list[str]:

@@ -20,14 +20,15 @@ from torch.distributed.tensor import DTensor
 
 from steppo.advantages import Advantage
 from steppo.buffer import StepBuffer
-from steppo.checkpoints import read
+from steppo.checkpoints import read, require_identity
 from steppo.credit import assign_credit
 from steppo.datamodule import StepDataModule
-from steppo.distributed import average_gradients, gather, shard, unsharded
+from steppo.distributed import average_gradients, gather, rank_and_world, require_equal, shard, unsharded
 from steppo.errors import ConfigError, RunError
 from steppo.losses import LossSettings, kl_penalty, policy_loss, step_means, token_weights, value_loss
 from steppo.models import Critic, Policy
 from steppo.models.adapters import LoRASettings
+from steppo.models.identity import fingerprint, identity
 from steppo.models.policy import AdapterView
 from steppo.optim import Horizon, OptimizerSettings, learning_rate_schedule
 from steppo.rng import rng_state, set_rng_state
@@ -86,6 +87,8 @@ class AgentModule(pl.LightningModule):
         self.reference: Policy | AdapterView | None = None
         self.lora: LoRASettings | None = None
         self.gradient_checkpointing = False
+        self.begins_from: Path | None = None  # Lightning's trainer knows the checkpoint only after models are built
+        self.identity: dict[str, Any] = {}
         self.loss = loss
         self.policy_optimizer = policy_optimizer
         self.critic_optimizer = critic_optimizer
@@ -120,8 +123,9 @@ class AgentModule(pl.LightningModule):
             self.build_models(self.data.corpus)
             if isinstance(self.trainer.strategy, ModelParallelStrategy):
                 if self.trainer.ckpt_path is not None:  # of sharded weights nobody would check whether they fit
-                    weights = read(Path(self.trainer.ckpt_path), mmap=True)["state_dict"]
-                    self.load_state_dict(weights, strict=self.strict_loading)
+                    checkpoint = read(Path(self.trainer.ckpt_path), mmap=True)
+                    require_identity(checkpoint, self.identity)
+                    self.load_state_dict(checkpoint["state_dict"], strict=self.strict_loading)
                 blocks = self.policy.blocks
                 for module in self._models():
                     shard(module, blocks, self.trainer.strategy.root_device.type)
@@ -139,6 +143,10 @@ class AgentModule(pl.LightningModule):
             self.critic.build(self.policy)
         if self.loss.kl != "none":
             self.reference = self.policy.frozen_copy()
+        self.identity = identity(self.policy) | {"critic_reads": self.advantage.needs_values}
+        if rank_and_world()[1] > 1:
+            tokenizer = self.policy.tokenizer_state() + self.identity["tokenizer"]
+            require_equal({"initial weights": fingerprint(self), "tokenizer": tokenizer, "model config": self.identity})
 
     def _models(self) -> list[nn.Module]:
         return [module for module in (self.policy, self.critic, self.reference) if isinstance(module, nn.Module)]
@@ -450,6 +458,7 @@ class AgentModule(pl.LightningModule):
             "skipped_in_a_row": self._skipped_in_a_row,
             "seconds": dict(self.seconds),
             "tokenizer": self.policy.tokenizer_state(),
+            "belongs_to": self.identity,
             "rng": rng_state(),
         }
 
@@ -459,6 +468,8 @@ class AgentModule(pl.LightningModule):
             raise ConfigError("the checkpoint was written before the first iteration: start the run anew")
         if self.trainer.training and "optimizer_states" not in checkpoint:
             raise ConfigError("the checkpoint holds weights only: it can be evaluated, not continued")
+        require_identity(checkpoint, self.identity)
+        require_equal({"checkpoint": [state["counters"], self.identity]})
         self.counters = Counters(**state["counters"])
         self._skipped_in_a_row = state["skipped_in_a_row"]
         self.seconds = dict(state["seconds"])

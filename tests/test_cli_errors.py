@@ -337,8 +337,6 @@ def test_folders_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFi
     assert f"cannot use {below}: Not a directory" in refused(fit(tmp_path, f"--trainer.logger.save_dir={below}"), capsys)
     without = ["--trainer.logger=false", f"--trainer.default_root_dir={below}"]
     assert f"cannot use {below}/runs/version_0: Not a directory" in refused(fit(tmp_path, *without), capsys)
-    cache = ["--warm_start.updates=1", "--warm_start.episodes=1", f"--warm_start.cache_dir={below}"]
-    assert f"warm_start: cannot write to {below}: Not a directory" in refused(fit(tmp_path, *cache), capsys)
     games = [TEXTWORLD, f"--{ENV}.cache_dir={below}"]
     assert f"cannot write games to {below}" in refused(fit(tmp_path, *games), capsys)
 

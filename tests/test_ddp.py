@@ -15,10 +15,12 @@ from lightning.pytorch.callbacks import Callback
 from torch.distributed.tensor import DTensor
 
 from steppo.advantages import StepGAE
-from steppo.distributed import rank_and_world
+from steppo.distributed import rank_and_world, require_equal
+from steppo.errors import RunError
 from steppo.models import TinyPolicy
-from steppo.types import Credit, CreditBatch
+from steppo.types import Credit, CreditBatch, Task
 from tests.cli_helpers import TOY, evaluations, weights
+from tests.toy_env import CorridorEnv
 
 ROOT = Path(__file__).parent.parent
 WITH_GRADIENTS = ["--trainer.callbacks+=tests.test_ddp.SaveFirstGradient"]
@@ -108,6 +110,74 @@ def test_the_panel_is_split_and_counted_once(one_and_two: tuple[Path, Path, floa
     assert [record["iteration"] for record in two] == [record["iteration"] for record in one]
     for left, right in zip(one, two, strict=True):
         assert {**left, "seconds": 0} == {**right, "seconds": 0, "return_mean": pytest.approx(right["return_mean"])}
+
+
+class DifferingEnv(CorridorEnv):
+    """A corridor of which one process sees another: it fails for some tasks there, or lists others.
+
+    Args:
+        what: Where it differs.
+    """
+
+    def __init__(self, what: str = "") -> None:
+        super().__init__()
+        self.what = what
+
+    def tasks(self, split: str) -> list[Task]:
+        tasks = super().tasks(split)
+        return tasks[::-1] if self.what == "tasks" and os.environ.get("LOCAL_RANK") == "1" else tasks
+
+    def reset(self, task: Task) -> Any:
+        if self.what == "fails" and os.environ.get("LOCAL_RANK") == "1" and task.id.endswith(("train/0", "train/1")):
+            raise RuntimeError("broken on purpose")
+        return super().reset(task)
+
+
+class SaveTokenizer(Callback):
+    """Writes each process's tokenizer."""
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        path = Path(trainer.logger.save_dir) / f"tokenizer-{trainer.global_rank}.json"
+        path.write_text(pl_module.policy.tokenizer_state())
+
+
+def test_what_one_process_alone_sees_makes_no_other_tokenizer(tmp_path: Path) -> None:
+    options = ["--data.source.env=tests.test_ddp.DifferingEnv", "--data.source.env.what=fails", "--trainer.max_epochs=1"]
+    saving = ["--trainer.callbacks+=tests.test_ddp.SaveTokenizer", "--warm_start.updates=1", "--warm_start.episodes=8"]
+    done = fit(tmp_path, *options, *saving, "--data.eval_tasks=2", "--transcripts.num_shown=0", *DDP)
+    assert done.returncode == 0, done.stderr
+    first, second = ((tmp_path / f"tokenizer-{rank}.json").read_text() for rank in range(2))
+    assert first == second
+
+
+def test_processes_that_list_other_tasks_are_refused(tmp_path: Path) -> None:
+    done = fit(tmp_path, "--data.source.env=tests.test_ddp.DifferingEnv", "--data.source.env.what=tasks", *DDP)
+    assert done.returncode == 2
+    assert "process 1 has other tasks than process 0" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+PARTS: dict[str, tuple[Any, Any]] = {
+    "tasks": (["a", "b"], ["b", "a"]),
+    "seed": (1, 2),
+    "tokenizer": ("x", "y"),
+    "initial weights": ("12", "13"),
+    "config": ({"lr": 1.0}, {"lr": 2.0}),
+    "checkpoint": ({"updates": 4}, {}),
+}
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_what_differs_between_processes_is_named(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    mine, theirs = PARTS[name]
+    for others, wrong in (([mine, mine], None), ([theirs, mine], 1), ([mine, theirs], 2)):
+        everyone = [{"same": 0, name: value} for value in (mine, *others)]
+        monkeypatch.setattr("steppo.distributed.gather", lambda item, everyone=everyone: everyone)
+        if wrong is None:
+            require_equal(everyone[0])
+            continue
+        with pytest.raises(RunError, match=f"process {wrong} has other {name} than process 0"):
+            require_equal(everyone[0])
 
 
 class FailingOnOneRank(StepGAE):

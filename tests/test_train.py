@@ -260,7 +260,8 @@ def test_demonstrations_are_said_as_the_parser_reads_them(tmp_path: Path, monkey
         said.extend(module.data.source.context.decode_action(segment.action_ids) for segment in segments)
 
     monkeypatch.setattr(WarmStartCallback, "_clone", clone)
-    run(tmp_path, "--data.source.parser=steppo.parsers.ToolCallParser", "--trainer.max_epochs=1", "--warm_start.updates=1")
+    parser = ["--data.source.parser=steppo.parsers.ToolCallParser", "--data.source.max_new_tokens=80"]
+    run(tmp_path, *parser, "--trainer.max_epochs=1", "--warm_start.updates=1")
     assert said
     assert all(text.startswith('<tool_call>\n{"name": "act", "arguments": {"command": "') for text in said)
 

@@ -32,7 +32,7 @@ class Adapters:
 
     def __init__(self, model: Any, settings: LoRASettings) -> None:
         self._model = model
-        self._settings = settings
+        self.settings = settings
         self.active = ""
         model.requires_grad_(False)
 
@@ -40,10 +40,10 @@ class Adapters:
         """Adds an adapter; what it adds to the base is 0 until it is trained. The active one stays active."""
         from peft import LoraConfig  # seconds to import, for runs that want it
 
-        targets = self._settings.targets
+        targets = self.settings.targets
         config = LoraConfig(
-            r=self._settings.rank,
-            lora_alpha=self._settings.alpha,  # type: ignore[arg-type]
+            r=self.settings.rank,
+            lora_alpha=self.settings.alpha,  # type: ignore[arg-type]
             target_modules=targets if isinstance(targets, str) else list(targets),
             task_type="CAUSAL_LM",
         )

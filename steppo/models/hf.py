@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import tempfile
+import copy
 from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -59,7 +60,8 @@ class HFPolicy(Policy):
         dtype = self.base_dtype or self.load_dtype
         quantized: dict[str, Any] = {}
         if self.bits is not None:
-            quantized = {"quantization_config": _quantization(self.bits, dtype), "device_map": {"": self.load_device}}
+            settings = BitsAndBytesConfig(**_quantization(self.bits, dtype))
+            quantized = {"quantization_config": settings, "device_map": {"": self.load_device}}
         try:
             config = AutoConfig.from_pretrained(self.name_or_path, revision=self.revision)
             for name in _DROPOUTS:
@@ -78,31 +80,92 @@ class HFPolicy(Policy):
             reason = str(error).strip().splitlines()[0]
             raise ConfigError(f"HFPolicy: cannot load {self.name_or_path!r}: {reason}") from error
         self.stop_ids = _stop_ids(self.tokenizer, self.model)
+        self._check_tokens()
         self.train()  # transformers loads in evaluation mode
         self._check_head()
 
     def base_model(self) -> str | None:
         return self.name_or_path
 
+    def load_arguments(self) -> dict[str, Any]:
+        arguments: dict[str, Any] = {}
+        if self.adapters is not None:
+            arguments["dtype"] = self.dtype
+        if self.attn_implementation != "sdpa":  # transformers' choice where a model has it
+            arguments["attn_implementation"] = self.attn_implementation
+        if self.bits is not None:
+            arguments["quantization_config"] = _quantization(self.bits, self.dtype)
+        return arguments
+
     def export(self, folder: Path, merge: bool) -> None:
         if self.adapters is None:
             return super().export(folder, merge)
         self.tokenizer.save_pretrained(folder)
-        self.model.set_adapter("policy")  # what is active is saved
-        if not merge:
-            self.model.save_pretrained(folder)
+        if merge:
+            self._merged().save_pretrained(folder)
             return None
-        from peft import PeftModel
-
-        with tempfile.TemporaryDirectory() as adapter:
-            self.model.save_pretrained(adapter)
-            base = AutoModelForCausalLM.from_pretrained(
-                self.name_or_path, revision=self.revision, dtype=self.base_dtype or self.load_dtype
-            )
-            merged = PeftModel.from_pretrained(base, adapter).merge_and_unload()
-        merged.generation_config = self.model.generation_config
-        merged.save_pretrained(folder)
+        self.model.set_adapter("policy")  # what is active is saved
+        base = Path(self.name_or_path)
+        settings = self.model.peft_config["policy"]
+        settings.base_model_name_or_path = str(base.resolve()) if base.is_dir() else self.name_or_path
+        settings.revision = None if self.revision == "main" else self.revision
+        self.model.save_pretrained(folder)
         return None
+
+    @torch.no_grad()
+    def _merged(self) -> Any:
+        """One model without adapters: the weights that the base computed with (a quantised layer's as they are read back),
+        plus the adapter's products, in float32 or better, so that these are not rounded away."""
+        from peft.tuners.tuners_utils import BaseTunerLayer
+        from peft.utils.integrations import dequantize_bnb_weight, get_bnb_param_type
+
+        config = copy.deepcopy(self.model.config)
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
+        if isinstance(self.model.get_output_embeddings(), BaseTunerLayer):  # its product must not reach the input
+            config.tie_word_embeddings = False
+        dtype = torch.promote_types(self.dtype, torch.float32)
+        merged = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        own = dict(self.model.named_modules())
+        for name, module in merged.named_modules():
+            adapted = isinstance(own[name], BaseTunerLayer)
+            base: Any = own[name].get_base_layer() if adapted else own[name]
+            for key, weight in chain(module.named_parameters(recurse=False), module.named_buffers(recurse=False)):
+                value = getattr(base, key)
+                if get_bnb_param_type(value):
+                    value = dequantize_bnb_weight(value, state=getattr(base, "state", None))
+                weight.copy_(value)
+                if adapted and key == "weight":
+                    weight += own[name].get_delta_weight("policy").to(dtype)
+        merged.generation_config = self.model.generation_config
+        return merged
+
+    def _check_tokens(self) -> None:
+        """Every token that a prompt or an action can hold needs a row in the model's embedding."""
+        rows = min(self.model.get_input_embeddings().weight.shape[0], self.model.config.vocab_size)
+        beyond = {text: token for text, token in self.tokenizer.get_vocab().items() if token >= rows}
+        used = beyond if not beyond else {text: token for text, token in beyond.items() if self._can_occur(text, token)}
+        used |= {f"stop id {token}": token for token in self.stop_ids if token >= rows and token not in used.values()}
+        if used:
+            first = min(used, key=lambda text: used[text])
+            raise ConfigError(
+                f"HFPolicy: {len(used)} tokens of {self.name_or_path!r} have no row in the model's embedding of {rows}: "
+                f"{first!r} is {used[first]}. Resize the model once (model.resize_token_embeddings(len(tokenizer)), then "
+                "save_pretrained), or use the tokenizer and generation config that belong to it"
+            )
+
+    def _can_occur(self, text: str, token: int) -> bool:
+        """Special tokens are taken out of what environments say: only templates and the tokenizer itself write them."""
+        tokenizer = self.tokenizer
+        added = tokenizer.added_tokens_decoder.get(token)
+        if added is None or not added.special or text in str(tokenizer.chat_template or ""):
+            return True
+        if token in (tokenizer.eos_token_id, *tokenizer.encode("?")):
+            return True
+        if not tokenizer.chat_template:
+            return False
+        turn = [{"role": "user", "content": "?"}]
+        return text in tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
 
     @torch.no_grad()
     def _check_head(self) -> None:
@@ -118,13 +181,13 @@ class HFPolicy(Policy):
             )
 
 
-def _quantization(bits: int, dtype: Any) -> BitsAndBytesConfig:
+def _quantization(bits: int, dtype: Any) -> dict[str, Any]:
+    """Arguments of the ``BitsAndBytesConfig`` of a base."""
     if bits == 8:
-        return BitsAndBytesConfig(load_in_8bit=True)
+        return {"load_in_8bit": True}
     # Stored as the other weights are: FSDP wants one dtype.
-    return BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype, bnb_4bit_quant_storage=dtype
-    )
+    computing = {"bnb_4bit_compute_dtype": dtype, "bnb_4bit_quant_storage": dtype}
+    return {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", **computing}
 
 
 def _stop_ids(tokenizer: Any, model: Any) -> frozenset[int]:

@@ -77,6 +77,13 @@ class Policy(nn.Module, ABC):
         """Hub id or folder of the model that it began as; ``None`` for a model from scratch."""
         return None
 
+    def load_arguments(self) -> dict[str, Any]:
+        """Arguments of ``from_pretrained`` with which transformers (and peft) computes what this policy does.
+
+        ``quantization_config`` is given as the arguments of a ``BitsAndBytesConfig``.
+        """
+        return {}
+
     def export(self, folder: Path, merge: bool) -> None:
         """Writes model and tokenizer as transformers loads them.
 

@@ -12,7 +12,7 @@ import torch
 from lightning.fabric import Fabric
 from rich.console import Console
 
-from steppo.checkpoints import read
+from steppo.checkpoints import read, require_identity
 from steppo.cli import OwnOptions, PartsCLI, build_parts, mistakes_in_one_line
 from steppo.datamodule import run_seed
 from steppo.engines import Engine, ScriptedEngine, expert_action, random_action
@@ -111,7 +111,7 @@ def _load(console: Console, parts: PartsCLI, checkpoint: dict[str, Any] | None, 
         return data.corpus()
 
     precision = fabric.strategy.precision
-    parts.quantization.apply(module, fabric.device)
+    parts.quantization.apply(module, fabric.device, checkpoint)
     module.gradient_checkpointing = False  # it would forbid the engine's cache
     if checkpoint is None:
         console.print("untrained: there is no --ckpt_path", style="yellow")
@@ -119,6 +119,7 @@ def _load(console: Console, parts: PartsCLI, checkpoint: dict[str, Any] | None, 
         precision.convert_module(module)
     else:
         module.build_models(list)  # a tokenizer that was trained is in the checkpoint
+        require_identity(checkpoint, module.identity)
         precision.convert_module(module)
         module.load_state_dict(checkpoint["state_dict"], strict=module.strict_loading)
         if checkpoint["steppo"]["tokenizer"]:
