@@ -273,7 +273,7 @@ def test_shown_are_a_success_a_failure_and_then_the_first() -> None:
     results = [None, False, False, True, True, False]
     episodes = [episode(order, success=success) for order, success in enumerate(results)]
     episodes.insert(0, episode(9, broken=True))
-    assert shown_orders(episodes[::-1], 4) == [3, 0, 1, 2]
+    assert shown_orders(episodes[::-1], 4) == [3, 1, 0, 2], "no verdict is no failure"
     assert shown_orders(episodes, 1) == [3]
     assert shown_orders(episodes[:1], 4) == []
     assert shown_orders([replace(episodes[1], steps=())], 4) == []
