@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 import torch
 from hypothesis import settings
 from torch import Tensor
 
+from steppo.losses import LossInputs, PolicyLoss, token_weights
+from steppo.losses.functional import Aggregation
 from steppo.types import CreditBatch
 from tests.slow_credit import Ending, Turn
 
@@ -36,6 +40,32 @@ def normal(rng: np.random.Generator, *shape: int) -> Tensor:
 def steps_of(lengths: list[int]) -> Tensor:
     """``step_of_A`` of steps with so many action tokens."""
     return torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths, dtype=torch.int64))
+
+
+class Summed(NamedTuple):
+    """A policy loss over a microbatch: the weighted sum, and ``ratio_A`` and ``clipped_A`` as it gives them."""
+
+    loss: Tensor
+    ratio_A: Tensor
+    clipped_A: Tensor
+
+
+def policy_loss(
+    loss: PolicyLoss,
+    logprobs_A: Tensor,
+    old_A: Tensor,
+    advantage_A: Tensor,
+    step_of_A: Tensor,
+    weight_N: Tensor,
+    aggregation: Aggregation = "step-mean",
+    behaviour_A: Tensor | None = None,
+) -> Summed:
+    """What a loss adds up to. Sampled by the old policy unless ``behaviour_A`` is given."""
+    weight_A = token_weights(step_of_A, weight_N, aggregation)
+    behaviour_A = old_A if behaviour_A is None else behaviour_A
+    inputs = LossInputs(logprobs_A, old_A, behaviour_A, advantage_A, step_of_A, len(weight_N), weight_A)
+    output = loss(inputs)
+    return Summed((output.loss_A * weight_A).sum(), output.ratio_A, output.clipped_A)
 
 
 def to_batch(turns: list[Turn], endings: list[Ending], dtype: torch.dtype = torch.float64) -> CreditBatch:

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from steppo.errors import ConfigError
-from steppo.losses import LossSettings, kl_penalty, log_ratios, policy_loss, step_means, token_weights, value_loss
-from tests.numeric_helpers import FEW, close, near, normal, steps_of
+from steppo.losses import ClippedLoss, ObjectiveSettings, kl_penalty, log_ratios, step_means, token_weights, value_loss
+from tests.numeric_helpers import FEW, close, near, normal, policy_loss, steps_of
 
 LOW, HIGH = 0.1, 0.3
 RATIO = pytest.mark.parametrize("ratio", ["step", "token"])
@@ -71,18 +71,8 @@ def random_batch(lengths: list[int], seed: int, dtype: torch.dtype = torch.float
 
 
 def policy(batch: Batch, ratio: str, aggregation: str, low: float = LOW, high: float = HIGH, dual: float = 0.0):
-    return policy_loss(
-        batch.logprobs_A,
-        batch.old_A,
-        batch.advantage_A,
-        batch.step_of_A,
-        batch.weight_N,
-        ratio=ratio,
-        clip_low=low,
-        clip_high=high,
-        dual_clip=dual,
-        aggregation=aggregation,
-    )
+    loss = ClippedLoss(ratio, low, high, dual)
+    return policy_loss(loss, batch.logprobs_A, batch.old_A, batch.advantage_A, batch.step_of_A, batch.weight_N, aggregation)
 
 
 def slow_policy(batch: Batch, ratio: str, aggregation: str, low: float, high: float, dual: float = 0.0):
@@ -138,14 +128,14 @@ def test_policy_loss_by_hand():
         torch.tensor([0, 0, 1]),
         torch.tensor([1.0, 10.0], dtype=torch.float64),
     )
-    settings = {"clip_low": 0.1, "clip_high": 0.5}
+    settings = {"clip_low": 0.1, "clip_high": 0.5, "dual_clip": 0.0}
     # Token ratios 2 -> 1.5, 1, 0.5 -> 0.9: objectives 4.5, 3, -0.9.
-    loss = policy_loss(logprobs_A, *arguments, ratio="token", **settings).loss
+    loss = policy_loss(ClippedLoss("token", **settings), logprobs_A, *arguments).loss
     close(loss, -((4.5 + 3) / 2 + 10 * -0.9))
-    loss = policy_loss(logprobs_A, *arguments, ratio="token", aggregation="token-mean", **settings).loss
+    loss = policy_loss(ClippedLoss("token", **settings), logprobs_A, *arguments, "token-mean").loss
     close(loss, -(4.5 + 3 + 10 * -0.9))
     # The first step's ratio is sqrt(2), inside.
-    loss = policy_loss(logprobs_A, *arguments, ratio="step", **settings).loss
+    loss = policy_loss(ClippedLoss("step", **settings), logprobs_A, *arguments).loss
     close(loss, -(3 * math.sqrt(2) - 9))
 
 
@@ -180,7 +170,7 @@ def test_dual_clip_by_hand(w, advantage, ratio, loss, gradient):
     one = torch.ones(1, dtype=torch.float64)
     arguments = (0 * one, advantage * one, torch.tensor([0]), one)
     settings = {"clip_low": 0.1, "clip_high": 0.5, "dual_clip": 3.0}
-    result = policy_loss(logprobs_A, *arguments, ratio=ratio, **settings)
+    result = policy_loss(ClippedLoss(ratio, **settings), logprobs_A, *arguments)
     close(result.loss.detach(), loss)
     close(torch.autograd.grad(result.loss, logprobs_A)[0], [gradient])
 
@@ -204,19 +194,26 @@ def test_where_dual_clip_has_no_effect():
 
 @pytest.mark.parametrize("dual", [0.5, 1.0, 1.25])
 def test_dual_clip_within_the_trust_region_is_refused(dual):
-    with pytest.raises(ConfigError, match=rf"loss\.dual_clip must be 0, or above 1 \+ clip_high, not {dual}"):
-        LossSettings(ratio="token", clip_high=0.25, dual_clip=dual)
+    with pytest.raises(ConfigError, match=rf"dual_clip must be 0, or above 1 \+ clip_high, not {dual}"):
+        ClippedLoss("token", clip_high=0.25, dual_clip=dual)
 
 
 @pytest.mark.parametrize("dual", [-1.0, math.inf, math.nan])
 def test_dual_clip_must_be_a_number_at_least_0(dual):
-    with pytest.raises(ConfigError, match=r"loss\.dual_clip must be at least 0 and finite"):
-        LossSettings(dual_clip=dual)
+    with pytest.raises(ConfigError, match=r"dual_clip must be at least 0 and finite"):
+        ClippedLoss(dual_clip=dual)
 
 
 def test_dual_clips_that_are_taken():
-    assert LossSettings().dual_clip == 10
-    assert [LossSettings(ratio="token", clip_high=0.25, dual_clip=dual).dual_clip for dual in (0.0, 1.26)] == [0.0, 1.26]
+    assert ClippedLoss().dual_clip == 10
+    assert [ClippedLoss("token", clip_high=0.25, dual_clip=dual).dual_clip for dual in (0.0, 1.26)] == [0.0, 1.26]
+
+
+@pytest.mark.parametrize("name", ["vf_coef", "value_clip", "ent_coef", "kl_coef"])
+def test_weights_of_terms_are_at_least_0(name):
+    for value in (-1e-9, math.inf, math.nan):
+        with pytest.raises(ConfigError, match=f"{name} must be at least 0 and finite"):
+            ObjectiveSettings(**{name: value})
 
 
 @pytest.mark.parametrize(("log_ratio", "advantage"), [(0.5, 1.0), (0.5, -1.0), (-0.5, 1.0), (-0.5, -1.0)])
@@ -226,7 +223,7 @@ def test_clip_bounds_are_told_apart(log_ratio, advantage):
     def loss(low: float, high: float) -> Tensor:
         one = torch.ones(1, dtype=torch.float64)
         arguments = (log_ratio * one, 0 * one, advantage * one, torch.tensor([0]), one)
-        return policy_loss(*arguments, ratio="token", clip_low=low, clip_high=high).loss
+        return policy_loss(ClippedLoss("token", low, high, 0.0), *arguments).loss
 
     unclipped = -math.exp(log_ratio) * advantage
     if log_ratio > 0:
@@ -240,16 +237,8 @@ def test_clip_bounds_are_told_apart(log_ratio, advantage):
 @RATIO
 def test_huge_ratios_stay_finite(ratio):
     logprobs_A = torch.tensor([500.0, 500.0], requires_grad=True)
-    result = policy_loss(
-        logprobs_A,
-        torch.zeros(2),
-        torch.tensor([1.0, -1.0]),
-        torch.tensor([0, 1]),
-        torch.ones(2),
-        ratio=ratio,
-        clip_low=LOW,
-        clip_high=HIGH,
-    )
+    arguments = torch.zeros(2), torch.tensor([1.0, -1.0]), torch.tensor([0, 1]), torch.ones(2)
+    result = policy_loss(ClippedLoss(ratio, LOW, HIGH, 0.0), logprobs_A, *arguments)
     result.loss.backward()
     near(result.loss.detach(), torch.tensor(math.exp(10) - (1 + HIGH)), 1e-6)
     assert logprobs_A.grad.tolist() == [0.0, 0.0]

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from steppo.advantages import StepGAE
-from steppo.losses import policy_loss, value_loss
+from steppo.losses import ClippedLoss, value_loss
 from steppo.types import CreditBatch
+from tests.numeric_helpers import policy_loss
 
 GAMMA, LAMBDA, CLIP, VALUE_CLIP = 0.95, 0.9, 0.1, 0.5
 
@@ -71,16 +72,7 @@ def test_losses_and_gradients_are_the_librarys(episodes: list[list[one_file.Step
     ones_N = torch.ones(len(steps))
 
     logprobs_A = (old_A + 0.3 * torch.randn(len(old_A))).requires_grad_()
-    theirs = policy_loss(
-        logprobs_A,
-        old_A,
-        advantage_N[step_of_A],
-        step_of_A,
-        ones_N,
-        ratio="step",
-        clip_low=CLIP,
-        clip_high=CLIP,
-    )
+    theirs = policy_loss(ClippedLoss("step", CLIP, CLIP), logprobs_A, old_A, advantage_N[step_of_A], step_of_A, ones_N)
     [their_gradient] = torch.autograd.grad(theirs.loss / len(steps), logprobs_A)
     ours = one_file.policy_loss(list(logprobs_A.split(lengths.tolist())), steps, CLIP)
     [our_gradient] = torch.autograd.grad(ours, logprobs_A)

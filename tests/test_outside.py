@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from steppo.advantages import GRPO, RLOO, ReinforcePP, ReinforcePPBaseline, StepGAE, TokenGAE, whiten
-from steppo.losses import kl_penalty, policy_loss, token_weights, value_loss
+from steppo.losses import ClippedLoss, kl_penalty, token_weights, value_loss
 from steppo.types import CreditBatch
-from tests.numeric_helpers import close, normal, steps_of, to_batch
+from tests.numeric_helpers import close, normal, policy_loss, steps_of, to_batch
 from tests.slow_credit import Ending, Turn, rows_by_episode
 
 SEEDS = pytest.mark.parametrize("seed", range(4))
@@ -218,18 +218,10 @@ def test_policy_loss_of_verl(
     """Loss and gradient: PPO with dual clip, and GSPO in the form with token gradients."""
     sizes, x = loss_batch(seed)
     weight_N = torch.ones(len(sizes), dtype=torch.float64)
-    ours = policy_loss(
-        x["logprobs"],
-        x["old"],
-        x["advantage"],
-        steps_of(sizes),
-        weight_N,
-        ratio=ratio,
-        clip_low=low,
-        clip_high=high,
-        dual_clip=dual,
-        aggregation=aggregation,
-    ).loss / (len(sizes) if aggregation == "step-mean" else sum(sizes))
+    loss = ClippedLoss(ratio, low, high, dual)
+    ours = policy_loss(loss, x["logprobs"], x["old"], x["advantage"], steps_of(sizes), weight_N, aggregation).loss / (
+        len(sizes) if aggregation == "step-mean" else sum(sizes)
+    )
     config = verl.ActorConfig(
         strategy="fsdp",
         rollout_n=1,
