@@ -30,6 +30,7 @@ import json
 import os
 import platform
 import random
+import re
 import subprocess
 import sys
 import tempfile
@@ -63,6 +64,7 @@ AT_ALL_HORIZONS = ["ppo", "grpo", "gigpo", "steppo"]
 LEARNING_RATES = [2e-4, 4e-4, 8e-4]
 SAME_RATE = LEARNING_RATES[1]
 TUNING_SEEDS = [100, 101]
+_RENAMED = re.compile(r"--model\.loss\.(kl|kl_coef)\b")  # as options were called when cells were run
 FEW_SEEDS = 3  # of variants, and of the other horizons at the same rate
 
 
@@ -100,8 +102,8 @@ NORMALISED = {
 
 # The same for all, whatever an overlay says. In the public scripts the KL term differs by method, which is a confound.
 COMMON = [
-    "--model.loss.kl=loss",
-    "--model.loss.kl_coef=0.001",
+    "--model.objective.kl=loss",
+    "--model.objective.kl_coef=0.001",
     "--model.policy.seed=0",
     "--warm_start.seed=0",
     "--trainer.max_epochs=10000",
@@ -143,7 +145,11 @@ class Cell:
     def stored(self) -> dict[str, Any] | None:
         """Its result, if it is there and was made by this very command."""
         result = stored_results()["cells"].get(self.name)
-        return result if result and result["command"] == "python " + " ".join(self.command()) else None
+        return result if result and _RENAMED.sub(r"--model.objective.\1", result["command"]) == self.shown() else None
+
+    def shown(self) -> str:
+        """The command as one would type it."""
+        return "python " + " ".join(self.command())
 
     def command(self) -> list[str]:
         variant = (VARIANTS | NORMALISED).get(self.method, Variant(self.method))
@@ -195,7 +201,7 @@ def run(cell: Cell) -> dict[str, Any]:
     return {
         **asdict(cell),
         "budget": BUDGET[cell.task],
-        "command": "python " + " ".join(command),
+        "command": cell.shown(),
         "date": datetime.date.today().isoformat(),
         "machine": f"{os.cpu_count()} CPU cores, {psutil.virtual_memory().total // 2**30} GiB, {platform.machine()}",
         "seconds": round(seconds, 1),

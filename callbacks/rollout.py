@@ -88,16 +88,11 @@ class RolloutCallback(pl.Callback):
         if self.max_environment_steps == 0:
             rank_zero_info("no training: rollout.max_environment_steps is 0")
             return
-        advantage, loss = pl_module.advantage, pl_module.loss
+        advantage = pl_module.advantage
         critic = f"{type(pl_module.critic).__name__} read per {advantage.needs_values}" if pl_module.critic else "no critic"
-        kl = {
-            "none": "no KL",
-            "loss": f"KL as a loss ({loss.kl_estimator}, {loss.kl_coef:g})",
-            "reward": f"KL in the reward ({loss.kl_coef:g})",
-        }
         rank_zero_info(
-            f"credit by {type(advantage).__name__}, {critic}, {loss.ratio} ratio clipped at -{loss.clip_low:g} / "
-            f"+{loss.clip_high:g}, {kl[loss.kl]}, groups of {self.group_size}"
+            f"credit by {type(advantage).__name__}, {critic}, {pl_module.loss}, {pl_module.objective}, groups of "
+            f"{self.group_size}"
         )
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -119,7 +119,7 @@ class StepBuffer:
         assert self.scores is not None
         assert self.credit is not None
         scores, credit = self.scores, self.credit
-        temperatures = self.temperatures()
+        temperatures, behaviour_A = self.temperatures(), self.behaviour_logprobs().to(scores.old_logprobs_A.dtype)
         found = []
         for rows, tokens in self._packer.pack([self._segments[index] for index in chosen], self.max_tokens):
             steps = torch.from_numpy(chosen[rows])
@@ -139,6 +139,7 @@ class StepBuffer:
                     tokens=tokens,
                     temperature_A=temperatures[actions],
                     old_logprobs_A=scores.old_logprobs_A[actions],
+                    behaviour_logprobs_A=behaviour_A[actions],
                     ref_logprobs_A=None if scores.ref_logprobs_A is None else scores.ref_logprobs_A[actions],
                     advantage_A=advantage_A,
                     weight_N=torch.ones(len(rows), dtype=advantage_A.dtype),
@@ -162,6 +163,7 @@ class StepBuffer:
             tokens=tokens,
             temperature_A=torch.ones(1),
             old_logprobs_A=zero,
+            behaviour_logprobs_A=zero,
             ref_logprobs_A=None if self.scores.ref_logprobs_A is None else zero,
             advantage_A=zero,
             weight_N=zero,

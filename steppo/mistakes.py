@@ -45,6 +45,12 @@ _OTHERWISE: dict[str, tuple[set[str], str]] = {
     "limit_test_batches": ({"None", "0", "0.0", "1", "1.0"}, "data.eval_tasks is the size of the panel"),
 }
 
+# What is called otherwise than it was.
+_MOVED = {
+    f"model.loss.{name}": f"model.objective.{name}"
+    for name in ("aggregation", "vf_coef", "value_clip", "ent_coef", "kl", "kl_coef", "kl_estimator")
+}
+
 
 # ---- before and after parsing ----
 
@@ -71,10 +77,11 @@ def check_config_files(args: Sequence[str]) -> None:
     """Reads the files of ``--config``: the parser would not say which is broken, and takes the last of two equal keys.
 
     Raises:
-        ConfigError: One is not a text file, not YAML or not a mapping, or has a key twice.
+        ConfigError: One is not a text file, not YAML or not a mapping, has a key twice or one that has moved. Options, too.
     """
     for word, following in itertools.pairwise([*args, ""]):
         name, equals, value = word.partition("=")
+        _check_moved(name.removeprefix("--").replace(".init_args", ""), name)
         path = value if equals else following
         if name not in ("--config", "-c") or "://" in path or path.startswith(("{", "-")) or not path:
             continue
@@ -93,6 +100,24 @@ def check_config_files(args: Sequence[str]) -> None:
             raise ConfigError(f"config {path} {found}; it must hold sections such as 'rollout:'")
         for number, key in _repeated_keys(node):
             raise ConfigError(f"config {path}, line {number}: {key} is there a second time; only the last would count")
+        for number, key in _paths(node, ""):
+            _check_moved(key, f"config {path}, line {number}: {key}")
+
+
+def _check_moved(key: str, where: str) -> None:
+    if key in _MOVED:
+        raise ConfigError(f"{where} is now {_MOVED[key]}")
+
+
+def _paths(node: yaml.Node, above: str) -> Iterator[tuple[int, str]]:
+    """Line and dotted name of each setting, as one gives it on the command line; also below a subcommand."""
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                skipped = key.value in ("init_args", "fit", "validate", "test")
+                path = above if skipped else f"{above}.{key.value}".removeprefix(".")
+                yield key.start_mark.line + 1, path
+                yield from _paths(value, path)
 
 
 def _repeated_keys(node: yaml.Node) -> Iterator[tuple[int, str]]:

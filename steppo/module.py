@@ -13,6 +13,7 @@ from typing import Any, cast
 
 import lightning.pytorch as pl
 import torch
+from jsonargparse import lazy_instance
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
@@ -25,7 +26,16 @@ from steppo.credit import assign_credit
 from steppo.datamodule import StepDataModule
 from steppo.distributed import average_gradients, gather, rank_and_world, require_equal, shard, unsharded
 from steppo.errors import ConfigError, RunError
-from steppo.losses import LossSettings, kl_penalty, policy_loss, step_means, token_weights, value_loss
+from steppo.losses import (
+    ClippedLoss,
+    LossInputs,
+    ObjectiveSettings,
+    PolicyLoss,
+    kl_penalty,
+    step_means,
+    token_weights,
+    value_loss,
+)
 from steppo.models import Critic, Policy
 from steppo.models.adapters import LoRASettings
 from steppo.models.identity import fingerprint, identity
@@ -57,7 +67,8 @@ class AgentModule(pl.LightningModule):
         policy: The language model.
         advantage: Credit scheme; it alone decides whether and where a critic is read.
         critic: Where values come from; needed exactly if the scheme wants values.
-        loss: The objective.
+        loss: The policy's part of the objective; the clipped loss with a ratio per step unless given.
+        objective: How terms are added up, and the value, entropy and KL terms.
         policy_optimizer: For the policy's parameters.
         critic_optimizer: For the critic's.
         critic_warmup_updates: First updates, in which only the critic learns.
@@ -69,7 +80,8 @@ class AgentModule(pl.LightningModule):
         policy: Policy,
         advantage: Advantage,
         critic: Critic | None = None,
-        loss: LossSettings = LossSettings(),
+        loss: PolicyLoss = lazy_instance(ClippedLoss),
+        objective: ObjectiveSettings = ObjectiveSettings(),
         policy_optimizer: OptimizerSettings = OptimizerSettings(),
         critic_optimizer: OptimizerSettings = OptimizerSettings(lr=1e-5),
         critic_warmup_updates: int = 0,
@@ -90,6 +102,7 @@ class AgentModule(pl.LightningModule):
         self.begins_from: Path | None = None  # Lightning's trainer knows the checkpoint only after models are built
         self.identity: dict[str, Any] = {}
         self.loss = loss
+        self.objective = objective
         self.policy_optimizer = policy_optimizer
         self.critic_optimizer = critic_optimizer
         self.critic_warmup_updates = critic_warmup_updates
@@ -141,7 +154,7 @@ class AgentModule(pl.LightningModule):
             self.policy.checkpoint_layers()
         if self.critic is not None:
             self.critic.build(self.policy)
-        if self.loss.kl != "none":
+        if self.objective.kl != "none":
             self.reference = self.policy.frozen_copy()
         self.identity = identity(self.policy) | {"critic_reads": self.advantage.needs_values}
         if rank_and_world()[1] > 1:
@@ -236,7 +249,7 @@ class AgentModule(pl.LightningModule):
 
     @property
     def _reward_kl_coef(self) -> float:
-        return self.loss.kl_coef if self.loss.kl == "reward" else 0.0
+        return self.objective.kl_coef if self.objective.kl == "reward" else 0.0
 
     def _values(self, batch: TokenBatch, hidden: Tensor | None) -> Tensor:
         assert self.critic is not None
@@ -273,27 +286,28 @@ class AgentModule(pl.LightningModule):
             yield self._value_loss(batch, None)
 
     def _policy_loss(self, batch: Microbatch) -> tuple[Tensor, Tensor]:
-        settings, tokens = self.loss, batch.tokens
+        settings, tokens = self.objective, batch.tokens
         total = batch.update_steps if settings.aggregation == "step-mean" else batch.update_tokens
         hidden, logprobs_A, entropy_A = self.policy(tokens, batch.temperature_A)
-        surrogate = policy_loss(
-            logprobs_A,
-            batch.old_logprobs_A,
-            batch.advantage_A,
-            tokens.step_of_A,
-            batch.weight_N,
-            ratio=settings.ratio,
-            clip_low=settings.clip_low,
-            clip_high=settings.clip_high,
-            dual_clip=settings.dual_clip,
-            aggregation=settings.aggregation,
+        weight_A = token_weights(tokens.step_of_A, batch.weight_N, settings.aggregation)
+        surrogate = self.loss(
+            LossInputs(
+                logprobs_A=logprobs_A,
+                old_logprobs_A=batch.old_logprobs_A,
+                behaviour_logprobs_A=batch.behaviour_logprobs_A,
+                advantage_A=batch.advantage_A,
+                step_of_A=tokens.step_of_A,
+                num_steps=tokens.num_steps,
+                weight_A=weight_A,
+            )
         )
+        policy_loss = (surrogate.loss_A * weight_A).sum()
         weights_A = token_weights(tokens.step_of_A, torch.ones_like(batch.weight_N), settings.aggregation)
         entropy = (entropy_A * weights_A).sum()
-        loss = surrogate.loss - settings.ent_coef * entropy
+        loss = policy_loss - settings.ent_coef * entropy
         if self._critic_warmup:  # only the hidden states are wanted: the policy takes no part, and has no figures
             return loss / total, hidden
-        sums = {"policy_loss": surrogate.loss, "entropy": entropy}
+        sums = {"policy_loss": policy_loss, "entropy": entropy}
         if batch.ref_logprobs_A is not None:
             sums["kl"] = (kl_penalty(logprobs_A, batch.ref_logprobs_A, settings.kl_estimator) * weights_A).sum()
             if settings.kl == "loss":
@@ -316,15 +330,15 @@ class AgentModule(pl.LightningModule):
         assert batch.old_value is not None
         assert batch.target is not None
         # One value per step: its mean is over steps, however tokens are aggregated.
-        aggregation = "step-mean" if self.advantage.needs_values == "step" else self.loss.aggregation
+        aggregation = "step-mean" if self.advantage.needs_values == "step" else self.objective.aggregation
         total = batch.update_steps if aggregation == "step-mean" else batch.update_tokens
         weights = torch.ones_like(batch.target)
         if self.advantage.needs_values == "token":
             weights = token_weights(batch.tokens.step_of_A, torch.ones_like(batch.weight_N), aggregation)
         values = self._values(batch.tokens, hidden)
-        loss = value_loss(values, batch.old_value, batch.target, weights, self.loss.value_clip or None) / total
+        loss = value_loss(values, batch.old_value, batch.target, weights, self.objective.value_clip or None) / total
         self._add("value_loss", loss.detach() * batch.scale)
-        return self.loss.vf_coef * loss
+        return self.objective.vf_coef * loss
 
     def _step(self, optimizer: torch.optim.Optimizer) -> bool:
         """Clips each group by itself and steps, unless a gradient is not finite (a non-finite loss makes them so).

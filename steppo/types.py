@@ -315,6 +315,7 @@ class Microbatch:
         tokens: The packed steps.
         temperature_A: float, what each action token was sampled with.
         old_logprobs_A: float, log-probabilities when the iteration started.
+        behaviour_logprobs_A: float, those of the engine that sampled.
         ref_logprobs_A: float, the reference policy's; ``None`` without KL.
         advantage_A: float, a step's advantage repeated over its tokens, or the tokens' own.
         weight_N: float, importance weight of each step (1 on-policy).
@@ -329,6 +330,7 @@ class Microbatch:
     tokens: TokenBatch
     temperature_A: Tensor
     old_logprobs_A: Tensor
+    behaviour_logprobs_A: Tensor
     ref_logprobs_A: Tensor | None
     advantage_A: Tensor
     weight_N: Tensor

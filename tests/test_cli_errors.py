@@ -59,7 +59,7 @@ OPTIONS = {
     "abbreviation": (["--rollout.group_siz=3"], "unrecognized arguments: --rollout.group_siz=3"),
     "trainer_key": (["--trainer.max_epoch=3"], "did you mean 'trainer.max_epochs'?"),
     "key_of_model": (["--model.advantag=1"], "did you mean 'advantage'?"),
-    "key_of_settings": (["--model.loss.clip_hgih=0.3"], "--loss.clip_hgih=0.3; did you mean 'loss.clip_high'?"),
+    "key_of_settings": (["--model.loss.clip_hgih=0.3"], "--loss.clip_hgih=0.3; did you mean 'clip_high'?"),
     "key_of_component": ([f"--{ENV}.lenght=3"], "data.source.env: "),
     "key_of_another_class": (
         ["--data.source.top_p=0.9"],
@@ -97,13 +97,13 @@ OPTIONS = {
     "lr_zero": (["--model.critic_optimizer.lr=0"], "an optimizer's lr must be above 0 and finite, not 0.0"),
     "lr_infinite": (["--model.policy_optimizer.lr=.inf"], "lr must be above 0 and finite, not inf"),
     "warmup": (["--model.policy_optimizer.warmup_updates=-1"], "an optimizer's warmup_updates must be at least 0"),
-    "clip": (["--model.loss.clip_low=-0.1"], "loss.clip_low must be at least 0 and finite, not -0.1"),
-    "clip_all": (["--model.loss.clip_low=1.5"], "loss.clip_low must be at most 1"),
+    "clip": (["--model.loss.clip_low=-0.1"], "clip_low must be at least 0 and finite, not -0.1"),
+    "clip_all": (["--model.loss.clip_low=1.5"], "clip_low must be at most 1"),
     "dual_clip": (
         ["--model.loss.ratio=token", "--model.loss.dual_clip=1.1"],
         "loss.dual_clip must be 0, or above",
     ),
-    "kl": (["--model.loss.kl_coef=-1"], "loss.kl_coef must be at least 0"),
+    "kl": (["--model.objective.kl_coef=-1"], "kl_coef must be at least 0"),
     "gamma": (["--model.advantage.gamma=1.5"], "StepGAE: gamma must be from 0 to 1, not 1.5"),
     "lambda": (
         ["--model.advantage=steppo.advantages.TokenGAE", "--model.advantage.gae_lambda=-1"],
@@ -233,7 +233,7 @@ FILES = {
         "'advantages.class_path' is not accepted; did you mean 'advantage'",
     ),
     "deep_key": ("data: {init_args: {source: {init_args: {env: {init_args: {lenght: 3}}}}}}\n", "did you mean 'length'?"),
-    "settings_key": ("model: {init_args: {loss: {clip_hgih: 3}}}\n", "'clip_hgih'; did you mean 'loss.clip_high'?"),
+    "settings_key": ("model: {init_args: {loss: {clip_hgih: 3}}}\n", "'clip_hgih'; did you mean 'clip_high'?"),
     "logger_key": (
         f"trainer: {{logger: {{class_path: {LOGGERS}.TensorBoardLogger, init_args: {{savedir: x}}}}}}\n",
         "Option 'savedir' is not accepted; did you mean 'save_dir'?",
@@ -253,7 +253,7 @@ FILES = {
     ),
     "nothing_for_setting": (
         "model: {init_args: {loss: {kl_coef: null}}}\n",
-        "model.loss.kl_coef: Expected a float. Got value: null",
+        "model.objective.kl_coef: Expected a float. Got value: null",
     ),
     "bool_in_quotes": (
         "evaluation: {before_training: 'maybe'}\n",

@@ -10,6 +10,7 @@ from lightning.pytorch.cli import LightningCLI
 
 from steppo.advantages import GRPO, RLOO, GiGPO, ReinforcePP, ReinforcePPBaseline, StepGAE, TokenGAE
 from steppo.cli import main
+from steppo.losses import CISPO, DPPOTV, ClippedLoss
 from steppo.models import SeparateCritic
 from tests.cli_helpers import TOY
 
@@ -26,6 +27,11 @@ METHODS = {
     "steppo": (StepGAE, "step", SeparateCritic, 1, "loss"),
     "steppo_no_step_gae": (TokenGAE, "step", SeparateCritic, 1, "loss"),
     "steppo_no_step_is": (StepGAE, "token", SeparateCritic, 1, "loss"),
+}
+# The same, with other losses.
+LOSSES = {
+    "cispo": (GRPO, CISPO, {"clip_low": 1.0, "clip_high": 4.0, "ratio": "token"}),
+    "dppo_tv": (GRPO, DPPOTV, {"max_shift": 0.2, "penalty": 1e-3}),
 }
 # Their settings: no base config's may be left, such as a decay per step that now counts per token.
 CREDIT: dict[type, dict[str, Any]] = {
@@ -73,17 +79,29 @@ def test_configs_open_with_their_command(path: Path) -> None:
 
 
 def test_algorithms_are_what_they_are_called(build: Any) -> None:
-    assert {path.stem for path in (CONFIGS / "algorithm").glob("*.yaml")} == {"react", *METHODS}
+    assert {path.stem for path in (CONFIGS / "algorithm").glob("*.yaml")} == {"react", *METHODS, *LOSSES}
     for name, (credit, ratio, critic, group_size, kl) in METHODS.items():
         cli = build("--config", CONFIGS / "textworld.yaml", "--config", CONFIGS / "algorithm" / f"{name}.yaml")
         assert type(cli.model.advantage) is credit
+        assert type(cli.model.loss) is ClippedLoss
         assert cli.model.loss.ratio == ratio
         assert type(cli.model.critic) is critic
         assert cli.config.fit.rollout.group_size == group_size
-        assert cli.model.loss.kl == kl
+        assert cli.model.objective.kl == kl
         assert vars(cli.model.advantage) == CREDIT[credit]
         clip = {"step": 0.1, "token": 0.2}[ratio]
         assert (cli.model.loss.clip_low, cli.model.loss.clip_high) == (clip, clip)
+
+
+def test_other_losses(build: Any) -> None:
+    """Also over a config of another loss, of which nothing may be left."""
+    for name, (credit, loss, settings) in LOSSES.items():
+        files = [CONFIGS / "algorithm" / f"{other}.yaml" for other in ("ppo", *LOSSES, name)]
+        cli = build(*(f"--config={path}" for path in (CONFIGS / "textworld.yaml", *files)))
+        assert type(cli.model.advantage) is credit
+        assert type(cli.model.loss) is loss
+        assert vars(cli.model.loss) == settings
+        assert cli.model.critic is None
 
 
 def test_later_files_and_options_win(build: Any, tmp_path: Path) -> None:

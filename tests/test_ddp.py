@@ -77,7 +77,7 @@ def one_and_two(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPat
         *shape,
         "--data.max_tokens_per_microbatch=100",
         "--model.critic=steppo.models.SeparateCritic",
-        "--model.loss.kl=loss",
+        "--model.objective.kl=loss",
         *WITH_GRADIENTS,
     ]
     one, two = (tmp_path_factory.mktemp(name) for name in ("one", "two"))
@@ -209,7 +209,7 @@ def test_two_processes_train_adapters_on_a_4_bit_base(tiny_policy: TinyPolicy, t
         "--model.policy=steppo.models.HFPolicy",
         f"--model.policy.name_or_path={tmp_path}/model",
         "--model.critic=steppo.models.AdapterCritic",
-        "--model.loss.kl=loss",
+        "--model.objective.kl=loss",
         "--quantization.bits=4",
         "--quantization.lora_rank=4",
         "--warm_start.updates=0",

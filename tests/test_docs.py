@@ -47,6 +47,12 @@ def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
             "step_loo",
             ["--model.advantage=step_loo.StepLeaveOneOut", "--rollout.group_size=2", "--model.critic=null"],
         ),
+        (
+            "docs/add_a_loss.md",
+            "`bounded_reinforce.py`",
+            "bounded_reinforce",
+            ["--model.loss=bounded_reinforce.BoundedReinforce"],
+        ),
     ],
 )
 def test_an_example_trains(page: str, after: str, name: str, options: list[str], module, tmp_path: Path) -> None:
@@ -56,7 +62,12 @@ def test_an_example_trains(page: str, after: str, name: str, options: list[str],
 
 
 @pytest.mark.parametrize(
-    ("page", "name"), [("docs/add_an_environment.md", "grid_env"), ("docs/add_an_algorithm.md", "step_loo")]
+    ("page", "name"),
+    [
+        ("docs/add_an_environment.md", "grid_env"),
+        ("docs/add_an_algorithm.md", "step_loo"),
+        ("docs/add_a_loss.md", "bounded_reinforce"),
+    ],
 )
 def test_the_test_of_an_example_passes(page: str, name: str, module, tmp_path: Path) -> None:
     module(name, code(page, "python", f"`{name}.py`"))

@@ -75,7 +75,7 @@ def test_peft_loads_the_same_adapter(bits: list[str], tiny_policy: TinyPolicy, t
         "--model.policy=steppo.models.HFPolicy",
         f"--model.policy.name_or_path={tmp_path}/base",
         "--model.critic=steppo.models.AdapterCritic",
-        "--model.loss.kl=loss",
+        "--model.objective.kl=loss",
         "--quantization.lora_rank=4",
         "--trainer.max_epochs=1",
         *bits,

@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
-from steppo.losses import LossSettings
+from steppo.losses import ClippedLoss, ObjectiveSettings
 from steppo.scoring import value_positions
 from steppo.types import Microbatch
 from tests.cli_helpers import run
@@ -30,26 +30,49 @@ COMMON = [
     "--model.policy_optimizer.max_grad_norm=0",
     "--model.critic_optimizer.lr=0.02",
     "--model.critic_optimizer.max_grad_norm=0",
-    "--model.loss.ent_coef=0.05",
+    "--model.objective.ent_coef=0.05",
 ]
 BY_STEP = ["--model.loss.ratio=step", "--model.loss.clip_low=0.02", "--model.loss.clip_high=0.03"]
 BY_TOKEN = ["--model.loss.ratio=token", "--model.loss.clip_low=0.1", "--model.loss.clip_high=0.05"]
-WITH_CRITIC = ["--model.loss.vf_coef=0.7", "--model.loss.value_clip=0.05"]
+WITH_CRITIC = ["--model.objective.vf_coef=0.7", "--model.objective.value_clip=0.05"]
+
+
+def kl(where: str) -> list[str]:
+    return [f"--model.objective.kl={where}", "--model.objective.kl_coef=0.3"]
+
+
 RUNS = {
     "step credit, step ratio, KL k3, shared critic": [
-        *(*BY_STEP, *WITH_CRITIC, "--model.loss.kl=loss", "--model.loss.kl_coef=0.3", "--model.loss.aggregation=step-mean"),
+        *(
+            *BY_STEP,
+            *WITH_CRITIC,
+            "--model.objective.kl=loss",
+            "--model.objective.kl_coef=0.3",
+            "--model.objective.aggregation=step-mean",
+        ),
     ],
     "token credit, token ratio, KL k2, its own critic": [
-        *(*BY_TOKEN, *WITH_CRITIC, "--model.loss.kl=loss", "--model.loss.kl_coef=0.3", "--model.loss.kl_estimator=k2"),
-        *("--model.loss.aggregation=token-mean", "--model.loss.dual_clip=1.1"),
+        *(
+            *BY_TOKEN,
+            *WITH_CRITIC,
+            "--model.objective.kl=loss",
+            "--model.objective.kl_coef=0.3",
+            "--model.objective.kl_estimator=k2",
+        ),
+        *("--model.objective.aggregation=token-mean", "--model.loss.dual_clip=1.1"),
         *("--model.advantage=steppo.advantages.TokenGAE", "--model.critic=steppo.models.SeparateCritic"),
     ],
     "token credit, step-mean, value of each token": [
-        *(*BY_TOKEN, *WITH_CRITIC, "--model.loss.aggregation=step-mean"),
+        *(*BY_TOKEN, *WITH_CRITIC, "--model.objective.aggregation=step-mean"),
         "--model.advantage=steppo.advantages.TokenGAE",
     ],
     "no critic, KL in the reward alone": [
-        *(*BY_TOKEN, "--model.loss.kl=reward", "--model.loss.kl_coef=0.3", "--model.loss.aggregation=token-mean"),
+        *(
+            *BY_TOKEN,
+            "--model.objective.kl=reward",
+            "--model.objective.kl_coef=0.3",
+            "--model.objective.aggregation=token-mean",
+        ),
         "--model.advantage=steppo.advantages.ReinforcePP",
     ],
 }
@@ -57,7 +80,8 @@ RUNS = {
 
 def objective(module: Any, batch: list[Microbatch], seen: Counter[str]) -> Tensor:
     """The mean over the update's steps or tokens, term by term. ``seen`` counts the cases that came up."""
-    settings: LossSettings = module.loss
+    settings: ObjectiveSettings = module.objective
+    loss: ClippedLoss = module.loss
     by_step, kind = settings.aggregation == "step-mean", module.advantage.needs_values
     terms, value_terms = [], []  # (number, tokens of its step)
     steps = 0
@@ -72,8 +96,8 @@ def objective(module: Any, batch: list[Microbatch], seen: Counter[str]) -> Tenso
             mean = sum(x.detach() for x in log_ratio.values()) / len(places)
             for a in places:
                 own = log_ratio[a]
-                ratio = (mean + own - own.detach() if settings.ratio == "step" else own).exp()
-                term = -surrogate(ratio, float(microbatch.advantage_A[a]), settings, seen)
+                ratio = (mean + own - own.detach() if loss.ratio == "step" else own).exp()
+                term = -surrogate(ratio, float(microbatch.advantage_A[a]), loss, seen)
                 term = term - settings.ent_coef * entropies[a]
                 if settings.kl == "loss":
                     assert microbatch.ref_logprobs_A is not None
@@ -98,16 +122,16 @@ def objective(module: Any, batch: list[Microbatch], seen: Counter[str]) -> Tenso
     return total
 
 
-def surrogate(ratio: Tensor, advantage: float, settings: LossSettings, seen: Counter[str]) -> Tensor:
+def surrogate(ratio: Tensor, advantage: float, loss: ClippedLoss, seen: Counter[str]) -> Tensor:
     """What is to grow, of one token."""
-    low, high = 1 - settings.clip_low, 1 + settings.clip_high
+    low, high = 1 - loss.clip_low, 1 + loss.clip_high
     if advantage >= 0:
         seen["clipped above"] += bool(ratio > high)
         return advantage * ratio.clamp(max=high)
     seen["clipped below"] += bool(ratio < low)
-    if settings.ratio == "token" and settings.dual_clip:
-        seen["dual clip"] += bool(ratio > settings.dual_clip)
-        ratio = ratio.clamp(max=settings.dual_clip)
+    if loss.ratio == "token" and loss.dual_clip:
+        seen["dual clip"] += bool(ratio > loss.dual_clip)
+        ratio = ratio.clamp(max=loss.dual_clip)
     return advantage * ratio.clamp(min=low)
 
 
@@ -144,6 +168,6 @@ def test_an_update_descends_the_objective(tmp_path: Path, options: list[str]) ->
     assert seen["several microbatches"]
     assert seen["clipped above"]
     assert seen["clipped below"]
-    assert bool(seen["kl"]) == ("--model.loss.kl=loss" in options)
-    assert bool(seen["value clipped"]) == ("--model.loss.vf_coef=0.7" in options)
+    assert bool(seen["kl"]) == ("--model.objective.kl=loss" in options)
+    assert bool(seen["value clipped"]) == ("--model.objective.vf_coef=0.7" in options)
     assert bool(seen["dual clip"]) == ("--model.loss.dual_clip=1.1" in options)

@@ -110,7 +110,7 @@ def test_adapters_play_as_they_were_trained(
     monkeypatch.setattr("steppo.play.command.Show", KeepSteps)
     tiny_policy.model.save_pretrained(tmp_path / "base")
     tiny_policy.tokenizer.save_pretrained(tmp_path / "base")
-    base, options = str(tmp_path / "base"), ["--model.loss.kl=loss", "--quantization.gradient_checkpointing=true"]
+    base, options = str(tmp_path / "base"), ["--model.objective.kl=loss", "--quantization.gradient_checkpointing=true"]
     far = ["--warm_start.updates=20", "--model.critic_optimizer.lr=0.02", "--evaluation.before_training=false"]
     fit(tmp_path / "run", base, *options, *far)
     trained = f"--ckpt_path={checkpoint(tmp_path / 'run')}"

@@ -46,7 +46,7 @@ BASES = {
 
 @pytest.mark.parametrize(("options", "tolerance"), BASES.values(), ids=BASES)
 def test_adapters_learn_on_a_frozen_base(options: list[str], tolerance: float, folder: str, tmp_path: Path) -> None:
-    options = [*options, "--model.loss.kl=loss", "--quantization.gradient_checkpointing=true"]
+    options = [*options, "--model.objective.kl=loss", "--quantization.gradient_checkpointing=true"]
     first, *_, last = kept(fit(tmp_path / "run", folder, *options, *KEEP))
     # By bytes: 4-bit codes are stored as floats, some of which read as NaN.
     changed = {name for name in first if not torch.equal(first[name].view(torch.uint8), last[name].view(torch.uint8))}
@@ -68,7 +68,7 @@ def test_adapters_learn_on_a_frozen_base(options: list[str], tolerance: float, f
 
 
 def test_a_checkpoint_of_adapters_evaluates_and_resumes_exactly(folder: str, tmp_path: Path) -> None:
-    options = ["--quantization.bits=4", "--model.loss.kl=loss"]
+    options = ["--quantization.bits=4", "--model.objective.kl=loss"]
     fit(tmp_path / "whole", folder, *options, "--trainer.max_epochs=2")
     fit(tmp_path / "part", folder, *options)
     last = f"--ckpt_path={checkpoint(tmp_path / 'part')}"

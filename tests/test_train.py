@@ -184,10 +184,10 @@ def test_validate_repeats_the_recorded_evaluation(tmp_path: Path, capsys: pytest
 @pytest.mark.parametrize(
     "options",
     [
-        ["--model.critic=steppo.models.SeparateCritic", "--model.loss.kl=loss", "--model.loss.kl_estimator=k2"],
-        ["--model.critic.detach=true", "--model.loss.kl=reward", "--model.loss.aggregation=token-mean"],
-        ["--model.advantage=steppo.advantages.TokenGAE", "--model.loss.ratio=token", "--model.loss.value_clip=0"],
-        ["--model.advantage=steppo.advantages.TokenGAE", "--rollout.group_size=2", "--model.loss.kl=loss"],
+        ["--model.critic=steppo.models.SeparateCritic", "--model.objective.kl=loss", "--model.objective.kl_estimator=k2"],
+        ["--model.critic.detach=true", "--model.objective.kl=reward", "--model.objective.aggregation=token-mean"],
+        ["--model.advantage=steppo.advantages.TokenGAE", "--model.loss.ratio=token", "--model.objective.value_clip=0"],
+        ["--model.advantage=steppo.advantages.TokenGAE", "--rollout.group_size=2", "--model.objective.kl=loss"],
         ["--model.advantage.bootstrap_truncated=true", "--data.source.max_steps=3", "--model.advantage.even_episodes=true"],
         ["--data.max_tokens_per_microbatch=100", "--model.policy_optimizer.schedule=cosine", "--data.update_epochs=2"],
         ["--data.source.parser=steppo.parsers.CommandParser", "--data.sampler=steppo.samplers.SequentialSampler"],

@@ -17,7 +17,7 @@ from steppo.types import Credit, CreditBatch
 class ReinforcePP(Advantage):
     """``A_i = r_i + gamma * A_{i+1}`` over the generated tokens of an episode, across its steps; whitened over tokens.
 
-    A step's reward sits on its last token, a KL penalty (``loss.kl: reward``) on each. Mean and deviation are those of the
+    A step's reward sits on its last token, a KL penalty (``objective.kl: reward``) on each. Mean and deviation are of the
     task's returns; the penalty is summed up by itself, and its sums, minus their mean, are added over the same deviation
     (over 1 where all task returns are equal). No critic.
 

@@ -7,7 +7,7 @@ from steppo.losses.functional import check_at_least_0, log_ratios
 
 
 class DPPOTV(PolicyLoss):
-    """``- m w A + kl_coef (log w)^2`` with ``w = pi / behaviour`` of each token.
+    """``- m w A + penalty (log w)^2`` with ``w = pi / behaviour`` of each token.
 
     ``m`` drops a token whose probability has already gone further than ``max_shift`` from the behaviour policy's where its
     advantage would push it: above it with ``A > 0``, below it with ``A < 0``. A ratio says little of a rare token: from
@@ -16,13 +16,13 @@ class DPPOTV(PolicyLoss):
 
     Args:
         max_shift: Largest change of a token's probability.
-        kl_coef: Weight of the squared log-ratio.
+        penalty: Weight of the squared log-ratio.
     """
 
-    def __init__(self, max_shift: float = 0.2, kl_coef: float = 1e-3) -> None:
-        check_at_least_0(self, max_shift=max_shift, kl_coef=kl_coef)
+    def __init__(self, max_shift: float = 0.2, penalty: float = 1e-3) -> None:
+        check_at_least_0(self, max_shift=max_shift, penalty=penalty)
         self.max_shift = max_shift
-        self.kl_coef = kl_coef
+        self.penalty = penalty
 
     def __call__(self, inputs: LossInputs) -> LossOutput:
         advantage_A = inputs.advantage_A
@@ -31,7 +31,7 @@ class DPPOTV(PolicyLoss):
         dropped_A = ((advantage_A > 0) & (shift_A > self.max_shift)) | ((advantage_A < 0) & (shift_A < -self.max_shift))
         ratio_A = log_ratio_A.exp()
         surrogate_A = (ratio_A * advantage_A).masked_fill(dropped_A, 0.0)
-        return LossOutput(-surrogate_A + self.kl_coef * log_ratio_A.square(), ratio_A.detach(), dropped_A)
+        return LossOutput(-surrogate_A + self.penalty * log_ratio_A.square(), ratio_A.detach(), dropped_A)
 
     def __str__(self) -> str:
         return f"DPPO, probabilities within {self.max_shift:g} of the behaviour policy's"
