@@ -23,6 +23,7 @@ class Scores:
         value_N: By step, if the credit wants step values.
         value_A: By action token, if it wants token values.
         bootstrap_N: Value after the last step of the step's episode, 0 where there is no state to value.
+        weight_A: By action token: what its losses are multiplied by, 1 on-policy.
     """
 
     old_logprobs_A: Tensor
@@ -30,6 +31,7 @@ class Scores:
     value_N: Tensor | None
     value_A: Tensor | None
     bootstrap_N: Tensor
+    weight_A: Tensor
 
 
 class StepBuffer:
@@ -75,7 +77,9 @@ class StepBuffer:
         self.steps = [step for _, step in learned]
         self.order_N = np.asarray([episode.order for episode, _ in learned], dtype=np.int64)
         self.group_N = np.asarray([episode.group_id for episode, _ in learned], dtype=np.int64)
-        self._segments = [Segment(step.prompt_ids, step.action_ids) for step in self.steps]
+        self._segments = [
+            Segment(step.prompt_ids, step.action_ids, episode.order, episode.group_id) for episode, step in learned
+        ]
         self.lengths_N = np.asarray([len(step.action_ids) for step in self.steps], dtype=np.int64)
         self._starts_N = np.cumsum(self.lengths_N) - self.lengths_N
         self.ratio_N = torch.full((len(self.steps),), torch.nan)
@@ -95,13 +99,22 @@ class StepBuffer:
         """The prompts after the last step of truncated episodes, and their episodes."""
         cut = [episode for episode in self.episodes if episode.steps and episode.final_prompt_ids is not None]
         no_action = np.zeros(0, dtype=np.int32)
-        segments = [Segment(episode.final_prompt_ids, no_action) for episode in cut if episode.final_prompt_ids is not None]
+        segments = [
+            Segment(episode.final_prompt_ids, no_action, episode.order, episode.group_id)
+            for episode in cut
+            if episode.final_prompt_ids is not None
+        ]
         for rows, batch in self._packer.pack(segments, self.max_tokens):
             yield [cut[row] for row in rows], batch
 
     def behaviour_logprobs(self) -> Tensor:
         """The engine's log-probabilities, float32 [A]."""
-        return torch.from_numpy(np.concatenate([step.behaviour_logprobs for step in self.steps]))
+        none = np.zeros(0, dtype=np.float32)
+        return torch.from_numpy(np.concatenate([none, *(step.behaviour_logprobs for step in self.steps)]))
+
+    def step_of_tokens(self) -> Tensor:
+        """The step of each action token, int64 [A]."""
+        return torch.repeat_interleave(torch.arange(len(self.steps)), torch.from_numpy(self.lengths_N))
 
     def temperatures(self) -> Tensor:
         """Sampling temperature by action token, float32 [A]."""
@@ -142,7 +155,7 @@ class StepBuffer:
                     behaviour_logprobs_A=behaviour_A[actions],
                     ref_logprobs_A=None if scores.ref_logprobs_A is None else scores.ref_logprobs_A[actions],
                     advantage_A=advantage_A,
-                    weight_N=torch.ones(len(rows), dtype=advantage_A.dtype),
+                    weight_A=scores.weight_A[actions],
                     index_N=steps,
                     old_value=old_value,
                     target=target,
@@ -166,7 +179,7 @@ class StepBuffer:
             behaviour_logprobs_A=zero,
             ref_logprobs_A=None if self.scores.ref_logprobs_A is None else zero,
             advantage_A=zero,
-            weight_N=zero,
+            weight_A=zero,
             index_N=torch.full((1,), -1),
             old_value=zero if valued else None,
             target=zero if valued else None,

@@ -20,12 +20,13 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from steppo.advantages import Advantage
-from steppo.buffer import StepBuffer
+from steppo.buffer import Scores, StepBuffer
 from steppo.checkpoints import read, require_identity
 from steppo.credit import assign_credit
 from steppo.datamodule import StepDataModule
 from steppo.distributed import average_gradients, gather, rank_and_world, require_equal, shard, unsharded
 from steppo.errors import ConfigError, RunError
+from steppo.learner import Correction, NoCorrection
 from steppo.losses import (
     ClippedLoss,
     LossInputs,
@@ -69,6 +70,7 @@ class AgentModule(pl.LightningModule):
         critic: Where values come from; needed exactly if the scheme wants values.
         loss: The policy's part of the objective; the clipped loss with a ratio per step unless given.
         objective: How terms are added up, and the value, entropy and KL terms.
+        correction: Importance weights of what another policy sampled; none unless given.
         policy_optimizer: For the policy's parameters.
         critic_optimizer: For the critic's.
         critic_warmup_updates: First updates, in which only the critic learns.
@@ -82,6 +84,7 @@ class AgentModule(pl.LightningModule):
         critic: Critic | None = None,
         loss: PolicyLoss = lazy_instance(ClippedLoss),
         objective: ObjectiveSettings = ObjectiveSettings(),
+        correction: Correction = lazy_instance(NoCorrection),
         policy_optimizer: OptimizerSettings = OptimizerSettings(),
         critic_optimizer: OptimizerSettings = OptimizerSettings(lr=1e-5),
         critic_warmup_updates: int = 0,
@@ -103,6 +106,7 @@ class AgentModule(pl.LightningModule):
         self.identity: dict[str, Any] = {}
         self.loss = loss
         self.objective = objective
+        self.correction = correction
         self.policy_optimizer = policy_optimizer
         self.critic_optimizer = critic_optimizer
         self.critic_warmup_updates = critic_warmup_updates
@@ -215,7 +219,7 @@ class AgentModule(pl.LightningModule):
         buffer = self.data.buffer
         with self.timed("score"):
             with self.reading():
-                buffer.scores = score(buffer, self.policy, self.reference, self.critic, self.advantage.needs_values)
+                buffer.scores = self._score(buffer)
             steps = assign_credit(buffer, self.advantage, self._reward_kl_coef)
         buffer.ratio_N, buffer.clipped_N = buffer.ratio_N.to(self.device), buffer.clipped_N.to(self.device)
         if steps.gap > self.data.source.logprob_tolerance:
@@ -242,10 +246,14 @@ class AgentModule(pl.LightningModule):
         buffer = self.data.buffer.empty()
         buffer.fill(episodes)
         with self.reading():
-            buffer.scores = score(buffer, self.policy, self.reference, self.critic, self.advantage.needs_values)
+            buffer.scores = self._score(buffer)
         if not self.advantage.needs_groups and any(gather(len(buffer.steps))):
             assign_credit(buffer, self.advantage, self._reward_kl_coef)
         return buffer
+
+    def _score(self, buffer: StepBuffer) -> Scores:
+        values = self.advantage.needs_values
+        return score(buffer, self.policy, self.reference, self.critic, values, self.correction)
 
     @property
     def _reward_kl_coef(self) -> float:
@@ -289,7 +297,8 @@ class AgentModule(pl.LightningModule):
         settings, tokens = self.objective, batch.tokens
         total = batch.update_steps if settings.aggregation == "step-mean" else batch.update_tokens
         hidden, logprobs_A, entropy_A = self.policy(tokens, batch.temperature_A)
-        weight_A = token_weights(tokens.step_of_A, batch.weight_N, settings.aggregation)
+        share_A = token_weights(tokens.step_of_A, batch.weight_A.new_ones(tokens.num_steps), settings.aggregation)
+        weight_A = share_A * batch.weight_A
         surrogate = self.loss(
             LossInputs(
                 logprobs_A=logprobs_A,
@@ -302,20 +311,20 @@ class AgentModule(pl.LightningModule):
             )
         )
         policy_loss = (surrogate.loss_A * weight_A).sum()
-        weights_A = token_weights(tokens.step_of_A, torch.ones_like(batch.weight_N), settings.aggregation)
-        entropy = (entropy_A * weights_A).sum()
+        entropy = (entropy_A * share_A).sum()
         loss = policy_loss - settings.ent_coef * entropy
         if self._critic_warmup:  # only the hidden states are wanted: the policy takes no part, and has no figures
             return loss / total, hidden
         sums = {"policy_loss": policy_loss, "entropy": entropy}
         if batch.ref_logprobs_A is not None:
-            sums["kl"] = (kl_penalty(logprobs_A, batch.ref_logprobs_A, settings.kl_estimator) * weights_A).sum()
+            sums["kl"] = (kl_penalty(logprobs_A, batch.ref_logprobs_A, settings.kl_estimator) * share_A).sum()
             if settings.kl == "loss":
                 loss = loss + settings.kl_coef * sums["kl"]
         log_ratio_A = (logprobs_A - batch.old_logprobs_A).detach()
-        sums["approx_kl"] = ((log_ratio_A.exp() - 1 - log_ratio_A) * weights_A).sum()
-        sums["clip_fraction"] = (surrogate.clipped_A * weights_A).sum()
-        sums["ratio_mean"] = (surrogate.ratio_A * weights_A).sum()
+        sums["approx_kl"] = ((log_ratio_A.exp() - 1 - log_ratio_A) * share_A).sum()
+        sums["clip_fraction"] = (surrogate.clipped_A * share_A).sum()
+        sums["ratio_mean"] = (surrogate.ratio_A * share_A).sum()
+        sums["weight_mean"] = weight_A.sum()
         for name, value in sums.items():
             self._add(name, value.detach() / total * batch.scale)
         if batch.scale:
@@ -332,10 +341,13 @@ class AgentModule(pl.LightningModule):
         # One value per step: its mean is over steps, however tokens are aggregated.
         aggregation = "step-mean" if self.advantage.needs_values == "step" else self.objective.aggregation
         total = batch.update_steps if aggregation == "step-mean" else batch.update_tokens
-        weights = torch.ones_like(batch.target)
+        tokens = batch.tokens
         if self.advantage.needs_values == "token":
-            weights = token_weights(batch.tokens.step_of_A, torch.ones_like(batch.weight_N), aggregation)
-        values = self._values(batch.tokens, hidden)
+            share_A = token_weights(tokens.step_of_A, batch.weight_A.new_ones(tokens.num_steps), aggregation)
+            weights = share_A * batch.weight_A
+        else:
+            weights = step_means(batch.weight_A, tokens.step_of_A, tokens.num_steps)
+        values = self._values(tokens, hidden)
         loss = value_loss(values, batch.old_value, batch.target, weights, self.objective.value_clip or None) / total
         self._add("value_loss", loss.detach() * batch.scale)
         return self.objective.vf_coef * loss

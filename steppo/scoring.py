@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from steppo.buffer import Scores, StepBuffer
+from steppo.learner import Correction
 from steppo.models import Critic, Policy
 from steppo.models.policy import PolicyOutput
 from steppo.types import TokenBatch
@@ -23,8 +24,9 @@ def score(
     reference: Callable[[TokenBatch, Tensor], PolicyOutput] | None,
     critic: Critic | None,
     needs_values: ValueKind,
+    correction: Correction,
 ) -> Scores:
-    """Log-probabilities under policy and reference, and the critic's values, of all steps of a buffer."""
+    """Log-probabilities under policy and reference, values and importance weights, of all steps of a buffer."""
     wide = torch.promote_types(policy.dtype, torch.float32)
     old_A = torch.zeros(buffer.num_tokens, dtype=wide)
     ref_A = None if reference is None else torch.zeros_like(old_A)
@@ -48,12 +50,14 @@ def score(
             hidden = policy(batch).hidden if critic.needs_policy_hidden else None
             values = critic(batch, batch.value_at_N, hidden)
             final.update(zip((episode.order for episode in episodes), values.tolist(), strict=True))
+    weights = correction(buffer.behaviour_logprobs().to(wide), old_A, buffer.step_of_tokens(), len(buffer.steps))
     return Scores(
         old_logprobs_A=old_A,
         ref_logprobs_A=ref_A,
         value_N=value if needs_values == "step" else None,
         value_A=value if needs_values == "token" else None,
         bootstrap_N=torch.tensor([final.get(order, 0.0) for order in buffer.order_N.tolist()], dtype=wide),
+        weight_A=weights.weight_A * weights.keep_A,
     )
 
 

@@ -226,10 +226,15 @@ class Completion:
 
 @dataclass(frozen=True, eq=False)
 class Segment:
-    """Token ids of one step, to be packed: int32 prompt and action (the action may be empty to read a value only)."""
+    """Token ids of one step, to be packed: int32 prompt and action (the action may be empty to read a value only).
+
+    ``episode`` (its order) and ``group`` say which segments may begin alike, for packers that share such beginnings.
+    """
 
     prompt_ids: np.ndarray
     action_ids: np.ndarray
+    episode: int = 0
+    group: int = 0
 
 
 @dataclass
@@ -318,7 +323,7 @@ class Microbatch:
         behaviour_logprobs_A: float, those of the engine that sampled.
         ref_logprobs_A: float, the reference policy's; ``None`` without KL.
         advantage_A: float, a step's advantage repeated over its tokens, or the tokens' own.
-        weight_N: float, importance weight of each step (1 on-policy).
+        weight_A: float, importance weight of each action token: 1 on-policy, 0 where it is not learned from.
         index_N: int64, the steps' indices in this rank's buffer.
         old_value: float [N] or [A], as the critic reads them; ``None`` without critic.
         target: float, same shape.
@@ -333,7 +338,7 @@ class Microbatch:
     behaviour_logprobs_A: Tensor
     ref_logprobs_A: Tensor | None
     advantage_A: Tensor
-    weight_N: Tensor
+    weight_A: Tensor
     index_N: Tensor
     old_value: Tensor | None
     target: Tensor | None

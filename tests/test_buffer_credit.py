@@ -135,6 +135,7 @@ def make_buffer(
         value_N=torch.cos(steps) if values == "step" else None,
         value_A=torch.cos(tokens) if values == "token" else None,
         bootstrap_N=torch.tensor([after.get(order, 0.0) for order in buffer.order_N.tolist()], dtype=torch.float64),
+        weight_A=1 + tokens / 4096,
     )
     return buffer
 
@@ -251,7 +252,7 @@ def test_columns_stay_with_their_steps(packer: Packer, max_tokens: int, kind: st
         assert part.ref_logprobs_A is not None
         close(part.ref_logprobs_A, -token_code / 1024 + torch.cos(token_code))
         close(part.temperature_A.double(), 1 + own_step / 1024, 1e-6)
-        close(part.weight_N, torch.ones(len(step_code)))
+        close(part.weight_A, 1 + token_code / 4096)
         close(part.advantage_A, 3 * (token_code if kind == "token" else own_step))
         if kind == "none":
             assert part.old_value is part.target is None

@@ -16,6 +16,7 @@ ROOT = Path(__file__).parent.parent
 LAYERS: list[set[str]] = [
     {"steppo", "types", "errors", "distributed", "rng"},
     {"envs", "contexts", "packing", "advantages", "losses", "parsers", "optim"},
+    {"learner"},
     {"models"},
     {"engines"},
     {"rollout", "buffer", "samplers"},

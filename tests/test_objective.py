@@ -66,6 +66,14 @@ RUNS = {
         *(*BY_TOKEN, *WITH_CRITIC, "--model.objective.aggregation=step-mean"),
         "--model.advantage=steppo.advantages.TokenGAE",
     ],
+    "importance weights, some of them 0": [
+        *(*BY_STEP, *WITH_CRITIC, *kl("loss"), "--model.correction=tests.test_correction.DropLast"),
+    ],
+    "importance weights of tokens": [
+        *(*BY_TOKEN, *WITH_CRITIC, "--model.advantage=steppo.advantages.TokenGAE"),
+        *("--model.objective.aggregation=token-mean", "--model.correction=tests.test_correction.DropLast"),
+        "--model.loss.dual_clip=0",
+    ],
     "no critic, KL in the reward alone": [
         *(
             *BY_TOKEN,
@@ -97,7 +105,9 @@ def objective(module: Any, batch: list[Microbatch], seen: Counter[str]) -> Tenso
             for a in places:
                 own = log_ratio[a]
                 ratio = (mean + own - own.detach() if loss.ratio == "step" else own).exp()
-                term = -surrogate(ratio, float(microbatch.advantage_A[a]), loss, seen)
+                weight = float(microbatch.weight_A[a])
+                seen["dropped"] += weight == 0
+                term = -surrogate(ratio, float(microbatch.advantage_A[a]), loss, seen) * weight
                 term = term - settings.ent_coef * entropies[a]
                 if settings.kl == "loss":
                     assert microbatch.ref_logprobs_A is not None
@@ -112,6 +122,8 @@ def objective(module: Any, batch: list[Microbatch], seen: Counter[str]) -> Tenso
                 near = old + torch.clamp(values[place] - old, -settings.value_clip, settings.value_clip)
                 seen["value clipped"] += bool((near - target) ** 2 > (values[place] - target) ** 2)
                 squared = torch.maximum((values[place] - target) ** 2, (near - target) ** 2)
+                kept = [float(microbatch.weight_A[a]) for a in (places if kind == "step" else [place])]
+                squared = squared * sum(kept) / len(kept)
                 value_terms.append((settings.vf_coef * 0.5 * squared, 1 if kind == "step" else len(places)))
     mean_of_steps = sum(term / length for term, length in terms) / steps
     mean_of_tokens = sum(term for term, _ in terms) / len(terms)
@@ -170,4 +182,5 @@ def test_an_update_descends_the_objective(tmp_path: Path, options: list[str]) ->
     assert seen["clipped below"]
     assert bool(seen["kl"]) == ("--model.objective.kl=loss" in options)
     assert bool(seen["value clipped"]) == ("--model.objective.vf_coef=0.7" in options)
+    assert bool(seen["dropped"]) == any("DropLast" in option for option in options)
     assert bool(seen["dual clip"]) == ("--model.loss.dual_clip=1.1" in options)
