@@ -14,6 +14,7 @@ from typing import Any, cast
 import lightning.pytorch as pl
 import torch
 from jsonargparse import lazy_instance
+from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
@@ -71,6 +72,8 @@ class AgentModule(pl.LightningModule):
         loss: The policy's part of the objective; the clipped loss with a ratio per step unless given.
         objective: How terms are added up, and the value, entropy and KL terms.
         correction: Importance weights of what another policy sampled; none unless given.
+        optimizer: What makes the optimizer of both parameter groups, such as ``torch.optim.AdamW`` or
+            ``bitsandbytes.optim.AdamW8bit``; learning rate and weight decay come from the groups' settings.
         policy_optimizer: For the policy's parameters.
         critic_optimizer: For the critic's.
         critic_warmup_updates: First updates, in which only the critic learns.
@@ -85,6 +88,7 @@ class AgentModule(pl.LightningModule):
         loss: PolicyLoss = lazy_instance(ClippedLoss),
         objective: ObjectiveSettings = ObjectiveSettings(),
         correction: Correction = lazy_instance(NoCorrection),
+        optimizer: OptimizerCallable = torch.optim.AdamW,
         policy_optimizer: OptimizerSettings = OptimizerSettings(),
         critic_optimizer: OptimizerSettings = OptimizerSettings(lr=1e-5),
         critic_warmup_updates: int = 0,
@@ -107,6 +111,7 @@ class AgentModule(pl.LightningModule):
         self.loss = loss
         self.objective = objective
         self.correction = correction
+        self.optimizer = optimizer
         self.policy_optimizer = policy_optimizer
         self.critic_optimizer = critic_optimizer
         self.critic_warmup_updates = critic_warmup_updates
@@ -179,12 +184,14 @@ class AgentModule(pl.LightningModule):
         groups = [("policy", self.policy.trained_parameters(), self.policy_optimizer)]
         if self.critic is not None:
             groups.append(("critic", self.critic.trained_parameters(), self.critic_optimizer))
-        optimizer = torch.optim.AdamW(
-            [
-                {"name": name, "params": parameters, "lr": settings.lr, "weight_decay": settings.weight_decay}
-                for name, parameters, settings in groups
-            ]
-        )
+        parameter_groups = [
+            {"name": name, "params": parameters, "lr": settings.lr, "weight_decay": settings.weight_decay}
+            for name, parameters, settings in groups
+        ]
+        try:
+            optimizer = self.optimizer(parameter_groups)
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"model.optimizer: {error}; it must take parameter groups, as torch.optim.AdamW") from error
         epochs = self.trainer.max_epochs
         self.horizon = Horizon(
             math.inf if epochs is None or epochs < 0 else epochs * self.data.updates_per_iteration,
@@ -201,7 +208,8 @@ class AgentModule(pl.LightningModule):
         """Settings win over what a checkpoint brought back: a resumed run takes its learning rates from the config."""
         self.horizon.begin(self.counters.updates, self.counters.environment_steps, 0)
         optimizer, schedule = self.trainer.optimizers[0], cast(Any, self.lr_schedulers())
-        if isinstance(self.trainer.strategy, ModelParallelStrategy) and not optimizer.state:
+        adam = isinstance(optimizer, torch.optim.Adam)
+        if adam and isinstance(self.trainer.strategy, ModelParallelStrategy) and not optimizer.state:
             for parameter in (p for group in optimizer.param_groups for p in group["params"]):
                 # torch would fill these in when a checkpoint is saved, and count that as a step.
                 zeros = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
