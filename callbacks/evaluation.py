@@ -124,7 +124,7 @@ class EvaluationCallback(pl.Callback):
         statistics = EpisodeStatistics().to(module.device)
         start = time.perf_counter()
         self.episodes = episodes = []
-        module.data.source.load_weights(module.policy.named_parameters(), plan.version)
+        module.data.source.load_weights(module.policy.inference_weights(), plan.version)
         with (
             module.timed("evaluation"),
             module.reading(),

@@ -121,7 +121,7 @@ class RolloutCallback(pl.Callback):
         statistics = EpisodeStatistics().to(pl_module.device)
         before = pl_module.seconds.get("rollout", 0.0)
         counts_before = data.source.counts()
-        data.source.load_weights(pl_module.policy.named_parameters(), plan.version)
+        data.source.load_weights(pl_module.policy.inference_weights(), plan.version)
         with (
             pl_module.timed("rollout"),
             pl_module.reading(),

@@ -56,7 +56,7 @@ class EpisodeSource(ABC):
         """Most steps of an episode, where that is known."""
         return None
 
-    def load_weights(self, named_parameters: Iterable[tuple[str, Tensor]], version: int) -> None:
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Takes the learner's weights, before the episodes of an iteration or an evaluation."""
 
     def prepare(self, tasks: Sequence[Task], progress: Callable[[int, int], None]) -> None:
@@ -225,8 +225,8 @@ class EnvSource(EpisodeSource):
     def longest_episode(self) -> int:
         return min(limit for limit in (self.max_steps, self.task_limit) if limit is not None)
 
-    def load_weights(self, named_parameters: Iterable[tuple[str, Tensor]], version: int) -> None:
-        self.engine.load_weights(named_parameters, version)
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
+        self.engine.load_weights(weights, version)
 
     def counts(self) -> Counter[str]:
         """What became of the worker processes, by the names of ``EnvPool.counts``."""

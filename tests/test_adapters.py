@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from steppo.errors import ConfigError
@@ -142,3 +144,24 @@ def test_critics_say_which_one_fits(tiny_policy: TinyPolicy) -> None:
 def test_layers_that_do_not_exist_are_named(tiny_policy: TinyPolicy) -> None:
     with pytest.raises(ConfigError, match="lora_targets"):
         tiny_policy.add_lora(LoRASettings(2, 4.0, ("nowhere",)))
+
+
+def test_engines_get_a_whole_model_or_the_adapter(tiny_policy: TinyPolicy, batch: TokenBatch, tmp_path: Path) -> None:
+    """Of a whole model all that transformers reads; of an adapter what peft reads, and nothing of other adapters."""
+    tiny_policy.double()
+    bare = copy.deepcopy(tiny_policy.model)
+    disturb(list(bare.parameters()))
+    missing, unexpected = bare.load_state_dict(dict(tiny_policy.inference_weights()), strict=False)
+    assert unexpected == []
+    assert missing == ["lm_head.weight"]  # tied to the embedding
+    for name, weight in tiny_policy.model.named_parameters():
+        assert torch.equal(dict(bare.named_parameters())[name], weight)
+
+    tiny_policy.add_lora(LORA)
+    disturb(tiny_policy.trained_parameters())
+    AdapterCritic().build(tiny_policy)
+    tiny_policy.model.save_pretrained(tmp_path)
+    written = load_file(tmp_path / "adapter_model.safetensors")
+    sent = dict(tiny_policy.inference_weights())
+    assert sent.keys() == written.keys()
+    assert all(torch.equal(weight, written[name]) for name, weight in sent.items())

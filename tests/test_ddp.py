@@ -23,7 +23,10 @@ from tests.cli_helpers import TOY, evaluations, weights
 from tests.toy_env import CorridorEnv
 
 ROOT = Path(__file__).parent.parent
-WITH_GRADIENTS = ["--trainer.callbacks+=tests.test_ddp.SaveFirstGradient"]
+WITH_GRADIENTS = [
+    "--trainer.callbacks+=tests.test_ddp.SaveFirstGradient",
+    "--trainer.callbacks+=tests.test_ddp.SaveInferenceWeights",
+]
 
 
 class SaveFirstGradient(Callback):
@@ -35,6 +38,15 @@ class SaveFirstGradient(Callback):
         gradients = {name: whole(p.grad) for name, p in pl_module.named_parameters() if p.grad is not None}
         if trainer.is_global_zero:
             torch.save(gradients, Path(trainer.logger.save_dir) / "gradients.pt")
+
+
+class SaveInferenceWeights(Callback):
+    """Writes what an engine elsewhere would get at the end of training."""
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        sent = {name: weight.clone() for name, weight in pl_module.policy.inference_weights()}
+        if trainer.is_global_zero:
+            torch.save(sent, Path(trainer.logger.save_dir) / "inference.pt")
 
 
 def whole(gradient: torch.Tensor) -> torch.Tensor:
@@ -103,6 +115,14 @@ def test_two_ranks_end_with_the_weights_of_one(one_and_two: tuple[Path, Path, fl
     one, two = (weights(folder) for folder in folders)
     assert one.keys() == two.keys()
     assert max(float((two[name] - weight).abs().max()) for name, weight in one.items()) < tolerance
+
+
+def test_engines_get_whole_weights_by_their_own_names(one_and_two: tuple[Path, Path, float]) -> None:
+    """The names of transformers' own files; also of sharded weights, which nobody else holds whole."""
+    for folder in one_and_two[:2]:
+        sent, kept = torch.load(folder / "inference.pt", weights_only=True), weights(folder)
+        assert "model.layers.0.self_attn.q_proj.weight" in sent
+        assert all(torch.equal(weight, kept[f"policy.model.{name}"]) for name, weight in sent.items())
 
 
 def test_the_panel_is_split_and_counted_once(one_and_two: tuple[Path, Path, float]) -> None:

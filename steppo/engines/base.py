@@ -49,8 +49,8 @@ class Engine(ABC):
     def release(self, session_id: str) -> None:
         """An episode is over: what is cached or still queued for it may go."""
 
-    def load_weights(self, named_parameters: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """Takes the learner's weights. Engines that share them have nothing to do."""
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
+        """Takes the learner's weights, ``Policy.inference_weights``. Engines that share them have nothing to do."""
 
     def close(self) -> None:
         """Frees what the engine holds."""

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 from steppo.models.adapters import Adapters, LoRASettings
@@ -121,6 +122,20 @@ class Policy(nn.Module, ABC):
     def vocab_size(self) -> int:
         """Token ids that the model knows, from 0."""
         return int(self.model.get_input_embeddings().num_embeddings)
+
+    def inference_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """What an engine that lives elsewhere needs of the policy as it is now.
+
+        Whole tensors, also where weights are sharded (all ranks must go through them), by the names that the model's own
+        files have. Of an adapter its own weights only, by peft's names: the base is what such an engine began with.
+        """
+        for name, parameter in self.model.named_parameters():
+            if self.adapters is not None:
+                if not self.adapters.owns(name) or ".policy." not in name:
+                    continue
+                name = "base_model.model." + name.replace(".policy.", ".")
+            weight = parameter.detach()
+            yield name, weight.full_tensor() if isinstance(weight, DTensor) else weight
 
     # ---- what is trained ----
 

@@ -126,7 +126,7 @@ def _load(console: Console, parts: PartsCLI, checkpoint: dict[str, Any] | None, 
             module.policy.load_tokenizer_state(checkpoint["steppo"]["tokenizer"])
     module.to(fabric.device).eval()
     source.bind(module.policy)
-    source.load_weights(module.policy.named_parameters(), 0)
+    source.load_weights(module.policy.inference_weights(), 0)
 
 
 def _value(module: AgentModule, fabric: Fabric) -> Callable[[Step], float] | None:
