@@ -144,8 +144,8 @@ class AgentModule(pl.LightningModule):
         if self.policy.model is None:
             self.build_models(self.data.corpus)
             if isinstance(self.trainer.strategy, ModelParallelStrategy):
-                if self.trainer.ckpt_path is not None:  # of sharded weights nobody would check whether they fit
-                    checkpoint = read(Path(self.trainer.ckpt_path), mmap=True)
+                if self.begins_from is not None:  # of sharded weights nobody would check whether they fit
+                    checkpoint = read(self.begins_from, mmap=True)
                     require_identity(checkpoint, self.identity)
                     self.load_state_dict(checkpoint["state_dict"], strict=self.strict_loading)
                 blocks = self.policy.blocks
