@@ -223,12 +223,12 @@ def success(episodes: list[list[Step]]) -> float:
     return sum(episode[-1].reward for episode in episodes) / len(episodes)
 
 
-def main(seed: int = 0, iterations: int = 40) -> float:
+def main(seed: int = 0, iterations: int = 40, cloned: int = 100) -> float:
     """Trains, prints a line per iteration, and gives the greedy success at the end."""
     torch.manual_seed(seed)
     rng = random.Random(seed)
     agent = Agent()
-    clone_random_commands(agent, rng, updates=100)
+    clone_random_commands(agent, rng, updates=cloned)
     optimizer = torch.optim.AdamW(agent.parameters(), lr=5e-4)
     for iteration in range(1, iterations + 1):
         episodes = play(agent, [Corridor(rng) for _ in range(64)])

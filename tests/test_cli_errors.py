@@ -204,7 +204,7 @@ OPTIONS = {
 LATE = {
     "too_long": (["--data.source.max_prompt_tokens=9999"], "10003 is more than the model's 512 positions"),
     "overflow": (["--data.source.max_prompt_tokens=5"], "raise max_prompt_tokens"),
-    "too_few_steps": (["--data.num_minibatches=5000"], "too few for 5000 minibatches"),
+    "too_few_steps": (["--data.num_minibatches=5000"], "at most 8 steps is too small for data.num_minibatches, 5000"),
     "no_weight": ([WEIGHTED, "--data.sampler.weights={'*': 0}"], "WeightedSampler: every task has weight 0"),
     "broken_reset": ([BROKEN], "rollout.min_healthy is 0.5); the most common error: KeyError: 'broken in reset' ("),
     "monitor": (

@@ -27,11 +27,9 @@ INSTRUCTIONS = ["--data.source.context.instructions=Answer with one command.", "
 RUNS = {
     "4-bit": ([*LORA, "--quantization.bits=4"], True),
     "8-bit": ([*LORA, "--quantization.bits=8"], True),
-    "4-bit on bfloat16": ([*LORA, "--quantization.bits=4", "--quantization.base_dtype=bfloat16"], False),
     "4-bit, some layers, odd alpha": ([*LORA, *ODD, "--quantization.bits=4", *INSTRUCTIONS], True),
     "float64": ([*LORA, "--quantization.lora_alpha=1", "--trainer.precision=64-true"], True),
     "mixed": ([*LORA, "--trainer.precision=bf16-mixed"], False),
-    "whole, mixed": (["--trainer.precision=bf16-mixed"], True),
 }
 
 

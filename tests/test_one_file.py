@@ -90,6 +90,7 @@ def test_losses_and_gradients_are_the_librarys(episodes: list[list[one_file.Step
     torch.testing.assert_close(*gradients)
 
 
-def test_it_runs(capsys: pytest.CaptureFixture[str]) -> None:
-    assert 0.0 <= one_file.main(iterations=1) <= 1.0
+def test_it_runs(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(one_file.Corridor, "max_steps", 3)
+    assert 0.0 <= one_file.main(iterations=1, cloned=5) <= 1.0
     assert "iteration  1: success" in capsys.readouterr().out

@@ -141,17 +141,6 @@ def test_a_killed_run_goes_on(phase: str, event: int, tmp_path: Path, whole: Pat
     ]
 
 
-def test_sigterm_ends_a_run_that_goes_on(tmp_path: Path, whole: Path) -> None:
-    at = ["phase=rollout", "event=90", "signal_name=SIGTERM"]
-    done = stopped_run(tmp_path, *(f"--trainer.callbacks.{setting}" for setting in at))
-    assert done.returncode == 128 + 15
-    newest = checkpoint(tmp_path)
-    assert done.stderr.splitlines()[-1] == f"stopped by SIGTERM; a fit continues with --ckpt_path {newest}"
-    assert "Traceback" not in done.stderr
-    run(tmp_path, *OPTIONS, "--ckpt_path=last")
-    assert_same_run(tmp_path, whole)
-
-
 def test_a_requeued_slurm_job_goes_on(tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Lightning saves when SLURM's signal comes, has the job requeued (which ends it), and finds the file by itself."""
     (tmp_path / "bin").mkdir()
