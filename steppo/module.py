@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -27,25 +26,16 @@ from steppo.credit import assign_credit
 from steppo.datamodule import StepDataModule
 from steppo.distributed import average_gradients, gather, rank_and_world, require_equal, shard, unsharded
 from steppo.errors import ConfigError, RunError
-from steppo.learner import Correction, NoCorrection
-from steppo.losses import (
-    ClippedLoss,
-    LossInputs,
-    ObjectiveSettings,
-    PolicyLoss,
-    kl_penalty,
-    step_means,
-    token_weights,
-    value_loss,
-)
+from steppo.learner import Correction, Figures, NoCorrection, UpdateLoss
+from steppo.losses import ClippedLoss, ObjectiveSettings, PolicyLoss
 from steppo.models import Critic, Policy
 from steppo.models.adapters import LoRASettings
 from steppo.models.identity import fingerprint, identity
 from steppo.models.policy import AdapterView
 from steppo.optim import Horizon, OptimizerSettings, learning_rate_schedule
 from steppo.rng import rng_state, set_rng_state
-from steppo.scoring import score, value_positions
-from steppo.types import Episode, Microbatch, TokenBatch
+from steppo.scoring import score
+from steppo.types import Episode, Microbatch
 
 
 @dataclass
@@ -121,8 +111,7 @@ class AgentModule(pl.LightningModule):
         self.latest: dict[str, float] = {}
         self.seconds: dict[str, float] = {}
         self._phase_seconds: dict[str, float] = {}
-        self._sums: dict[str, Tensor] = {}
-        self._updates_of: Counter[str] = Counter()
+        self.figures = Figures(torch.zeros(0), torch.zeros(0))
         self._skipped_in_a_row = 0
 
     # ---- set-up ----
@@ -236,9 +225,7 @@ class AgentModule(pl.LightningModule):
                 f"{self.data.source.logprob_tolerance:.2g}: what is sampled is not quite what is learned"
             )
         self.data.global_steps = steps
-        infinity = torch.tensor(math.inf, device=self.device)
-        self._sums = {"ratio_min": infinity, "ratio_max": -infinity}
-        self._updates_of = Counter()
+        self.figures = Figures(buffer.ratio_N, buffer.clipped_N)
         self.horizon.begin(self.counters.updates, self.counters.environment_steps, len(steps.batch.length_N))
         self.counters.iterations += 1
         self.counters.environment_steps += len(steps.batch.length_N)
@@ -267,98 +254,21 @@ class AgentModule(pl.LightningModule):
     def _reward_kl_coef(self) -> float:
         return self.objective.kl_coef if self.objective.kl == "reward" else 0.0
 
-    def _values(self, batch: TokenBatch, hidden: Tensor | None) -> Tensor:
-        assert self.critic is not None
-        return self.critic(batch, value_positions(batch, self.advantage.needs_values), hidden)
-
     # ---- updates ----
 
     def training_step(self, batch: list[Microbatch], batch_idx: int) -> None:
         """One update: all its microbatches forward and backward, then one optimizer step."""
-        before = dict(self._sums)
-        with self.timed("update"):
+        loss = UpdateLoss(self.policy, self.critic, self.advantage.needs_values, self.loss, self.objective)
+        with self.timed("update"), self.figures.update() as keep:
             optimizer = cast(torch.optim.Optimizer, self.optimizers())
             optimizer.zero_grad()
             for microbatch in batch:
                 factor = microbatch.scale * self.trainer.world_size  # gradients are averaged over ranks
                 with self._no_gradient_sync():
-                    for loss in self._losses(microbatch):
-                        self.manual_backward(loss * factor)
-            if self._step(optimizer):  # each figure is a mean over the updates that had it
-                self._updates_of.update(name for name, value in self._sums.items() if value is not before.get(name))
-            else:
-                self._sums = before
-
-    def _losses(self, batch: Microbatch) -> Iterator[Tensor]:
-        """This microbatch's parts of the update's mean loss, each with a forward pass of its own: the activations of policy
-        and critic are never in memory together, unless they are shared."""
-        if self.critic is not None and self.critic.needs_policy_hidden:
-            loss, hidden = self._policy_loss(batch)
-            yield (0.0 if self._critic_warmup else 1.0) * loss + self._value_loss(batch, hidden)
-            return
-        if not self._critic_warmup:
-            yield self._policy_loss(batch)[0]
-        if self.critic is not None:
-            yield self._value_loss(batch, None)
-
-    def _policy_loss(self, batch: Microbatch) -> tuple[Tensor, Tensor]:
-        settings, tokens = self.objective, batch.tokens
-        total = batch.update_steps if settings.aggregation == "step-mean" else batch.update_tokens
-        hidden, logprobs_A, entropy_A = self.policy(tokens, batch.temperature_A)
-        share_A = token_weights(tokens.step_of_A, batch.weight_A.new_ones(tokens.num_steps), settings.aggregation)
-        weight_A = share_A * batch.weight_A
-        surrogate = self.loss(
-            LossInputs(
-                logprobs_A=logprobs_A,
-                old_logprobs_A=batch.old_logprobs_A,
-                behaviour_logprobs_A=batch.behaviour_logprobs_A,
-                advantage_A=batch.advantage_A,
-                step_of_A=tokens.step_of_A,
-                num_steps=tokens.num_steps,
-                weight_A=weight_A,
-            )
-        )
-        policy_loss = (surrogate.loss_A * weight_A).sum()
-        entropy = (entropy_A * share_A).sum()
-        loss = policy_loss - settings.ent_coef * entropy
-        if self._critic_warmup:  # only the hidden states are wanted: the policy takes no part, and has no figures
-            return loss / total, hidden
-        sums = {"policy_loss": policy_loss, "entropy": entropy}
-        if batch.ref_logprobs_A is not None:
-            sums["kl"] = (kl_penalty(logprobs_A, batch.ref_logprobs_A, settings.kl_estimator) * share_A).sum()
-            if settings.kl == "loss":
-                loss = loss + settings.kl_coef * sums["kl"]
-        log_ratio_A = (logprobs_A - batch.old_logprobs_A).detach()
-        sums["approx_kl"] = ((log_ratio_A.exp() - 1 - log_ratio_A) * share_A).sum()
-        sums["clip_fraction"] = (surrogate.clipped_A * share_A).sum()
-        sums["ratio_mean"] = (surrogate.ratio_A * share_A).sum()
-        sums["weight_mean"] = weight_A.sum()
-        for name, value in sums.items():
-            self._add(name, value.detach() / total * batch.scale)
-        if batch.scale:
-            self._sums["ratio_min"] = torch.minimum(self._sums["ratio_min"], surrogate.ratio_A.min())
-            self._sums["ratio_max"] = torch.maximum(self._sums["ratio_max"], surrogate.ratio_A.max())
-            seen = self.data.buffer
-            seen.ratio_N[batch.index_N] = step_means(surrogate.ratio_A.float(), tokens.step_of_A, tokens.num_steps)
-            seen.clipped_N[batch.index_N] = step_means(surrogate.clipped_A.float(), tokens.step_of_A, tokens.num_steps)
-        return loss / total, hidden
-
-    def _value_loss(self, batch: Microbatch, hidden: Tensor | None) -> Tensor:
-        assert batch.old_value is not None
-        assert batch.target is not None
-        # One value per step: its mean is over steps, however tokens are aggregated.
-        aggregation = "step-mean" if self.advantage.needs_values == "step" else self.objective.aggregation
-        total = batch.update_steps if aggregation == "step-mean" else batch.update_tokens
-        tokens = batch.tokens
-        if self.advantage.needs_values == "token":
-            share_A = token_weights(tokens.step_of_A, batch.weight_A.new_ones(tokens.num_steps), aggregation)
-            weights = share_A * batch.weight_A
-        else:
-            weights = step_means(batch.weight_A, tokens.step_of_A, tokens.num_steps)
-        values = self._values(tokens, hidden)
-        loss = value_loss(values, batch.old_value, batch.target, weights, self.objective.value_clip or None) / total
-        self._add("value_loss", loss.detach() * batch.scale)
-        return self.objective.vf_coef * loss
+                    for part in loss.parts(microbatch, self.figures, policy_learns=not self._critic_warmup):
+                        self.manual_backward(part * factor)
+            if self._step(optimizer):
+                keep()
 
     def _step(self, optimizer: torch.optim.Optimizer) -> bool:
         """Clips each group by itself and steps, unless a gradient is not finite (a non-finite loss makes them so).
@@ -380,7 +290,7 @@ class AgentModule(pl.LightningModule):
             self._skipped_in_a_row = 0
             for name, norm in norms.items():
                 if name != "policy" or not self._critic_warmup:
-                    self._add(f"grad_norm_{name}", norm.detach() / self.trainer.world_size)
+                    self.figures.add(f"grad_norm_{name}", norm.detach() / self.trainer.world_size)
         else:
             # Lightning counts updates by optimizer steps: without gradients this one changes nothing.
             optimizer.zero_grad()
@@ -405,12 +315,7 @@ class AgentModule(pl.LightningModule):
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         if not self.trainer.is_last_batch:
             return
-        metrics: dict[str, float] = {}
-        for name, value in sorted(self._sums.items()):  # the same order on all ranks
-            if name in ("ratio_min", "ratio_max"):
-                metrics[name] = self._reduce(value, name.removeprefix("ratio_"))
-            else:
-                metrics[name] = self._reduce(value, "sum") / self._updates_of[name]
+        metrics = self.figures.reduced(self._reduce)
         metrics = {name: value for name, value in metrics.items() if math.isfinite(value)}  # no ratio in a critic's warm-up
         for group in self.trainer.optimizers[0].param_groups:
             metrics["learning_rate" if group["name"] == "policy" else f"learning_rate_{group['name']}"] = group["lr"]
@@ -441,9 +346,6 @@ class AgentModule(pl.LightningModule):
             spent = time.perf_counter() - start
             self.seconds[name] = self.seconds.get(name, 0.0) + spent
             self._phase_seconds[name] = self._phase_seconds.get(name, 0.0) + spent
-
-    def _add(self, name: str, value: Tensor) -> None:
-        self._sums[name] = self._sums[name] + value if name in self._sums else value
 
     def _reduce(self, value: Tensor, operation: str) -> float:
         return float(self.trainer.strategy.reduce(value.to(self.device).clone(), reduce_op=operation))

@@ -40,7 +40,7 @@ def score(
         if reference is not None and ref_A is not None:
             ref_A[actions] = reference(batch, temperature_A).logprobs_A.cpu()
         if critic is not None:
-            values = critic(batch, value_positions(batch, needs_values), output.hidden)
+            values = critic(batch, batch.value_positions(needs_values), output.hidden)
             value[steps if needs_values == "step" else actions] = values.to(wide).cpu()
 
     final: dict[int, float] = {}
@@ -59,11 +59,6 @@ def score(
         bootstrap_N=torch.tensor([final.get(order, 0.0) for order in buffer.order_N.tolist()], dtype=wide),
         weight_A=weights.weight_A * weights.keep_A,
     )
-
-
-def value_positions(batch: TokenBatch, needs_values: ValueKind) -> Tensor:
-    """Flat positions where a critic is read: each prompt's end, or wherever an action token is predicted."""
-    return batch.value_at_N if needs_values == "step" else batch.predict_at_A
 
 
 def _to(batch: TokenBatch, device: torch.device) -> TokenBatch:

@@ -264,6 +264,10 @@ class TokenBatch:
         """N."""
         return self.value_at_N.shape[0]
 
+    def value_positions(self, needs_values: str) -> Tensor:
+        """Flat positions where a critic is read: each prompt's end (``step``), or wherever an action token is predicted."""
+        return self.value_at_N if needs_values == "step" else self.predict_at_A
+
 
 @dataclass
 class CreditBatch:

@@ -44,7 +44,7 @@ def test_cispo_equals_a_loop(lengths, seed, bounds, ratio):
     loss, gradients, clipped, start = 0.0, [], [], 0
     for length, weight in zip(lengths, x["weight_N"].tolist(), strict=True):
         places = range(start, start + length)
-        logs = [float(x["logprobs_A"][a] - x["old_A"][a]) for a in places]
+        logs = [float(x["logprobs_A"][a].detach() - x["old_A"][a]) for a in places]
         for a, log in zip(places, logs, strict=True):
             w = math.exp(log if ratio == "token" else sum(logs) / length)
             bounded = min(max(w, 1 - bounds[0]), 1 + bounds[1])

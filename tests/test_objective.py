@@ -12,7 +12,6 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 from steppo.losses import ClippedLoss, ObjectiveSettings
-from steppo.scoring import value_positions
 from steppo.types import Microbatch
 from tests.cli_helpers import run
 
@@ -96,7 +95,7 @@ def objective(module: Any, batch: list[Microbatch], seen: Counter[str]) -> Tenso
     for microbatch in batch:
         tokens = microbatch.tokens
         hidden, logprobs, entropies = module.policy(tokens, microbatch.temperature_A)
-        values = None if kind == "none" else module.critic(tokens, value_positions(tokens, kind), hidden)
+        values = None if kind == "none" else module.critic(tokens, tokens.value_positions(kind), hidden)
         steps += tokens.num_steps
         for step in range(tokens.num_steps):
             places = torch.nonzero(tokens.step_of_A == step)[:, 0].tolist()
