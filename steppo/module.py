@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -27,6 +27,7 @@ from steppo.datamodule import StepDataModule
 from steppo.distributed import average_gradients, gather, rank_and_world, require_equal, shard, unsharded
 from steppo.errors import ConfigError, RunError
 from steppo.learner import Correction, Figures, NoCorrection, UpdateLoss
+from steppo.lightning_state import fill_state, start_next_iteration, take_settings
 from steppo.losses import ClippedLoss, ObjectiveSettings, PolicyLoss
 from steppo.models import Critic, Policy
 from steppo.models.adapters import LoRASettings
@@ -197,18 +198,9 @@ class AgentModule(pl.LightningModule):
         """Settings win over what a checkpoint brought back: a resumed run takes its learning rates from the config."""
         self.horizon.begin(self.counters.updates, self.counters.environment_steps, 0)
         optimizer, schedule = self.trainer.optimizers[0], cast(Any, self.lr_schedulers())
-        adam = isinstance(optimizer, torch.optim.Adam)
-        if adam and isinstance(self.trainer.strategy, ModelParallelStrategy) and not optimizer.state:
-            for parameter in (p for group in optimizer.param_groups for p in group["params"]):
-                # torch would fill these in when a checkpoint is saved, and count that as a step.
-                zeros = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
-                optimizer.state[parameter] = {"step": torch.tensor(0.0), **zeros}
-        groups = list(zip(optimizer.param_groups, (self.policy_optimizer, self.critic_optimizer), strict=False))
-        schedule.base_lrs = [settings.lr for _, settings in groups]
-        for (group, settings), factor in zip(groups, schedule.lr_lambdas, strict=True):
-            group["initial_lr"] = settings.lr
-            group["lr"] = settings.lr * factor(schedule.last_epoch)
-            group["weight_decay"] = settings.weight_decay
+        if isinstance(self.trainer.strategy, ModelParallelStrategy):
+            fill_state(optimizer)
+        take_settings(optimizer, schedule, (self.policy_optimizer, self.critic_optimizer))
 
     # ---- the start of an iteration: scores and credit ----
 
@@ -217,7 +209,7 @@ class AgentModule(pl.LightningModule):
         with self.timed("score"):
             with self.reading():
                 buffer.scores = self._score(buffer)
-            steps = assign_credit(buffer, self.advantage, self._reward_kl_coef)
+            steps = assign_credit(buffer, self.advantage, self.objective.reward_kl_coef)
         buffer.ratio_N, buffer.clipped_N = buffer.ratio_N.to(self.device), buffer.clipped_N.to(self.device)
         if steps.gap > self.data.source.logprob_tolerance:
             rank_zero_warn(
@@ -243,16 +235,12 @@ class AgentModule(pl.LightningModule):
         with self.reading():
             buffer.scores = self._score(buffer)
         if not self.advantage.needs_groups and any(gather(len(buffer.steps))):
-            assign_credit(buffer, self.advantage, self._reward_kl_coef)
+            assign_credit(buffer, self.advantage, self.objective.reward_kl_coef)
         return buffer
 
     def _score(self, buffer: StepBuffer) -> Scores:
         values = self.advantage.needs_values
         return score(buffer, self.policy, self.reference, self.critic, values, self.correction)
-
-    @property
-    def _reward_kl_coef(self) -> float:
-        return self.objective.kl_coef if self.objective.kl == "reward" else 0.0
 
     # ---- updates ----
 
@@ -262,9 +250,11 @@ class AgentModule(pl.LightningModule):
         with self.timed("update"), self.figures.update() as keep:
             optimizer = cast(torch.optim.Optimizer, self.optimizers())
             optimizer.zero_grad()
+            strategy = self.trainer.strategy
             for microbatch in batch:
                 factor = microbatch.scale * self.trainer.world_size  # gradients are averaged over ranks
-                with self._no_gradient_sync():
+                # Once, in `_step`: DDP's hooks would wait for parameters that a pass leaves out.
+                with strategy.block_backward_sync() if isinstance(strategy, DDPStrategy) else nullcontext():
                     for part in loss.parts(microbatch, self.figures, policy_learns=not self._critic_warmup):
                         self.manual_backward(part * factor)
             if self._step(optimizer):
@@ -361,11 +351,6 @@ class AgentModule(pl.LightningModule):
         ):
             yield
 
-    def _no_gradient_sync(self) -> AbstractContextManager:
-        """Gradients are averaged in ``_step``, once: DDP's hooks would wait for parameters that a pass leaves out."""
-        strategy = self.trainer.strategy
-        return strategy.block_backward_sync() if isinstance(strategy, DDPStrategy) else nullcontext()
-
     # ---- checkpoints ----
 
     def load_state_dict(self, state_dict: Any, *args: Any, **kwargs: Any) -> Any:
@@ -413,8 +398,4 @@ class AgentModule(pl.LightningModule):
             self.policy.load_tokenizer_state(state["tokenizer"])
             self.data.source.bind(self.policy)
         set_rng_state(state["rng"])
-        # Wherever in Lightning's loops it was written, the run goes on with the start of the next iteration.
-        loops = checkpoint["loops"]["fit_loop"]
-        over = dict.fromkeys(("ready", "started", "processed", "completed"), self.counters.iterations)
-        loops["epoch_progress"] = {"total": over, "current": dict(over)}
-        loops["epoch_loop.batch_progress"]["current"] = dict.fromkeys(over, 0)
+        start_next_iteration(checkpoint, self.counters.iterations)

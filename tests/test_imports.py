@@ -20,7 +20,7 @@ LAYERS: list[set[str]] = [
     {"models"},
     {"engines"},
     {"rollout", "buffer", "samplers"},
-    {"credit", "scoring"},
+    {"credit", "scoring", "lightning_state"},
     {"module", "datamodule", "metrics", "progress", "checkpoints", "transcripts", "run_folder", "stopping"},
     {"callbacks"},
     {"mistakes"},

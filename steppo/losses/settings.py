@@ -34,6 +34,11 @@ class ObjectiveSettings:
         names = ("vf_coef", "value_clip", "ent_coef", "kl_coef")
         check_at_least_0(self, **{name: getattr(self, name) for name in names})
 
+    @property
+    def reward_kl_coef(self) -> float:
+        """Of the KL penalty in the reward; 0 without."""
+        return self.kl_coef if self.kl == "reward" else 0.0
+
     def __str__(self) -> str:
         return {
             "none": "no KL",

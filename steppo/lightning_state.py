@@ -1,0 +1,38 @@
+"""What Lightning and its optimizers keep, and steppo must set right when a run starts or goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.optim.lr_scheduler import LambdaLR
+
+from steppo.optim import OptimizerSettings
+
+
+def fill_state(optimizer: torch.optim.Optimizer) -> None:
+    """Gives an Adam of sharded weights its state: torch would do so when a checkpoint is saved, and count that as a step."""
+    if not isinstance(optimizer, torch.optim.Adam) or optimizer.state:
+        return
+    for parameter in (parameter for group in optimizer.param_groups for parameter in group["params"]):
+        zeros = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+        optimizer.state[parameter] = {"step": torch.tensor(0.0), **zeros}
+
+
+def take_settings(optimizer: torch.optim.Optimizer, schedule: LambdaLR, settings: Sequence[OptimizerSettings]) -> None:
+    """Settings win over what a checkpoint brought back, group by group; the schedule goes on where it was."""
+    groups = list(zip(optimizer.param_groups, settings, strict=False))
+    schedule.base_lrs = [own.lr for _, own in groups]
+    for (group, own), factor in zip(groups, schedule.lr_lambdas, strict=True):
+        group["initial_lr"] = own.lr
+        group["lr"] = own.lr * factor(schedule.last_epoch)
+        group["weight_decay"] = own.weight_decay
+
+
+def start_next_iteration(checkpoint: dict[str, Any], iterations: int) -> None:
+    """Wherever in Lightning's loops a checkpoint was written, the run goes on with the start of the next iteration."""
+    loops = checkpoint["loops"]["fit_loop"]
+    over = dict.fromkeys(("ready", "started", "processed", "completed"), iterations)
+    loops["epoch_progress"] = {"total": over, "current": dict(over)}
+    loops["epoch_loop.batch_progress"]["current"] = dict.fromkeys(over, 0)
