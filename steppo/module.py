@@ -51,10 +51,10 @@ class Counters:
 
 
 class AgentModule(pl.LightningModule):
-    """Trains a policy (and a critic, if the credit scheme wants values) from the steps in the datamodule's buffer.
+    """Trains a policy, and a critic if the credit scheme wants values, from the steps in the datamodule's buffer.
 
-    Each iteration: the rollout callback fills the buffer; all steps are scored once (old log-probabilities, values); credit
-    is assigned over all ranks; the loader replays the buffer as updates, one optimizer step each.
+    An iteration: the rollout callback fills the buffer, all steps are scored once, credit is assigned over all ranks, and
+    the loader replays the buffer as updates of one optimizer step each.
 
     Args:
         policy: The language model.
@@ -63,8 +63,7 @@ class AgentModule(pl.LightningModule):
         loss: The policy's part of the objective; the clipped loss with a ratio per step unless given.
         objective: How terms are added up, and the value, entropy and KL terms.
         correction: Importance weights of what another policy sampled; none unless given.
-        optimizer: What makes the optimizer of both parameter groups, such as ``torch.optim.AdamW`` or
-            ``bitsandbytes.optim.AdamW8bit``; learning rate and weight decay come from the groups' settings.
+        optimizer: Class of the optimizer, such as ``bitsandbytes.optim.AdamW8bit``; rates come from the groups' settings.
         policy_optimizer: For the policy's parameters.
         critic_optimizer: For the critic's.
         critic_warmup_updates: First updates, in which only the critic learns.
