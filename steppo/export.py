@@ -241,7 +241,7 @@ def _trained_on(config: dict[str, Any]) -> list[str]:
     lines = [
         f"- Environment: `{environment['class_path']}`" + (f" ({settings})" if settings else ""),
         f"- Tasks: {some}split `{data['train_split']}`",
-        f"- Credit: `{model['advantage']['class_path']}`, one importance ratio per {model['loss']['ratio']}",
+        f"- Credit: `{model['advantage']['class_path']}`; policy loss: `{model['loss']['class_path']}`",
     ]
     cloning = config["warm_start"]
     if cloning["updates"]:
