@@ -17,7 +17,7 @@ from steppo.credit import check_orders
 from steppo.datamodule import run_seed
 from steppo.distributed import gather, rank_and_world
 from steppo.errors import ConfigError, RunError
-from steppo.metrics import EpisodeStatistics, common_failure
+from steppo.metrics import EpisodeStatistics, common_failure, wilson_interval
 from steppo.module import AgentModule
 from steppo.progress import phase
 from steppo.run_folder import run_folder
@@ -104,7 +104,7 @@ class EvaluationCallback(pl.Callback):
     @staticmethod
     def _find_monitors(trainer: pl.Trainer, history: list[dict[str, Any]]) -> None:
         """Monitors of a rate that the first evaluation did not have take the return: what there is."""
-        if not history or history[0]["success_rate"] is not None:
+        if not history or history[0]["success_rate"] is not None or not history[0]["episodes"]:
             return
         callbacks: list[Any] = cast(Any, trainer).callbacks
         for callback in callbacks:
@@ -138,6 +138,10 @@ class EvaluationCallback(pl.Callback):
         check_orders(episodes)
         figures = statistics.compute()
         known = not math.isnan(figures["success_rate"])
+        if not known and figures["episodes"] and any(before["success_rate"] is not None for before in self.history):
+            # The environment does say: none of these was solved. What monitors the rate must find one.
+            known, (low, high) = True, wilson_interval(0, figures["episodes"])
+            figures |= {"success_rate": 0.0, "success_low": low, "success_high": high}
         record = {
             "iteration": module.counters.iterations,
             "updates": module.counters.updates,

@@ -227,7 +227,7 @@ class WarmStartCallback(pl.Callback):
         torch.save(weights, buffer)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".", suffix=".part", delete=False) as file:
+            with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".tmp", suffix=".part", delete=False) as file:
                 part = Path(file.name)
                 try:
                     file.write(buffer.getbuffer())

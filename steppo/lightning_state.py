@@ -8,16 +8,27 @@ from typing import Any
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 
+from steppo.errors import ConfigError
 from steppo.optim import OptimizerSettings
 
 
 def fill_state(optimizer: torch.optim.Optimizer) -> None:
-    """Gives an Adam of sharded weights its state: torch would do so when a checkpoint is saved, and count that as a step."""
-    if not isinstance(optimizer, torch.optim.Adam) or optimizer.state:
+    """Gives an Adam of sharded weights its state: torch would do so when a checkpoint is saved, and count that as a step.
+
+    Raises:
+        ConfigError: It is no Adam.
+    """
+    if not isinstance(optimizer, torch.optim.Adam):
+        raise ConfigError(f"model.optimizer: sharded weights need torch.optim.AdamW, not {type(optimizer).__name__}")
+    if optimizer.state:
         return
-    for parameter in (parameter for group in optimizer.param_groups for parameter in group["params"]):
-        zeros = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
-        optimizer.state[parameter] = {"step": torch.tensor(0.0), **zeros}
+    for group in optimizer.param_groups:
+        names = ("exp_avg", "exp_avg_sq", *(("max_exp_avg_sq",) if group["amsgrad"] else ()))
+        on_device = group["capturable"] or group["fused"]
+        for parameter in group["params"]:
+            zeros = {name: torch.zeros_like(parameter) for name in names}
+            step = torch.tensor(0.0, device=parameter.device if on_device else None)
+            optimizer.state[parameter] = {"step": step, **zeros}
 
 
 def take_settings(optimizer: torch.optim.Optimizer, schedule: LambdaLR, settings: Sequence[OptimizerSettings]) -> None:

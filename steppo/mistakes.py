@@ -81,7 +81,8 @@ def check_config_files(args: Sequence[str]) -> None:
     """
     for word, following in itertools.pairwise([*args, ""]):
         name, equals, value = word.partition("=")
-        _check_moved(name.removeprefix("--").replace(".init_args", ""), name)
+        if not any(word.partition("=")[0] == "--model.loss" for word in args):  # a loss of one's own may have such a setting
+            _check_moved(name.removeprefix("--").replace("model.init_args.", "model."), name)
         path = value if equals else following
         if name not in ("--config", "-c") or "://" in path or path.startswith(("{", "-")) or not path:
             continue
@@ -110,11 +111,11 @@ def _check_moved(key: str, where: str) -> None:
 
 
 def _paths(node: yaml.Node, above: str) -> Iterator[tuple[int, str]]:
-    """Line and dotted name of each setting, as one gives it on the command line; also below a subcommand."""
+    """Line and dotted name of each setting; those of the model as on the command line, also below a subcommand."""
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
             if isinstance(key, yaml.ScalarNode):
-                skipped = key.value in ("init_args", "fit", "validate", "test")
+                skipped = key.value in ("fit", "validate", "test") or (above, key.value) == ("model", "init_args")
                 path = above if skipped else f"{above}.{key.value}".removeprefix(".")
                 yield key.start_mark.line + 1, path
                 yield from _paths(value, path)

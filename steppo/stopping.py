@@ -55,6 +55,7 @@ class _Stop(threading.Thread):
         super().__init__(daemon=True)
         self._trainer = trainer
         self._say = say
+        self._children: list[subprocess.Popen] = []
         self._interrupted = False
         self._over = threading.Event()
         self._deadline = 0.0
@@ -93,8 +94,12 @@ class _Stop(threading.Thread):
         os.close(self._reader)
 
     def _ranks(self) -> list[subprocess.Popen]:
+        """Ranks started from here. Lightning, which would kill this process when one of them ends, forgets them."""
         launcher = self._trainer.strategy.launcher
-        return launcher.procs if isinstance(launcher, _SubprocessScriptLauncher) else []
+        if isinstance(launcher, _SubprocessScriptLauncher):
+            self._children += launcher.procs
+            launcher.procs.clear()
+        return self._children
 
     def _kill(self) -> None:
         for process in self._ranks():

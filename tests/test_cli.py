@@ -14,7 +14,8 @@ from tests.cli_helpers import TOY
 def test_help_explains_the_fields(capsys: pytest.CaptureFixture[str]) -> None:
     for command, explained in (
         (["fit", "--help"], ("--rollout.group_size", "Episodes per task, from the same start", "--num_threads")),
-        (["fit", "--model.help", "steppo.module.AgentModule"], ("Trust region of the ratio below 1", "max_grad_norm")),
+        (["fit", "--model.help", "steppo.module.AgentModule"], ("Weight of the entropy bonus", "max_grad_norm")),
+        (["fit", "--model.help", "steppo.module.AgentModule"], ("Class of the optimizer", "Importance weights of what")),
         (["fit", "--data.help", "steppo.datamodule.StepDataModule"], ("Most tokens, padding included",)),
     ):
         with pytest.raises(SystemExit):

@@ -7,9 +7,10 @@ import math
 import re
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from callbacks import EvaluationCallback
@@ -17,6 +18,7 @@ from steppo.cli import StepCLI
 from steppo.export import main as export
 from steppo.play.command import main as play
 from tests.cli_helpers import TOY, checkpoint, evaluations, run
+from tests.toy_env import CorridorEnv
 
 CALLBACKS = "lightning.pytorch.callbacks"
 SILENT = [
@@ -60,6 +62,44 @@ def test_a_run_without_a_verdict_goes_by_its_return(silent_run: tuple[StepCLI, P
     assert float(best.best_model_score) == pytest.approx(max(record["return_mean"] for record in records[1:]))
     [stopping] = [callback for callback in cli.trainer.callbacks if isinstance(callback, EarlyStopping)]
     assert stopping.monitor == "val/return_mean"
+
+
+class FallsSilentEnv(CorridorEnv):
+    """Says whether a task is solved until the file ``silent`` is there."""
+
+    def __init__(self, silent: str, length: int = 4, num_tasks: int = 8, max_steps: int = 8) -> None:
+        super().__init__(length, num_tasks, max_steps)
+        self.silent = Path(silent)
+
+    def reset(self, task: Any) -> Any:
+        observation, info = super().reset(task)
+        return observation, {} if self.silent.exists() else info
+
+    def step(self, action: str) -> Any:
+        *answer, info = super().step(action)
+        return *answer, {} if self.silent.exists() else info
+
+
+class Silence(Callback):
+    """After the evaluation before training nobody gives a verdict any more."""
+
+    def __init__(self, silent: str) -> None:
+        self.silent = Path(silent)
+
+    def on_train_epoch_start(self, *_: Any) -> None:
+        self.silent.touch()
+
+
+def test_where_verdicts_were_given_none_is_none_solved(tmp_path: Path) -> None:
+    """An environment may say so only of what was solved; what monitors the rate must go on finding one."""
+    silent = [f"--data.source.env={__name__}.FallsSilentEnv", f"--data.source.env.silent={tmp_path}/silent"]
+    silent += [f"--trainer.callbacks+={__name__}.Silence", f"--trainer.callbacks.silent={tmp_path}/silent"]
+    cli = run(tmp_path, *silent, *SILENT[2:], "--warm_start.updates=0")
+    first, *later = evaluations(tmp_path)
+    assert first["no_verdict"] == 0
+    assert [(record["no_verdict"], record["success_rate"]) for record in later] == [(8, 0.0), (8, 0.0)]
+    assert later[0]["success_ci95"] == pytest.approx([0.0, 0.324], abs=1e-3)
+    assert best_of(cli).monitor == "val/success_rate"
 
 
 def test_play_shows_what_there_is(capsys: pytest.CaptureFixture[str]) -> None:
