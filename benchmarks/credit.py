@@ -51,8 +51,8 @@ SCHEMES: list[tuple[str, str, Advantage, Loop]] = [
         TokenGAE(1.0, 0.99, True),
         lambda t, e: slow.slow_credit(t, e, 1.0, 0.99, True, True),
     ),
-    ("ReinforcePP", "token", ReinforcePP(), lambda t, _: slow.slow_reinforce_pp(t)),
-    ("ReinforcePP, gamma 0.999", "token", ReinforcePP(0.999), lambda t, _: slow.slow_reinforce_pp(t, 0.999)),
+    ("ReinforcePP", "token", ReinforcePP(), slow.slow_reinforce_pp),
+    ("ReinforcePP, gamma 0.999", "token", ReinforcePP(0.999), lambda t, e: slow.slow_reinforce_pp(t, e, 0.999)),
     ("ReinforcePPBaseline", "step", ReinforcePPBaseline(), slow.slow_reinforce_pp_baseline),
 ]
 GROUP, MOST_STEPS, MOST_TOKENS, ROOMS = 8, 50, 200, 10

@@ -16,6 +16,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from steppo.credit import check_orders
 from steppo.datamodule import run_seed
 from steppo.distributed import gather, rank_and_world
+from steppo.envs.checks import checked_episode
 from steppo.errors import ConfigError, RunError
 from steppo.metrics import EpisodeStatistics, common_failure, wilson_interval
 from steppo.module import AgentModule
@@ -131,9 +132,9 @@ class EvaluationCallback(pl.Callback):
             phase(trainer, "evaluation", len(groups) * self.samples) as advance,
         ):
             for group in module.data.source.collect(groups, plan):
-                for episode in group:
+                for episode in map(checked_episode, group):
                     statistics.update(episode)
-                episodes += group
+                    episodes.append(episode)
                 advance(len(episodes))
         check_orders(episodes)
         figures = statistics.compute()

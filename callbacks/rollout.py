@@ -12,6 +12,7 @@ from steppo.advantages.base import Returns, centred_within
 from steppo.credit import check_orders
 from steppo.datamodule import StepDataModule, run_seed
 from steppo.distributed import gather
+from steppo.envs.checks import checked_episode
 from steppo.errors import ConfigError, RunError
 from steppo.metrics import EpisodeStatistics, common_failure
 from steppo.module import AgentModule
@@ -128,7 +129,7 @@ class RolloutCallback(pl.Callback):
             phase(trainer, "rollout", len(groups) * self.group_size) as advance,
         ):
             for group in data.source.collect(groups, plan):
-                episodes += group
+                episodes += map(checked_episode, group)
                 advance(len(episodes))
         for episode in episodes:
             statistics.update(episode)
@@ -168,7 +169,7 @@ class RolloutCallback(pl.Callback):
         healthy = [episode for episode in episodes if not episode.stop_reason.failed]
         group = torch.tensor([episode.group_id for episode in healthy], dtype=torch.int64)
         task = torch.tensor([episode.episode_return for episode in healthy], dtype=torch.float64)
-        summed = [sum(abs(step.reward) for step in episode.steps) for episode in healthy]
+        summed = [abs(e.final_reward) + sum(abs(step.reward) for step in e.steps) for e in healthy]
         *_, equal = centred_within(Returns(task, torch.zeros_like(task), torch.tensor(summed, dtype=torch.float64)), group)
         parts = gather((len(group[equal].unique()), len(group.unique())))
         return sum(part[0] for part in parts) / max(sum(part[1] for part in parts), 1)

@@ -126,7 +126,8 @@ def as_text(record: dict[str, Any]) -> str:
     lines = [_headline(record)]
     for number, step in enumerate(record["steps"]):
         invalid = "" if step["action_valid"] else "  (invalid)"
-        lines += ["", f"--- step {number}", step["observation"], f"> {step['action']}{invalid}"]
+        agent = f", {step['agent']}" if "agent" in step else ""
+        lines += ["", f"--- step {number}{agent}", step["observation"], f"> {step['action']}{invalid}"]
         figures = [f"{name} {step[name]:.3g}" for name in ("value", "advantage", "reward") if step[name] is not None]
         lines.append("  ".join(figures))
     if record["error"]:

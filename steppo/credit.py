@@ -74,25 +74,35 @@ def assign_credit(buffer: StepBuffer, advantage: Advantage, kl_coef: float) -> G
     rank, _ = rank_and_world()
     rank_N = torch.cat([torch.full_like(part["order_N"], index) for index, part in enumerate(parts)])
 
-    sort_N = time_order(joined["order_N"], joined["index_N"])
+    sort_N = time_order(joined["order_N"], joined["index_N"])  # whole episodes, whoever acts
     sort_A = tokens_in_order(joined["length_N"], sort_N)
     steps = {name: column[sort_N] for name, column in joined.items() if name.endswith("_N")}
     tokens = {name: column[sort_A] for name, column in joined.items() if name.endswith("_A")}
     texts = [text for part in parts for text in part["texts"]]
     _, episode_N, count_E = torch.unique_consecutive(steps["order_N"], return_inverse=True, return_counts=True)
     first_E = count_E.cumsum(0) - count_E
+    agent_N = _numbered(steps["agent_N"])
+    _, chain_N = torch.unique(episode_N * (agent_N.max() + 1) + agent_N, return_inverse=True)
+    index_N, is_last_N = _places(chain_N)
+    final_reward_E = steps["final_reward_N"][first_E]
+    final_reward_N = torch.where(is_last_N, final_reward_E[episode_N], 0.0)
+    task_reward_N = steps["task_reward_N"] + final_reward_N
 
     batch = CreditBatch(
-        reward_N=steps["reward_N"],
-        reward_A=tokens["reward_A"],
-        task_reward_N=steps["task_reward_N"],
-        task_reward_A=_on_last_tokens(steps["task_reward_N"], steps["length_N"]),
+        reward_N=steps["reward_N"] + final_reward_N,
+        reward_A=tokens["reward_A"] + _on_last_tokens(final_reward_N, steps["length_N"]),
+        task_reward_N=task_reward_N,
+        task_reward_A=_on_last_tokens(task_reward_N, steps["length_N"]),
         episode_N=episode_N,
+        chain_N=chain_N,
+        agent_N=agent_N,
         group_E=steps["group_N"][first_E],
-        index_N=steps["index_N"],
+        index_N=index_N,
         length_N=steps["length_N"],
         terminated_E=steps["terminated_N"][first_E],
         bootstrap_E=steps["bootstrap_N"][first_E],
+        last_chain_E=chain_N[first_E + count_E - 1],
+        final_reward_E=final_reward_E,
         value_N=steps.get("value_N"),
         value_A=tokens.get("value_A"),
         anchor_N=steps["anchor_N"],
@@ -170,7 +180,9 @@ def _local_part(buffer: StepBuffer, kl_coef: float, with_texts: bool) -> dict[st
     if kl_coef and scores.ref_logprobs_A is not None:
         reward_A -= kl_coef * (scores.old_logprobs_A.to(dtype) - scores.ref_logprobs_A.to(dtype))
         reward_N = torch.zeros_like(reward_N).index_add(0, step_of_A, reward_A)
-    ended = {e.order: e.stop_reason == StopReason.TERMINATED for e in buffer.episodes}
+    episode_of = {episode.order: episode for episode in buffer.episodes}
+    episodes = [episode_of[order] for order in buffer.order_N.tolist()]
+    agents = {name: _text_key(name) for name in {step.agent_id for step in buffer.steps}}
     difference = scores.old_logprobs_A - buffer.behaviour_logprobs() if buffer.steps else torch.zeros(1)
     part = {
         "order_N": torch.from_numpy(buffer.order_N),
@@ -180,9 +192,11 @@ def _local_part(buffer: StepBuffer, kl_coef: float, with_texts: bool) -> dict[st
         "reward_N": reward_N,
         "reward_A": reward_A,
         "task_reward_N": task_reward_N,
-        "terminated_N": torch.tensor([ended[order] for order in buffer.order_N.tolist()], dtype=torch.bool),
+        "agent_N": torch.tensor([agents[step.agent_id] for step in buffer.steps], dtype=torch.int64),
+        "final_reward_N": torch.tensor([episode.final_reward for episode in episodes], dtype=dtype),
+        "terminated_N": torch.tensor([e.stop_reason == StopReason.TERMINATED for e in episodes], dtype=torch.bool),
         "bootstrap_N": scores.bootstrap_N.to(dtype),
-        "anchor_N": torch.tensor([_text_key(step.observation) for step in buffer.steps], dtype=torch.int64),
+        "anchor_N": torch.tensor([_text_key(s.observation, agents[s.agent_id]) for s in buffer.steps], dtype=torch.int64),
         "gap": difference.abs().max(),
         "texts": [step.observation for step in buffer.steps] if with_texts else [],
     }
@@ -203,5 +217,23 @@ def _pick(column: Tensor | None, rows: Tensor, dtype: torch.dtype) -> Tensor | N
     return None if column is None else column[rows].to(dtype)
 
 
-def _text_key(text: str) -> int:
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
+def _text_key(text: str, salt: int = 0) -> int:
+    """A number for a text, the same on all ranks; another one for the same text with other salt."""
+    digest = hashlib.blake2b(text.encode(), digest_size=8, salt=salt.to_bytes(8, "little", signed=True)).digest()
+    return int.from_bytes(digest, "little", signed=True)
+
+
+def _numbered(keys: Tensor) -> Tensor:
+    """Numbers from 0 in place of keys, in the order in which they come first: what the keys are does not matter."""
+    numbers: dict[int, int] = {}
+    return torch.tensor([numbers.setdefault(key, len(numbers)) for key in keys.tolist()], dtype=torch.int64)
+
+
+def _places(chain_N: Tensor) -> tuple[Tensor, Tensor]:
+    """Place of each step in its chain, and whether it is the last one; steps of a chain are in their order."""
+    order_N = torch.argsort(chain_N, stable=True)
+    length_C = torch.bincount(chain_N)
+    place = torch.arange(len(chain_N)) - torch.repeat_interleave(length_C.cumsum(0) - length_C, length_C)
+    index_N = torch.empty_like(chain_N)
+    index_N[order_N] = place
+    return index_N, index_N == length_C[chain_N] - 1

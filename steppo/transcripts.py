@@ -1,8 +1,9 @@
 """What the agent did, step by step: records of episodes, as lines of JSON and as a page to browse.
 
 A record is a dict of one episode. Its ``steps`` hold texts and, as far as they are known, what the learner made of them;
-what is not known, or not finite, is ``None``. The page is append-only, so that a run costs no more per iteration when it is
-long: a shell with the script, then blocks of data that no browser takes for markup.
+what is not known, or not finite, is ``None``. Where an episode has several agents each step names its ``agent``; where it
+has a reward of its own, that is ``final_reward``. The page is append-only, so that a run costs no more per iteration when it
+is long: a shell with the script, then blocks of data that no browser takes for markup.
 """
 
 from __future__ import annotations
@@ -54,6 +55,7 @@ def episode_records(
     records = []
     for episode in sorted(episodes, key=lambda episode: episode.order):
         figures = known.get(episode.order, [unknown] * len(episode.steps))
+        several = len({step.agent_id for step in episode.steps}) > 1
         records.append(
             {
                 **common,
@@ -64,9 +66,11 @@ def episode_records(
                 "stop_reason": str(episode.stop_reason),
                 "success": None if episode.success is None else bool(episode.success),
                 "return": _number(episode.episode_return),
+                **({"final_reward": _number(episode.final_reward)} if episode.final_reward else {}),
                 "error": episode.error,
                 "steps": [
                     {
+                        **({"agent": step.agent_id} if several else {}),
                         "prompt": known_prompts.get(step.prompt_ids.tobytes()),
                         "observation": step.observation,
                         "text": actions[step.action_ids.tobytes()],

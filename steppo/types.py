@@ -73,7 +73,7 @@ class Step:
         action_ids: int32, the action ``a_t``, its stop token included when there was one.
         behaviour_logprobs: float32, one per action token, under ``temperature``, from the engine that sampled it.
         reward: ``r_t``.
-        index: Position in the episode, from 0.
+        index: Position in the episode, from 0, whoever acts.
         finish_reason: ``stop`` or ``length``.
         terminated: The episode ended here as part of the task: no value follows.
         truncated: The episode was cut here.
@@ -82,7 +82,8 @@ class Step:
         action: Parsed command, or the raw text when it did not parse.
         temperature: Sampling temperature; 0 is greedy.
         policy_version: Number of updates that the sampling weights had seen.
-        agent_id: Which agent acted.
+        agent_id: Which agent acted. The steps of one agent in one episode, in their order, are a *chain*: a trajectory of
+            its own, within which credit runs.
         metadata: Anything else worth recording.
     """
 
@@ -112,11 +113,14 @@ class Episode:
         order: Logical place among the episodes of an iteration, over all ranks; no two have the same.
         group_id: Episodes of the same task from the same start share it.
         task_id: The task.
-        steps: In order, indices 0..T-1.
+        steps: In order, indices 0..T-1; those of several agents stand as they were taken.
         stop_reason: Why it ended.
-        final_prompt_ids: The prompt after the last step of a truncated episode, for bootstrapping; else ``None``.
+        final_prompt_ids: The prompt after the last step of a truncated episode, for bootstrapping; else ``None``. It is one
+            for that step's agent (``None`` where it has none): the value goes to its chain, other chains end with 0.
         success: Whether the task was solved; ``None`` when the environment does not say.
         error: What failed, for episodes that broke.
+        final_reward: A reward of the whole episode, given when it ends, beside the steps' own. Credit by step or token adds
+            it to the last step of each chain; the episode's return has it once. ``EnvSource`` leaves it 0.
     """
 
     id: str
@@ -128,11 +132,12 @@ class Episode:
     final_prompt_ids: np.ndarray | None = None
     success: bool | None = None
     error: str = ""
+    final_reward: float = 0.0
 
     @property
     def episode_return(self) -> float:
-        """Undiscounted sum of the rewards."""
-        return float(sum(step.reward for step in self.steps))
+        """Undiscounted sum of the steps' rewards, whoever took them, and of the final reward, once."""
+        return float(sum(step.reward for step in self.steps) + self.final_reward)
 
 
 @dataclass(frozen=True)
@@ -273,20 +278,30 @@ class TokenBatch:
 class CreditBatch:
     """All that credit assignment may look at: the steps of one iteration over all ranks, in any order.
 
+    An episode may hold several agents. A *chain* is the steps of one of them in one episode, in their order: a trajectory of
+    its own. What follows a step is the next one of its chain; no value crosses chains. An episode of one agent is one chain.
+
     Attributes:
-        reward_N: float, reward of each step, with the KL penalty if the reward carries it.
+        reward_N: float, reward of each step, with the KL penalty if the reward carries it. The last step of each chain also
+            has the final reward of its episode: a sum over several chains has it several times, ``episode_returns`` once.
         reward_A: float, the same by action token: a step's reward sits on its last token, the KL penalty on each.
         task_reward_N: float, reward of each step without the KL penalty.
         task_reward_A: float, the same by action token.
         episode_N: int64, number of the step's episode in [0, E).
+        chain_N: int64, number of the step's chain in [0, C). Chains are numbered by episode: those of one have adjacent
+            numbers, while their steps may be mixed. With one agent in each episode it is ``episode_N``.
+        agent_N: int64, number of the step's agent, the same in all episodes.
         group_E: int64, group of each episode.
-        index_N: int64, position of the step in its episode.
+        index_N: int64, position of the step in its chain, from 0.
         length_N: int64, action tokens of each step; those of a step stand together, steps in the order of the rows.
         terminated_E: bool, the episode ended as part of its task.
-        bootstrap_E: float, value of the state after the last step of a truncated episode; 0 where there is none.
+        bootstrap_E: float, value of the state after the last step of a truncated episode; 0 where there is none. It is one
+            of that step's chain; the episode's other chains end with 0.
+        last_chain_E: int64, chain of each episode's last step.
+        final_reward_E: float, what the rewards of each chain's last step hold beside its own.
         value_N: float, value of each step's prompt, for advantages that need step values.
         value_A: float, value before each action token, for advantages that need token values.
-        anchor_N: int64, equal for steps with the same observation.
+        anchor_N: int64, equal for steps of one agent with the same observation.
         observation_N: The observations' texts, for advantages that ask for them.
     """
 
@@ -295,11 +310,15 @@ class CreditBatch:
     task_reward_N: Tensor
     task_reward_A: Tensor
     episode_N: Tensor
+    chain_N: Tensor
+    agent_N: Tensor
     group_E: Tensor
     index_N: Tensor
     length_N: Tensor
     terminated_E: Tensor
     bootstrap_E: Tensor
+    last_chain_E: Tensor
+    final_reward_E: Tensor
     value_N: Tensor | None = None
     value_A: Tensor | None = None
     anchor_N: Tensor | None = None

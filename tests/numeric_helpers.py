@@ -12,7 +12,7 @@ from torch import Tensor
 from steppo.losses import LossInputs, PolicyLoss, token_weights
 from steppo.losses.functional import Aggregation
 from steppo.types import CreditBatch
-from tests.slow_credit import Ending, Turn
+from tests.slow_credit import Ending, Turn, rows_by_chain, rows_by_episode, with_final_rewards
 
 # Property tests: few examples, the same ones on every run, no time limit on one of them.
 FEW = settings(deadline=None, max_examples=25, derandomize=True)
@@ -70,20 +70,31 @@ def policy_loss(
 
 def to_batch(turns: list[Turn], endings: list[Ending], dtype: torch.dtype = torch.float64) -> CreditBatch:
     """The rows of a batch in the order given."""
-    anchors = {text: number for number, text in enumerate(dict.fromkeys(turn.observation for turn in turns))}
+    observation_N = [turn.observation for turn in turns]
+    seen = [(turn.agent, turn.observation) for turn in turns]
+    anchors = {pair: number for number, pair in enumerate(dict.fromkeys(seen))}
+    chains = list(rows_by_chain(turns).values())
+    chain_of = {row: number for number, rows in enumerate(chains) for row in rows}
+    place_of = {row: place for rows in chains for place, row in enumerate(rows)}
+    episodes = sorted(rows_by_episode(turns).items())
+    turns = with_final_rewards(turns, endings)
     return CreditBatch(
         reward_N=torch.tensor([turn.reward + turn.penalty for turn in turns], dtype=dtype),
         reward_A=torch.tensor([reward for turn in turns for reward in turn.totals], dtype=dtype),
         task_reward_N=torch.tensor([turn.reward for turn in turns], dtype=dtype),
         task_reward_A=torch.tensor([reward for turn in turns for reward in turn.rewards], dtype=dtype),
         episode_N=torch.tensor([turn.episode for turn in turns]),
+        chain_N=torch.tensor([chain_of[row] for row in range(len(turns))]),
+        agent_N=torch.tensor([turn.agent for turn in turns]),
         group_E=torch.tensor([ending.group for ending in endings]),
-        index_N=torch.tensor([turn.index for turn in turns]),
+        index_N=torch.tensor([place_of[row] for row in range(len(turns))]),
         length_N=torch.tensor([len(turn.rewards) for turn in turns]),
         terminated_E=torch.tensor([ending.terminated for ending in endings]),
         bootstrap_E=torch.tensor([ending.bootstrap for ending in endings], dtype=dtype),
+        last_chain_E=torch.tensor([chain_of[rows[-1]] for _, rows in episodes]),
+        final_reward_E=torch.tensor([ending.final_reward for ending in endings], dtype=dtype),
         value_N=torch.tensor([turn.value for turn in turns], dtype=dtype),
         value_A=torch.tensor([value for turn in turns for value in turn.values], dtype=dtype),
-        anchor_N=torch.tensor([anchors[turn.observation] for turn in turns]),
-        observation_N=[turn.observation for turn in turns],
+        anchor_N=torch.tensor([anchors[pair] for pair in seen]),
+        observation_N=observation_N,
     )

@@ -6,6 +6,7 @@ token, in the order of the turns.
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import functools
 import math
@@ -17,7 +18,8 @@ from dataclasses import dataclass
 class Turn:
     """A step, in plain Python: where it is, the rewards and values of its tokens, and what the agent saw before it.
 
-    ``rewards`` are the task's; ``penalties``, by token too, are what a KL penalty adds to them.
+    ``rewards`` are the task's; ``penalties``, by token too, are what a KL penalty adds to them. ``index`` is the place in
+    the episode, whoever acts.
     """
 
     episode: int
@@ -27,6 +29,7 @@ class Turn:
     value: float
     observation: str = ""
     penalties: Sequence[float] = ()
+    agent: int = 0
 
     @functools.cached_property
     def reward(self) -> float:
@@ -49,6 +52,7 @@ class Ending:
     terminated: bool
     bootstrap: float
     group: int = 0
+    final_reward: float = 0.0
 
 
 def rows_by_episode(turns: list[Turn]) -> dict[int, list[int]]:
@@ -59,6 +63,25 @@ def rows_by_episode(turns: list[Turn]) -> dict[int, list[int]]:
     for own in rows.values():
         own.sort(key=lambda row: turns[row].index)
     return rows
+
+
+def rows_by_chain(turns: list[Turn]) -> dict[tuple[int, int], list[int]]:
+    """Rows of each agent in each episode, in time; chains in the order of their first steps within an episode."""
+    chains: dict[tuple[int, int], list[int]] = {}
+    for episode, rows in sorted(rows_by_episode(turns).items()):
+        for row in rows:
+            chains.setdefault((episode, turns[row].agent), []).append(row)
+    return chains
+
+
+def with_final_rewards(turns: list[Turn], endings: Sequence[Ending]) -> list[Turn]:
+    """The same rows, each chain's last token with its episode's final reward."""
+    found = list(turns)
+    for (episode, _), rows in rows_by_chain(turns).items():
+        last = turns[rows[-1]]
+        rewards = [*last.rewards[:-1], last.rewards[-1] + endings[episode].final_reward]
+        found[rows[-1]] = dataclasses.replace(last, rewards=rewards)
+    return found
 
 
 def by_token(turns: list[Turn], of_turn: Sequence[float]) -> list[float]:
@@ -102,7 +125,7 @@ def slow_whiten(numbers: list[float]) -> list[float]:
 
 
 def slow_gae(rewards: list[float], values: list[float], final_value: float, gamma: float, gae_lambda: float) -> list[float]:
-    """Advantages of one episode, from its end to its start."""
+    """Advantages of one chain, from its end to its start."""
     advantages = [0.0] * len(rewards)
     following_value, following_advantage = final_value, 0.0
     for time in reversed(range(len(rewards))):
@@ -136,10 +159,12 @@ def slow_credit(
     even: bool = False,
 ) -> tuple[list[float], list[float]]:
     """GAE by step or by token: whitened advantages, and targets. ``even``: each episode counts once in the whitening."""
+    turns = with_final_rewards(turns, endings)
+    last_rows = {rows[-1] for rows in rows_by_episode(turns).values()}
     of_turn: list[list[float]] = [[] for _ in turns]
-    for episode, rows in rows_by_episode(turns).items():
+    for (episode, _), rows in rows_by_chain(turns).items():
         ending = endings[episode]
-        final_value = ending.bootstrap if bootstrap and not ending.terminated else 0.0
+        final_value = ending.bootstrap if bootstrap and not ending.terminated and rows[-1] in last_rows else 0.0
         if by_token:
             rewards = [reward for row in rows for reward in turns[row].totals]
             values = [value for row in rows for value in turns[row].values]
@@ -164,11 +189,12 @@ def slow_credit(
 # --- without a critic ---
 
 
-def episode_returns(turns: list[Turn]) -> dict[int, tuple[float, float, float]]:
-    """Undiscounted: of the task's rewards, of their magnitudes and of the penalties."""
-    returns: dict[int, tuple[float, float, float]] = {}
+def episode_returns(turns: list[Turn], endings: Sequence[Ending]) -> dict[int, tuple[float, float, float]]:
+    """Undiscounted, whoever acted: of the task's rewards, of their magnitudes and of the penalties."""
+    finals = {turn.episode: endings[turn.episode].final_reward for turn in turns}
+    returns = {episode: (final, abs(final), 0.0) for episode, final in finals.items()}
     for turn in turns:
-        task, summed, penalty = returns.get(turn.episode, (0.0, 0.0, 0.0))
+        task, summed, penalty = returns[turn.episode]
         returns[turn.episode] = task + turn.reward, summed + abs(turn.reward), penalty + turn.penalty
     return returns
 
@@ -182,7 +208,7 @@ def episodes_by_group(endings: list[Ending]) -> dict[int, list[int]]:
 
 def slow_grpo(turns: list[Turn], endings: list[Ending], scale_by_std: bool = True) -> list[float]:
     """By turn: ``(R - mean of the group) / (std of the group + 1e-6)``."""
-    returns = episode_returns(turns)
+    returns = episode_returns(turns, endings)
     advantages: dict[int, float] = {}
     for episodes in episodes_by_group(endings).values():
         columns = (list(column) for column in zip(*(returns[episode] for episode in episodes), strict=True))
@@ -193,7 +219,7 @@ def slow_grpo(turns: list[Turn], endings: list[Ending], scale_by_std: bool = Tru
 
 def slow_rloo(turns: list[Turn], endings: list[Ending]) -> list[float]:
     """By turn: ``R``, penalties included, minus the mean of the group's other episodes."""
-    returns = {episode: task + penalty for episode, (task, _, penalty) in episode_returns(turns).items()}
+    returns = {episode: task + penalty for episode, (task, _, penalty) in episode_returns(turns, endings).items()}
     advantages: dict[int, float] = {}
     for episodes in episodes_by_group(endings).values():
         total = sum(returns[episode] for episode in episodes)
@@ -203,12 +229,14 @@ def slow_rloo(turns: list[Turn], endings: list[Ending]) -> list[float]:
     return [advantages[turn.episode] for turn in turns]
 
 
-def slow_reinforce_pp(turns: list[Turn], gamma: float = 1.0) -> list[float]:
-    """By token: rewards discounted per token, on to the end of the episode; whitened over tokens."""
+def slow_reinforce_pp(turns: list[Turn], endings: list[Ending], gamma: float = 1.0) -> list[float]:
+    """By token: rewards discounted per token, on to the end of the chain; whitened over tokens."""
+    largest = max(summed for _, summed, _ in episode_returns(turns, endings).values())
+    turns = with_final_rewards(turns, endings)
 
     def backwards(numbers_of: Callable[[Turn], Sequence[float]]) -> list[float]:
         of_turn: list[list[float]] = [[] for _ in turns]
-        for rows in rows_by_episode(turns).values():
+        for rows in rows_by_chain(turns).values():
             following = 0.0
             for row in reversed(rows):
                 own = []
@@ -220,7 +248,6 @@ def slow_reinforce_pp(turns: list[Turn], gamma: float = 1.0) -> list[float]:
 
     returns = backwards(lambda turn: turn.rewards)
     penalties = backwards(lambda turn: turn.penalties or [0.0] * len(turn.rewards))
-    largest = max(summed for _, summed, _ in episode_returns(turns).values())
     return slow_standardise(returns, [largest], penalties, 1e-8)
 
 
@@ -229,7 +256,7 @@ def slow_reinforce_pp_baseline(turns: list[Turn], endings: list[Ending]) -> list
 
     The penalty minus the mean of its group is added everywhere, over the same deviation, if there is one.
     """
-    returns = episode_returns(turns)
+    returns = episode_returns(turns, endings)
     whitened: dict[int, float] = {}
     penalties: dict[int, float] = {}
     for episodes in episodes_by_group(endings).values():
@@ -278,25 +305,30 @@ def slow_gigpo(
     scale_by_std: bool = True,
     similarity: float = 1.0,
 ) -> list[float]:
-    """By turn: GRPO's, plus the discounted return compared with those of the group's steps from the same observation."""
+    """By turn: GRPO's, plus the discounted return compared with those of the group's steps from the same observation.
+
+    Returns are those of the agent's own steps, and are compared with the same agent's.
+    """
+    advantages = slow_grpo(turns, endings, scale_by_std)
+    turns = with_final_rewards(turns, endings)
     returns = [(0.0, 0.0, 0.0)] * len(turns)
-    rows_of = rows_by_episode(turns)
-    for rows in rows_of.values():
+    chains = rows_by_chain(turns)
+    for rows in chains.values():
         task = summed = penalty = 0.0
         for row in reversed(rows):
             task = turns[row].reward + gamma * task
             summed = abs(turns[row].reward) + gamma * summed
             penalty = turns[row].penalty + gamma * penalty
             returns[row] = task, summed, penalty
-    advantages = slow_grpo(turns, endings, scale_by_std)
     for episodes in episodes_by_group(endings).values():
         if len(episodes) == 1:
             continue
-        rows = [row for episode in episodes for row in rows_of[episode]]
-        texts = [turns[row].observation for row in rows]
-        for places in equal_texts(texts) if similarity == 1 else clusters_of(texts, similarity):
-            columns = (list(column) for column in zip(*(returns[rows[place]] for place in places), strict=True))
-            standardised = slow_standardise(*columns, 1e-6 if scale_by_std else None)
-            for place, number in zip(places, standardised, strict=True):
-                advantages[rows[place]] += step_weight * number
+        for agent in {turn.agent for turn in turns}:
+            rows = [row for episode in episodes for row in chains.get((episode, agent), [])]
+            texts = [turns[row].observation for row in rows]
+            for places in equal_texts(texts) if similarity == 1 else clusters_of(texts, similarity):
+                columns = (list(column) for column in zip(*(returns[rows[place]] for place in places), strict=True))
+                standardised = slow_standardise(*columns, 1e-6 if scale_by_std else None)
+                for place, number in zip(places, standardised, strict=True):
+                    advantages[rows[place]] += step_weight * number
     return advantages

@@ -453,8 +453,8 @@ SHARES = {
 def assert_equal(left: Any, right: Any) -> None:
     """The same fields with exactly the same numbers."""
     for name, column in vars(right).items():
-        if column is None:
-            assert getattr(left, name) is None
+        if column is None or isinstance(column, list):
+            assert getattr(left, name) == column
         else:
             assert getattr(left, name).dtype == column.dtype
             assert getattr(left, name).tolist() == column.tolist()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import textwrap
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from steppo.advantages import Advantage, whiten
 from steppo.types import Credit, CreditBatch
 from tests.cli_helpers import evaluations, run, weights
+from tests.slow_credit import Ending, Turn, slow_credit, slow_grpo
 
 FILES = {
     "my_env": """
@@ -63,6 +65,56 @@ FILES = {
             def pack(self, segments, max_tokens):
                 return [(np.array([n]), super(OneByOne, self).pack([s], max_tokens)[0][1]) for n, s in enumerate(segments)]
         """,
+    "my_team": """
+        from steppo.engines import HFEngine
+        from steppo.rollout import EpisodeSource, request_seed
+        from steppo.types import Episode, Request, Sampling, Step, StopReason, Task
+
+        class Team(EpisodeSource):
+            def __init__(self, cut: int = 3):
+                self.cut = cut
+                self.engine = HFEngine()
+
+            def tasks(self, split):
+                return [Task(f"{split}/{n}", {"word": ("heads", "tails")[n % 2]}) for n in range(8)]
+
+            def corpus(self, tasks):
+                return ["planner: say heads or tails > worker: done, judge heads tails"]
+
+            def bind(self, policy):
+                self.policy = policy
+                self.engine.bind(policy)
+
+            def ids(self, text):
+                return self.policy.tokenizer(text, return_tensors="np")["input_ids"][0].astype("int32")
+
+            def collect(self, groups, plan):
+                for group in groups:
+                    yield [self.play(group, sample, plan) for sample in range(group.size)]
+
+            def play(self, group, sample, plan):
+                word, steps, said = group.task.data["word"], [], ""
+                order = group.first + sample
+                cut = order % self.cut == 1
+                for index, agent in enumerate(("planner", "worker", "worker", "planner")[: 3 if cut else 4]):
+                    text = f"{agent}: say {word} {said} >"
+                    seed = request_seed(plan, group, sample, index)
+                    self.engine.submit(Request(0, group.task.id, self.ids(text), Sampling(plan.temperature, 4), seed))
+                    [answer] = self.engine.poll()
+                    said = self.policy.tokenizer.decode(answer.action_ids)
+                    reward = 0.5 * (len(answer.action_ids) < 4)
+                    steps.append(
+                        Step(self.ids(text), answer.action_ids, answer.logprobs, reward, index, answer.finish_reason,
+                             False, False, True, text, said, plan.temperature, plan.version, agent_id=agent)
+                    )
+                won = bool(answer.action_ids[0] % 2)
+                return Episode(
+                    f"{plan.name}/{order}", order, group.id, group.task.id, tuple(steps),
+                    StopReason.STEP_LIMIT if cut else StopReason.TERMINATED,
+                    final_prompt_ids=self.ids("worker: judge >") if cut else None,
+                    success=won, final_reward=float(won),
+                )
+        """,
 }
 
 
@@ -104,3 +156,47 @@ def test_own_components_train_without_touching_steppo(user_files: Path, tmp_path
     assert cli.trainer.global_step == 4
     assert [record["episodes"] for record in evaluations(tmp_path / "run")] == [6, 6, 6]
     assert all(torch.isfinite(weight).all() for weight in weights(tmp_path / "run").values())
+
+
+TEAM = ["planner", "worker", "worker", "planner"]
+
+
+@pytest.mark.parametrize("scheme", ["StepGAE", "GRPO"])
+def test_an_own_source_of_several_agents_trains(scheme: str, user_files: Path, tmp_path: Path) -> None:
+    """Cut after the worker's second step, or ended by the planner; a reward at the end beside those of the steps."""
+    options = ["--model.advantage.bootstrap_truncated=true"] if scheme == "StepGAE" else ["--model.critic=null"]
+    cli = run(
+        tmp_path / "run",
+        "--data.source=my_team.Team",
+        "--rollout.group_size=4",
+        "--warm_start.updates=0",
+        f"--model.advantage=steppo.advantages.{scheme}",
+        *options,
+    )
+    buffer = cli.datamodule.buffer
+    assert {len(episode.steps) for episode in buffer.episodes} == {3, 4}
+    assert {episode.final_reward for episode in buffer.episodes} == {0.0, 1.0}
+    turns, names = [], []
+    values = torch.zeros(len(buffer.steps)) if scheme == "GRPO" else buffer.scores.value_N
+    places = {episode.order: number for number, episode in enumerate(buffer.episodes)}
+    for order, step, value in zip(buffer.order_N.tolist(), buffer.steps, values.tolist(), strict=True):
+        turns.append(Turn(places[order], step.index, [step.reward], [value], value, agent=TEAM.index(step.agent_id)))
+        names.append(step.agent_id)
+    after = dict(zip(buffer.order_N.tolist(), buffer.scores.bootstrap_N.tolist(), strict=True))
+    endings = [Ending(len(e.steps) == 4, after[e.order], e.group_id, e.final_reward) for e in buffer.episodes]
+    if scheme == "StepGAE":
+        expected, target = slow_credit(turns, endings, 0.95, 0.95, bootstrap=True, by_token=False)
+        torch.testing.assert_close(buffer.credit.target_N, torch.tensor(target), rtol=1e-5, atol=1e-5)
+        assert any(after[episode.order] for episode in buffer.episodes)
+    else:
+        expected = slow_grpo(turns, endings)
+        assert any(expected)
+    torch.testing.assert_close(buffer.credit.advantage_N, torch.tensor(expected), rtol=1e-4, atol=1e-4)
+
+    lines = (tmp_path / "run" / "transcripts.jsonl").read_text().splitlines()
+    records = [record for record in map(json.loads, lines) if record["kind"] == "train"][-8:]
+    assert [step["agent"] for record in records for step in record["steps"]] == names
+    for record, episode in zip(records, buffer.episodes, strict=True):
+        assert record["return"] == sum(step["reward"] for step in record["steps"]) + episode.final_reward
+        assert record.get("final_reward", 0.0) == episode.final_reward
+    assert all(record["errors"] == 0 for record in evaluations(tmp_path / "run"))

@@ -41,8 +41,8 @@ SCHEMES: dict[str, tuple[Advantage, Slow]] = {
     ),
     "gigpo 0.75": (GiGPO(1.0, similarity=0.75), partial(slow_gigpo, gamma=1.0, similarity=0.75)),
     "gigpo 0.5": (GiGPO(0.0, similarity=0.5), partial(slow_gigpo, gamma=0.0, similarity=0.5)),
-    "reinforce_pp": (ReinforcePP(), lambda turns, _: slow_reinforce_pp(turns)),
-    "reinforce_pp 0.5": (ReinforcePP(0.5), lambda turns, _: slow_reinforce_pp(turns, 0.5)),
+    "reinforce_pp": (ReinforcePP(), slow_reinforce_pp),
+    "reinforce_pp 0.5": (ReinforcePP(0.5), partial(slow_reinforce_pp, gamma=0.5)),
     "reinforce_pp_baseline": (ReinforcePPBaseline(), slow_reinforce_pp_baseline),
 }
 OVER_TOKENS = (ReinforcePP, ReinforcePPBaseline)  # whitened over the batch

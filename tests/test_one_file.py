@@ -37,17 +37,22 @@ def credit_batch(episodes: list[list[one_file.Step]]) -> CreditBatch:
     length_N = torch.tensor([len(step.action) for _, _, step in steps])
     reward_N = torch.tensor([step.reward for _, _, step in steps], dtype=torch.float64)
     reward_A = torch.zeros(int(length_N.sum()), dtype=torch.float64)
+    episode_N = torch.tensor([number for number, _, _ in steps])
     return CreditBatch(
         reward_N=reward_N,
         reward_A=reward_A,
         task_reward_N=reward_N,
         task_reward_A=reward_A,
-        episode_N=torch.tensor([number for number, _, _ in steps]),
+        episode_N=episode_N,
+        chain_N=episode_N,
+        agent_N=torch.zeros_like(episode_N),
         group_E=torch.arange(count),
         index_N=torch.tensor([index for _, index, _ in steps]),
         length_N=length_N,
         terminated_E=torch.ones(count, dtype=torch.bool),
         bootstrap_E=torch.zeros(count, dtype=torch.float64),
+        last_chain_E=torch.arange(count),
+        final_reward_E=torch.zeros(count, dtype=torch.float64),
         value_N=torch.tensor([step.value for _, _, step in steps], dtype=torch.float64),
     )
 

@@ -198,12 +198,12 @@ def discounted_suffix_sums_(x: Tensor, decay: float, end: Tensor) -> Tensor:
 def generalised_advantages(
     reward: Tensor, value: Tensor, end: Tensor, final_value: Tensor, gamma: float, gae_lambda: float
 ) -> Tensor:
-    """GAE over rows that are sorted by episode and time.
+    """GAE over rows that are sorted by chain and time.
 
     Args:
         reward: [N] or [A].
         value: Same shape, value before each row's action.
-        end: int64, each episode's last row.
+        end: int64, each chain's last row.
         final_value: Value after each of those, in their order.
         gamma: Discount per row.
         gae_lambda: Decay of the temporal differences per row.
@@ -214,32 +214,42 @@ def generalised_advantages(
     return discounted_suffix_sums_(difference, gamma * gae_lambda, end)
 
 
-def ends_of_runs(episode: Tensor) -> Tensor:
+def ends_of_runs(chain: Tensor) -> Tensor:
     """Last row of each contiguous run of equal numbers: int64, ascending."""
-    is_last = torch.ones_like(episode, dtype=torch.bool)
-    is_last[:-1] = episode[1:] != episode[:-1]
+    is_last = torch.ones_like(chain, dtype=torch.bool)
+    is_last[:-1] = chain[1:] != chain[:-1]
     return torch.nonzero(is_last)[:, 0]
 
 
 def episode_returns(batch: CreditBatch) -> Returns:
-    """Undiscounted returns of the episodes, [E]."""
+    """Undiscounted returns of the episodes, [E]: all agents' rewards, the final one once, however many chains have it."""
     zeros = torch.zeros_like(batch.bootstrap_E)
     rewards = batch.task_reward_N, batch.reward_N - batch.task_reward_N, batch.task_reward_N.abs()
-    return Returns(*(zeros.index_add(0, batch.episode_N, reward_N) for reward_N in rewards))
+    task, penalty, summed = (zeros.index_add(0, batch.episode_N, reward_N) for reward_N in rewards)
+    if batch.final_reward_E.any():
+        chains_E = torch.bincount(episode_of_chains(batch), minlength=len(zeros))
+        task = task - (chains_E - 1) * batch.final_reward_E
+        summed = summed + 2 * chains_E * batch.final_reward_E.abs()  # it may have cancelled with a last step's own reward
+    return Returns(task, penalty, summed)
 
 
-def time_order(episode_N: Tensor, index_N: Tensor) -> Tensor:
-    """Permutation that sorts steps by episode, then time."""
-    return torch.argsort(episode_N * (index_N.max() + 1) + index_N, stable=True)
+def episode_of_chains(batch: CreditBatch) -> Tensor:
+    """Episode of each chain, int64 [C]."""
+    return batch.chain_N.new_zeros(int(batch.chain_N.max()) + 1).scatter(0, batch.chain_N, batch.episode_N)
+
+
+def time_order(chain_N: Tensor, index_N: Tensor) -> Tensor:
+    """Permutation that sorts steps by chain, then time."""
+    return torch.argsort(chain_N * (index_N.max() + 1) + index_N, stable=True)
 
 
 def token_time_order(batch: CreditBatch) -> tuple[Tensor | slice, Tensor]:
-    """Permutation that sorts action tokens by episode, then time, and each episode's last token in that order.
+    """Permutation that sorts action tokens by chain, then time, and each chain's last token in that order.
 
     Where the steps are in order already the permutation is ``slice(None)``, which copies nothing.
     """
-    order_N = time_order(batch.episode_N, batch.index_N)
-    end = batch.length_N[order_N].cumsum(0)[ends_of_runs(batch.episode_N[order_N])] - 1
+    order_N = time_order(batch.chain_N, batch.index_N)
+    end = batch.length_N[order_N].cumsum(0)[ends_of_runs(batch.chain_N[order_N])] - 1
     if bool((order_N[1:] > order_N[:-1]).all()):
         return slice(None), end
     return tokens_in_order(batch.length_N, order_N), end
@@ -265,7 +275,8 @@ def unsort(x: Tensor, order: Tensor | slice) -> Tensor:
 
 
 def final_values(batch: CreditBatch, bootstrap_truncated: bool) -> Tensor:
-    """Value after each episode's last step, [E]: the bootstrap where an episode was cut and that is wanted, else 0."""
-    if not bootstrap_truncated:
-        return torch.zeros_like(batch.bootstrap_E)
-    return torch.where(batch.terminated_E, torch.zeros_like(batch.bootstrap_E), batch.bootstrap_E)
+    """Value after each chain's last step, [C]: 0, or the bootstrap for the chain in which an episode was cut, if wanted."""
+    value_C = batch.bootstrap_E.new_zeros(int(batch.chain_N.max()) + 1)
+    if bootstrap_truncated:
+        value_C[batch.last_chain_E] = torch.where(batch.terminated_E, 0.0, batch.bootstrap_E)
+    return value_C

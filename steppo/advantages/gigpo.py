@@ -28,9 +28,10 @@ class GiGPO(Advantage):
     """``A_t = A_episode + step_weight * A_step``; no critic.
 
     ``A_episode`` is GRPO's. ``A_step`` compares the discounted return ``G_t = r_t + gamma * G_{t+1}`` with those of all
-    steps of the group's episodes that saw the same observation, the anchor state. An observation seen once adds 0, and so
-    does a group of one episode. What is equal, means and deviations are of the task's rewards; a KL penalty in the reward is
-    added by its difference from its mean, over the same deviations, or as it is where the task's returns are equal.
+    steps of the group's episodes in which the same agent saw the same observation, the anchor state; ``t + 1`` is the
+    agent's own next step. An observation seen once adds 0, and so does a group of one episode. What is equal, means and
+    deviations are of the task's rewards; a KL penalty in the reward is added by its difference from its mean, over the same
+    deviations, or as it is where the task's returns are equal.
 
     Args:
         gamma: Discount per step, of ``G_t``.
@@ -57,8 +58,8 @@ class GiGPO(Advantage):
         self.needs_observations = similarity < 1
 
     def __call__(self, batch: CreditBatch) -> Credit:
-        order = time_order(batch.episode_N, batch.index_N)
-        end = ends_of_runs(batch.episode_N[order])
+        order = time_order(batch.chain_N, batch.index_N)
+        end = ends_of_runs(batch.chain_N[order])
         rewards = batch.task_reward_N, batch.reward_N - batch.task_reward_N, batch.task_reward_N.abs()
         return_N = Returns(*(unsort(discounted_suffix_sums_(x[order], self.gamma, end), order) for x in rewards))
         _, group_E = torch.unique(batch.group_E, return_inverse=True)
@@ -74,25 +75,26 @@ class GiGPO(Advantage):
         return Credit(advantage_N=advantage_E[batch.episode_N] + self.step_weight * step_N)
 
     def _similar_texts(self, batch: CreditBatch, group_N: Tensor, order: Tensor) -> Tensor:
-        """Number of each step's observation, the same for similar ones of a group.
+        """Number of each step's observation, the same for similar ones of one agent in a group.
 
-        A comparison for each two *different* texts of a group, which are few in most tasks.
+        A comparison for each two *different* texts of those, which are few in most tasks.
         """
         assert batch.observation_N is not None
-        firsts: dict[int, list[tuple[str, int]]] = {}
-        known: dict[tuple[int, str], int] = {}
+        peers = list(zip(group_N.tolist(), batch.agent_N.tolist(), strict=True))
+        firsts: dict[tuple[int, int], list[tuple[str, int]]] = {}
+        known: dict[tuple[tuple[int, int], str], int] = {}
         anchors = 0
-        for row, group in zip(order.tolist(), group_N[order].tolist(), strict=True):
+        for row in order.tolist():
             text = batch.observation_N[row]
-            if (group, text) in known:
+            if (peers[row], text) in known:
                 continue
-            candidates = firsts.setdefault(group, [])
+            candidates = firsts.setdefault(peers[row], [])
             found = next((anchor for first, anchor in candidates if self._alike(first, text)), None)
             if found is None:
                 found, anchors = anchors, anchors + 1
                 candidates.append((text, found))
-            known[group, text] = found
-        numbers = [known[group, text] for group, text in zip(group_N.tolist(), batch.observation_N, strict=True)]
+            known[peers[row], text] = found
+        numbers = [known[pair] for pair in zip(peers, batch.observation_N, strict=True)]
         return torch.tensor(numbers, dtype=torch.int64, device=group_N.device)
 
     def _alike(self, first: str, text: str) -> bool:

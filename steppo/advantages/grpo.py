@@ -11,9 +11,9 @@ from steppo.types import Credit, CreditBatch
 class GRPO(Advantage):
     """``A = (R - mean of the group) / (std of the group + 1e-6)``, the same for all steps of an episode; no critic.
 
-    ``R`` is the episode's undiscounted return. A group of one episode, or of equal returns, gives 0. A KL penalty in the
-    reward is no part of ``R``: its sum, minus the mean of the group, is added, over the same divisor, or over 1 where the
-    returns are equal.
+    ``R`` is the episode's undiscounted return, whichever agent earned it. A group of one episode, or of equal returns, gives
+    0. A KL penalty in the reward is no part of ``R``: its sum, minus the mean of the group, is added, over the same divisor,
+    or over 1 where the returns are equal.
 
     Args:
         scale_by_std: Divide by the group's standard deviation; without it, hard and easy tasks keep their own scale.

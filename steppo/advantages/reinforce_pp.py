@@ -17,9 +17,9 @@ from steppo.types import Credit, CreditBatch
 class ReinforcePP(Advantage):
     """``A_i = r_i + gamma * A_{i+1}`` over the generated tokens of an episode, across its steps; whitened over tokens.
 
-    A step's reward sits on its last token, a KL penalty (``objective.kl: reward``) on each. Mean and deviation are of the
-    task's returns; the penalty is summed up by itself, and its sums, minus their mean, are added over the same deviation
-    (over 1 where all task returns are equal). No critic.
+    With several agents, over the tokens of each one's steps. A step's reward sits on its last token, a KL penalty
+    (``objective.kl: reward``) on each. Mean and deviation are of the task's returns; the penalty is summed up by itself, and
+    its sums, minus their mean, are added over the same deviation (over 1 where all task returns are equal). No critic.
 
     Args:
         gamma: Discount per generated token: 0.99 a token leaves nothing of a reward 500 tokens on, hence the default 1.

@@ -13,10 +13,10 @@ from steppo.types import Credit, CreditBatch
 class ReinforcePPBaseline(Advantage):
     """``A = R - mean of the group``, the same for all tokens of an episode, whitened over the tokens of the iteration.
 
-    ``R`` is the episode's undiscounted return. A group of one episode, or of equal returns, has nothing to compare: its
-    steps get 0 and are left out of the whitening, whose mean would otherwise push all of them one way. A KL penalty in the
-    reward is no part of ``R``: its sum, minus the mean of the group, is added in every group, over the same deviation (over
-    1 where no group has anything to compare). No critic.
+    ``R`` is the episode's undiscounted return, whichever agent earned it. A group of one episode, or of equal returns, has
+    nothing to compare: its steps get 0 and are left out of the whitening, whose mean would otherwise push all of them one
+    way. A KL penalty in the reward is no part of ``R``: its sum, minus the mean of the group, is added in every group, over
+    the same deviation (over 1 where no group has anything to compare). No critic.
     """
 
     needs_groups: ClassVar[bool] = True

@@ -13,8 +13,8 @@ from steppo.types import Credit, CreditBatch
 class RLOO(Advantage):
     """``A = R - mean return of the group's other episodes``, the same for all steps of an episode; no critic.
 
-    ``R`` is the episode's undiscounted return, with the KL penalty if the reward carries it: nothing is divided, so that a
-    little of it stays little. A group of one episode gives 0.
+    ``R`` is the episode's undiscounted return, whichever agent earned it, with the KL penalty if the reward carries it:
+    nothing is divided, so that a little of it stays little. A group of one episode gives 0.
     """
 
     needs_groups: ClassVar[bool] = True

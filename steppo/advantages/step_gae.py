@@ -20,12 +20,14 @@ from steppo.types import Credit, CreditBatch
 class StepGAE(Advantage):
     """``A_t = delta_t + gamma * lambda * A_{t+1}``, ``delta_t = r_t + gamma * V_{t+1} - V_t``, one value per step.
 
+    ``t + 1`` is the next step of the same agent in the episode.
     Advantages are whitened over steps, so that long answers do not count more; targets ``A_t + V_t`` are not.
 
     Args:
         gamma: Discount per step.
         gae_lambda: 1 is the Monte Carlo return, 0 the one-step difference.
-        bootstrap_truncated: After the last step of an episode that was cut, take the critic's value instead of 0.
+        bootstrap_truncated: After the last step of an episode that was cut, take the critic's value instead of 0. What
+            follows the last steps of the episode's other agents is 0.
         even_episodes: Take mean and deviation with each episode counting once, not each step. Where won episodes are longer
             than lost ones that mean is lower, so that what was right in lost episodes is pushed down less.
     """
@@ -47,14 +49,14 @@ class StepGAE(Advantage):
 
     def __call__(self, batch: CreditBatch) -> Credit:
         assert batch.value_N is not None
-        order = time_order(batch.episode_N, batch.index_N)
-        episode = batch.episode_N[order]
-        end = ends_of_runs(episode)
+        order = time_order(batch.chain_N, batch.index_N)
+        chain = batch.chain_N[order]
+        end = ends_of_runs(chain)
         advantage = generalised_advantages(
             batch.reward_N[order],
             batch.value_N[order],
             end,
-            final_values(batch, self.bootstrap_truncated)[episode[end]],
+            final_values(batch, self.bootstrap_truncated)[chain[end]],
             self.gamma,
             self.gae_lambda,
         )

@@ -21,13 +21,14 @@ from steppo.types import Credit, CreditBatch
 class TokenGAE(Advantage):
     """GAE over the generated tokens of a whole episode, across its steps; whitened over tokens.
 
-    A step's reward sits on its last token. ``gamma`` and ``gae_lambda`` are per generated token: 0.99 a token leaves
-    nothing of a reward 500 tokens on, hence the default 1.
+    With several agents, over the tokens of each one's steps. A step's reward sits on its last token. ``gamma`` and
+    ``gae_lambda`` are per generated token: 0.99 a token leaves nothing of a reward 500 tokens on, hence the default 1.
 
     Args:
         gamma: Discount per generated token.
         gae_lambda: 1 is the Monte Carlo return, 0 the one-token difference.
-        bootstrap_truncated: After the last token of an episode that was cut, take the critic's value instead of 0.
+        bootstrap_truncated: After the last token of an episode that was cut, take the critic's value instead of 0. What
+            follows the last tokens of the episode's other agents is 0.
         even_episodes: Take mean and deviation with each episode counting once, not each token. Where won episodes are longer
             than lost ones that mean is lower, so that what was right in lost episodes is pushed down less.
     """
@@ -54,7 +55,7 @@ class TokenGAE(Advantage):
             batch.reward_A[order],
             batch.value_A[order],
             end,
-            final_values(batch, self.bootstrap_truncated)[torch.unique(batch.episode_N)],
+            final_values(batch, self.bootstrap_truncated)[torch.unique(batch.chain_N)],
             self.gamma,
             self.gae_lambda,
         )

@@ -14,7 +14,7 @@ import numpy as np
 
 from steppo.envs.base import Env
 from steppo.errors import ConfigError, WrongValue, blamed_on, said
-from steppo.types import Observation, Task
+from steppo.types import Episode, Observation, Step, StopReason, Task
 
 # Largest size of a reward. Learning squares returns and sums the squares over an update and over all weights, in float32,
 # which ends at 3.4e38: a return of a thousand such rewards, 1e15, still leaves room for a hundred million terms.
@@ -122,15 +122,21 @@ def _expert(value: Any) -> str | None:
 
 def _reward(value: Any) -> float:
     with _reading("reward"):
-        if not isinstance(value, Real | np.bool_):
-            raise _wrong("reward", value, "a number")
-        try:
-            reward = float(value)
-        except OverflowError:
-            reward = float("inf")
-        if not abs(reward) <= MOST_REWARD:  # also not a number
-            raise _wrong("reward", reward, f"finite and at most {MOST_REWARD:g} in size")
-        return reward
+        return _bounded("the environment's reward", value, MOST_REWARD)
+
+
+def _bounded(what: str, value: Any, most: float) -> float:
+    if not isinstance(value, Real | np.bool_):
+        raise WrongValue(f"{what} must be a number, not {shown(value)}")
+    try:
+        number = float(value)
+    except OverflowError:
+        number = float("inf")
+    except Exception as error:
+        raise WrongValue(f"{what} cannot be read: {said(error)}") from None
+    if not abs(number) <= most:  # also not a number
+        raise WrongValue(f"{what} must be finite and at most {most:g} in size, not {shown(number)}")
+    return number
 
 
 def _end(name: str, value: Any) -> bool:
@@ -150,6 +156,32 @@ def _info(value: Any) -> tuple[bool | None, bool]:
         if verdict is not None and not isinstance(verdict, bool | np.bool_):
             raise _wrong(f'info["{name}"]', verdict, "True, False or None")
     return None if success is None else bool(success), valid is None or bool(valid)
+
+
+# ---- episodes of any source ----
+
+
+def checked_episode(episode: Episode) -> Episode:
+    """An episode whose rewards can be learned from, and whose steps tell their place and their agent.
+
+    One that is wrong has failed, and has the steps before what is wrong.
+    """
+    steps: list[Step] = []
+    try:
+        for place, step in enumerate(episode.steps):
+            where = f"of the episode's step {place}"
+            if isinstance(step.index, bool) or not isinstance(step.index, Integral) or step.index != place:
+                raise WrongValue(f"the index {where} must be its place, {place}, whoever acts, not {shown(step.index)}")
+            # As much again may have come off for an action that was not valid.
+            reward = _bounded(f"the reward {where}", step.reward, 2 * MOST_REWARD)
+            agent = plain_text(f"the agent_id {where}", step.agent_id)
+            is_plain = type(step.reward) is float and type(step.agent_id) is str
+            steps.append(step if is_plain else replace(step, reward=reward, agent_id=agent))
+        final = _bounded("the episode's final_reward", episode.final_reward, MOST_REWARD)
+    except Exception as error:
+        wrong: dict[str, Any] = {"stop_reason": StopReason.ENV_ERROR, "error": said(error)}
+        return replace(episode, steps=tuple(steps), final_reward=0.0, **({} if episode.stop_reason.failed else wrong))
+    return replace(episode, steps=tuple(steps), final_reward=final)
 
 
 # ---- what is given once: raise ConfigError ----
