@@ -105,7 +105,8 @@ class EvaluationCallback(pl.Callback):
     @staticmethod
     def _find_monitors(trainer: pl.Trainer, history: list[dict[str, Any]]) -> None:
         """Monitors of a rate that the first evaluation did not have take the return: what there is."""
-        if not history or history[0]["success_rate"] is not None or not history[0]["episodes"]:
+        played = [record for record in history if record["episodes"]]
+        if not played or played[0]["success_rate"] is not None:
             return
         callbacks: list[Any] = cast(Any, trainer).callbacks
         for callback in callbacks:

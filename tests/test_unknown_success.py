@@ -177,7 +177,9 @@ class Monitoring:
 )
 def test_the_first_evaluation_decides(rates: list[float | None], monitor: str) -> None:
     trainer = Monitoring("val/success_rate", "val/steps_mean", None, "val/success_rate")
-    EvaluationCallback._find_monitors(trainer, [{"success_rate": rate} for rate in rates])  # type: ignore[arg-type]
+    broken = {"success_rate": None, "episodes": 0}  # says nothing of the environment
+    history = [broken, *({"success_rate": rate, "episodes": 8} for rate in rates)]
+    EvaluationCallback._find_monitors(trainer, history)  # type: ignore[arg-type]
     assert [callback.monitor for callback in trainer.callbacks[:-1]] == [monitor, "val/steps_mean", None, monitor]
 
 
