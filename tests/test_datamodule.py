@@ -109,7 +109,7 @@ class Multiline(FaultyEnv):
 def test_failed_episodes_are_on_the_terminal(quiet: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tasks = [f"corridor/{split}/{number}" for split in ("train", "valid") for number in (1, 4, 6)]
     faulty = [f"--data.source.env={__name__}.Multiline", f"--data.source.env.fail_tasks=[{','.join(tasks)}]"]
-    options = ["--data.source.parser=tests.test_failures.AnyTextParser", f"--progress.enabled={not quiet}"]
+    options = ["--data.source.parser=tests.rollouts.test_failures.AnyTextParser", f"--progress.enabled={not quiet}"]
     run(tmp_path, *SHORT, *faulty, *options)
     lines = capsys.readouterr().out.splitlines()
     said = [line for line in lines if "episodes failed (RuntimeError: broken on purpose and so on" in line]

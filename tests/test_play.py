@@ -22,8 +22,8 @@ from steppo.packing import PaddedPacker
 from steppo.play.command import main
 from steppo.play.show import Show
 from steppo.types import Observation, Segment, Step
+from tests.callbacks.test_quantization import fit
 from tests.cli_helpers import TOY, checkpoint, evaluations
-from tests.test_quantization import fit
 from tests.toy_env import CorridorEnv
 
 TOY_CONFIG = f"--config={TOY}"

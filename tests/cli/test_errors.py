@@ -114,7 +114,7 @@ OPTIONS = {
     "no_skip": (["--model.max_skipped_updates=0"], "max_skipped_updates at least 1"),
     "no_critic": (["--model.critic=null"], "StepGAE needs values: give the model a critic"),
     "groups": (
-        ["--model.advantage=tests.test_cli_errors.GroupCredit"],
+        ["--model.advantage=tests.cli.test_errors.GroupCredit"],
         "GroupCredit compares episodes of a group: set rollout",
     ),
     "heads": ([f"--{POLICY}.num_heads=3"], "num_heads must be even, and hidden_size a multiple"),
@@ -352,7 +352,7 @@ def test_folders_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFi
 def test_an_error_in_a_users_class_names_its_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     line = refused(fit(tmp_path, BROKEN, f"--{ENV}.where=constructor"), capsys)
     number = line.rpartition("broken_env.py:")[2].rstrip(")")
-    source = Path(__file__).with_name("broken_env.py").read_text().splitlines()
+    source = Path(__file__).parents[1].joinpath("broken_env.py").read_text().splitlines()
     assert "raise KeyError" in source[int(number) - 1]
 
 

@@ -1,4 +1,4 @@
-"""What people are used to from Lightning works here too, or is refused in one line (tests/test_cli_errors.py)."""
+"""What people are used to from Lightning works here too, or is refused in one line (tests/cli/test_errors.py)."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ class Elsewhere(Logger):
     def log_hyperparams(self, *args: Any, **kwargs: Any) -> None: ...
 
 
-@pytest.mark.parametrize("logger", ["[]", "tests.test_habits.Elsewhere"])
+@pytest.mark.parametrize("logger", ["[]", "tests.cli.test_habits.Elsewhere"])
 def test_other_loggers_have_the_same_rule(logger: str, tmp_path: Path) -> None:
     where = [f"--trainer.logger={logger}", f"--trainer.default_root_dir={tmp_path}"]
     for number in range(2):
@@ -131,7 +131,7 @@ def test_time_limit(tmp_path: Path) -> None:
     [
         ("fit", ["--trainer.fast_dev_run=true"], 1),
         ("fit", ["--trainer.fast_dev_run=2", "--trainer.logger=false", "--trainer.callbacks+=" + BEST], 2),
-        ("fit", ["--trainer.fast_dev_run=1", "--trainer.logger=tests.test_habits.Elsewhere"], 1),
+        ("fit", ["--trainer.fast_dev_run=1", "--trainer.logger=tests.cli.test_habits.Elsewhere"], 1),
         ("validate", ["--trainer.fast_dev_run=true"], 0),
         ("test", ["--trainer.fast_dev_run=3", "--trainer.enable_progress_bar=false"], 0),
     ],

@@ -100,7 +100,7 @@ def test_where_the_policies_are_one_nothing_changes(tmp_path: Path) -> None:
     run(tmp_path / "default", *ONE_UPDATE)
     run(tmp_path / "none", *ONE_UPDATE, "--model.correction=steppo.learner.NoCorrection")
     assert same(weights(tmp_path / "default"), weights(tmp_path / "none"))
-    watch = ["--trainer.callbacks+=tests.test_correction.WatchUpdates"]
+    watch = ["--trainer.callbacks+=tests.learner.test_correction.WatchUpdates"]
     cli = run(tmp_path / "weighed", *ONE_UPDATE, *watch, "--model.correction=steppo.learner.ImportanceCorrection")
     [seen] = [callback for callback in cli.trainer.callbacks if isinstance(callback, WatchUpdates)]
     weight_A = torch.cat([batch.weight_A for batch in seen.batches])
@@ -109,10 +109,10 @@ def test_where_the_policies_are_one_nothing_changes(tmp_path: Path) -> None:
 
 def test_what_is_not_kept_teaches_nothing_and_stays_in_the_divisor(tmp_path: Path) -> None:
     """Every third step is gone, the others count double; credit is as without. The rest is in test_objective."""
-    options = [*ONE_UPDATE, "--trainer.precision=64-true", "--trainer.callbacks+=tests.test_correction.WatchUpdates"]
+    options = [*ONE_UPDATE, "--trainer.precision=64-true", "--trainer.callbacks+=tests.learner.test_correction.WatchUpdates"]
     options += ["--model.policy_optimizer.max_grad_norm=0", "--model.critic_optimizer.max_grad_norm=0"]
     options += ["--model.critic=steppo.models.SeparateCritic", "--model.objective.value_clip=0"]
-    cli = run(tmp_path, *options, "--model.correction=tests.test_correction.DropLast")
+    cli = run(tmp_path, *options, "--model.correction=tests.learner.test_correction.DropLast")
     [seen] = [callback for callback in cli.trainer.callbacks if isinstance(callback, WatchUpdates)]
     credits = torch.cat([batch.advantage_A for batch in seen.batches])
     weight_A = torch.cat([batch.weight_A for batch in seen.batches])

@@ -71,8 +71,8 @@ def play(folder: Path, model: Path, *args: str) -> tuple[list[Episode], dict[str
         "--data.source.env=tests.toy_env.UnreliableEnv",
         "--data.source.env.num_tasks=48",
         "--rollout.episodes_per_iteration=48",
-        "--data.source.parser=tests.test_failures.AnyTextParser",
-        "--trainer.callbacks+=tests.test_failures.KeepEpisodes",
+        "--data.source.parser=tests.rollouts.test_failures.AnyTextParser",
+        "--trainer.callbacks+=tests.rollouts.test_failures.KeepEpisodes",
         *args,
     )
     events = EventAccumulator(str(folder)).Reload()
@@ -136,7 +136,7 @@ def test_a_run_of_faults_loses_the_episodes_they_hit_and_no_other(model_folder: 
 
 
 def test_engine_errors_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    engine = "--data.source.engine=tests.test_failures.FailingEngine"
+    engine = "--data.source.engine=tests.rollouts.test_failures.FailingEngine"
     options = [engine, "--warm_start.updates=0", "--trainer.max_epochs=1"]
     run(tmp_path / "some", *options, "--data.source.engine.fails=[3]", "--rollout.min_healthy=0")
     events = EventAccumulator(str(tmp_path / "some")).Reload()
@@ -193,7 +193,7 @@ def test_all_processes_decide_alike(tmp_path: Path) -> None:
         "--trainer.strategy=ddp",
         "--data.source.env=tests.toy_env.FaultyEnv",
         "--data.source.env.fail_tasks=[corridor/train/1,corridor/train/3,corridor/train/4]",
-        "--data.source.parser=tests.test_failures.AnyTextParser",
+        "--data.source.parser=tests.rollouts.test_failures.AnyTextParser",
         "--warm_start.updates=0",
         "--evaluation.before_training=false",
         "--rollout.min_healthy=0.7",
@@ -230,7 +230,7 @@ def test_a_round_ends_when_the_run_is_told_to(phase: str, tmp_path: Path, monkey
     with pytest.raises(SystemExit):
         run(
             tmp_path,
-            "--data.source.parser=tests.test_failures.TerminatingParser",
+            "--data.source.parser=tests.rollouts.test_failures.TerminatingParser",
             "--data.source.num_slots=2",
             "--warm_start.updates=0",
             f"--evaluation.before_training={phase == 'evaluation'}",

@@ -15,8 +15,8 @@ from lightning.pytorch.callbacks import Callback
 
 from steppo.checkpoints import iteration_checkpoints
 from steppo.stopping import STOPPED
+from tests.callbacks.test_resume import OPTIONS, ROOT, assert_same_run, whole
 from tests.cli_helpers import TOY, run
-from tests.test_resume import OPTIONS, ROOT, assert_same_run, whole
 from tests.toy_env import CorridorEnv
 
 __all__ = ["whole"]  # a fixture

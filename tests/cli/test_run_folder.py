@@ -18,7 +18,7 @@ from steppo.errors import ConfigError
 from steppo.run_folder import held, numbered_folders
 from tests.cli_helpers import TOY, evaluations, run
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 SHORT = ["--warm_start.updates=0", "--trainer.max_epochs=2"]
 
 
@@ -28,7 +28,7 @@ def files(folder: Path) -> dict[str, bytes]:
 
 def test_a_second_run_is_refused_until_the_first_is_gone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     marker = tmp_path / "marker"
-    stuck = ["--trainer.callbacks+=tests.test_stopping.Stuck", f"--trainer.callbacks.marker={marker}"]
+    stuck = ["--trainer.callbacks+=tests.cli.test_stopping.Stuck", f"--trainer.callbacks.marker={marker}"]
     command = [sys.executable, "train.py", "fit", "--config", str(TOY), f"--trainer.logger.save_dir={tmp_path}"]
     first = subprocess.Popen([*command, *SHORT, *stuck, "--trainer.callbacks.deaf=false"], cwd=ROOT, start_new_session=True)
     try:

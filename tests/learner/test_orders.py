@@ -20,7 +20,7 @@ from steppo.rollout import EnvSource
 from steppo.transcripts import episode_records
 from steppo.types import Episode, Group, RolloutPlan, StopReason, groups_of
 from tests.cli_helpers import run
-from tests.test_buffer_credit import ListedTasks, make_buffer, make_episode
+from tests.learner.test_credit import ListedTasks, make_buffer, make_episode
 from tests.toy_env import CorridorEnv
 
 
@@ -111,7 +111,7 @@ def test_a_source_that_mixes_up_episodes_is_one_line(
     before: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """In an evaluation and in an iteration."""
-    options = ["--data.source=tests.test_orders.SharedPlaces", f"--evaluation.before_training={before}"]
+    options = ["--data.source=tests.learner.test_orders.SharedPlaces", f"--evaluation.before_training={before}"]
     with pytest.raises(SystemExit) as stopped:
         run(tmp_path, *options, "--warm_start.updates=0")
     assert stopped.value.code == 2

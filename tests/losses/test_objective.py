@@ -18,7 +18,7 @@ from tests.cli_helpers import run
 COMMON = [
     "--trainer.precision=64-true",
     "--trainer.max_epochs=1",
-    "--trainer.callbacks+=tests.test_objective.CompareGradients",
+    "--trainer.callbacks+=tests.losses.test_objective.CompareGradients",
     "--warm_start.updates=20",
     "--rollout.episodes_per_iteration=5",
     "--data.num_minibatches=2",
@@ -66,11 +66,11 @@ RUNS = {
         "--model.advantage=steppo.advantages.TokenGAE",
     ],
     "importance weights, some of them 0": [
-        *(*BY_STEP, *WITH_CRITIC, *kl("loss"), "--model.correction=tests.test_correction.DropLast"),
+        *(*BY_STEP, *WITH_CRITIC, *kl("loss"), "--model.correction=tests.learner.test_correction.DropLast"),
     ],
     "importance weights of tokens": [
         *(*BY_TOKEN, *WITH_CRITIC, "--model.advantage=steppo.advantages.TokenGAE"),
-        *("--model.objective.aggregation=token-mean", "--model.correction=tests.test_correction.DropLast"),
+        *("--model.objective.aggregation=token-mean", "--model.correction=tests.learner.test_correction.DropLast"),
         "--model.loss.dual_clip=0",
     ],
     "no critic, KL in the reward alone": [

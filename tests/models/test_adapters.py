@@ -16,7 +16,7 @@ from steppo.models.adapters import LoRASettings
 from steppo.packing import PaddedPacker
 from steppo.types import TokenBatch
 from tests.numeric_helpers import close
-from tests.test_packing import make_segments
+from tests.packing.test_packing import make_segments
 
 LORA = LoRASettings(rank=3, alpha=6.0)
 

@@ -22,10 +22,10 @@ from steppo.metrics import EpisodeStatistics
 from steppo.models import TinyPolicy
 from steppo.transcripts import episode_records
 from steppo.types import Credit, CreditBatch, Episode, StopReason
+from tests.advantages.test_group_advantages import SCHEMES, advantage, by_turn, each
+from tests.learner.test_credit import assert_equal, make_buffer, make_episode
 from tests.numeric_helpers import FEW, close, normal, to_batch
 from tests.slow_credit import Ending, Turn, slow_credit
-from tests.test_buffer_credit import assert_equal, make_buffer, make_episode
-from tests.test_group_advantages import SCHEMES, advantage, by_turn, each
 
 ALL: dict[str, tuple[Advantage, str]] = {
     "step": (StepGAE(0.9, 0.8, bootstrap_truncated=True), "step"),

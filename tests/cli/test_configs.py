@@ -14,7 +14,7 @@ from steppo.losses import CISPO, DPPOTV, ClippedLoss
 from steppo.models import SeparateCritic
 from tests.cli_helpers import TOY
 
-CONFIGS = Path(__file__).parent.parent / "configs"
+CONFIGS = Path(__file__).parents[2] / "configs"
 # Credit, ratio, critic, group size, KL, over textworld.yaml.
 METHODS = {
     "ppo": (TokenGAE, "token", SeparateCritic, 1, "loss"),

@@ -15,10 +15,20 @@ from callbacks import RolloutCallback
 from steppo.advantages import GRPO, RLOO, Advantage, GiGPO, ReinforcePP, ReinforcePPBaseline, whiten
 from steppo.advantages.base import Returns, centred_within, standardised_within
 from steppo.types import StopReason
+from tests.advantages.test_group_advantages import (
+    EPISODES,
+    IN_GROUPS,
+    SCHEMES,
+    UNWHITENED,
+    advantage,
+    each,
+    groups,
+    turn,
+    turns_of,
+)
+from tests.learner.test_credit import make_episode
 from tests.numeric_helpers import FEW, close, normal, to_batch
 from tests.slow_credit import Ending, Turn
-from tests.test_buffer_credit import make_episode
-from tests.test_group_advantages import EPISODES, IN_GROUPS, SCHEMES, UNWHITENED, advantage, each, groups, turn, turns_of
 
 ROOT2 = math.sqrt(2.0)
 NOISE = 1e-4

@@ -33,8 +33,8 @@ from steppo.errors import ConfigError, RunError, WrongValue, said
 from steppo.play.command import main as play_command
 from steppo.rollout import EnvSource
 from steppo.types import Observation, Task
+from tests.cli.test_errors import fit, refused
 from tests.cli_helpers import TOY, evaluations, run, weights
-from tests.test_cli_errors import fit, refused
 from tests.toy_env import CorridorEnv
 from tests.wrong_env import RAISING, RIGHT, WRONG, LockedEnv, OnlyHere, WrongEnv
 
@@ -172,7 +172,7 @@ def test_a_limit_is_a_whole_number_above_0(limit: Any) -> None:
 def test_limits_that_are_right_and_one_that_raises() -> None:
     for limit in (1, np.int64(9), None):
         assert EnvSource(LimitEnv(max_steps=limit), StateContext(), HFEngine(), max_steps=5).task_limit == limit  # type: ignore[arg-type]
-    with pytest.raises(RunError, match=r"LimitEnv.max_steps: KeyError: 'no limit' \(.*test_env_checks.py:\d+\)"):
+    with pytest.raises(RunError, match=r"LimitEnv.max_steps: KeyError: 'no limit' \(.*test_checks.py:\d+\)"):
         EnvSource(LimitEnv(max_steps="raise"), StateContext(), HFEngine(), max_steps=5)  # type: ignore[arg-type]
 
 

@@ -33,7 +33,7 @@ from tests.cli_helpers import TOY, run
 from tests.family_env import KINDS, FamilyEnv, LargeEnv, NoStartEnv, ParallelEnv
 from tests.toy_env import CorridorEnv
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 TASKS = CorridorEnv().tasks("train")
 LONGEST_S = 10.0  # a promise: that is how long after a kill something may live
 FEW = ["bare", "session", "daemon", "forked", "multiprocessing"]
@@ -245,7 +245,7 @@ def test_nothing_outlives_a_fit_that_fails(kind: str, end: type[BaseException], 
             "--data.source.env.then=go on",
             "--warm_start.updates=0",
             "--evaluation.before_training=false",
-            "--trainer.callbacks+=tests.test_processes.Raise",
+            "--trainer.callbacks+=tests.envs.test_processes.Raise",
             f"--trainer.callbacks.kind={kind}",
         )
     assert any(folder.iterdir())

@@ -162,7 +162,7 @@ def test_ratio_and_clipping_are_those_of_the_last_update(tmp_path: Path) -> None
     cli = run(
         tmp_path,
         *[SHORT[0], SHORT[2], "--warm_start.updates=40", "--trainer.precision=64-true", "--data.update_epochs=2"],
-        *["--model.policy_optimizer.lr=1e-2", "--trainer.callbacks+=tests.test_transcripts.Recompute"],
+        *["--model.policy_optimizer.lr=1e-2", "--trainer.callbacks+=tests.callbacks.test_transcripts.Recompute"],
     )
     expected = next(callback for callback in cli.trainer.callbacks if isinstance(callback, Recompute)).ratio
     found = steps(lines(tmp_path), "train", 1)
@@ -286,7 +286,7 @@ class Grouped(StepGAE):
 
 
 def test_without_groups_an_evaluation_has_values_only(tmp_path: Path) -> None:
-    run(tmp_path, *SHORT, "--model.advantage=tests.test_transcripts.Grouped", "--rollout.group_size=2")
+    run(tmp_path, *SHORT, "--model.advantage=tests.callbacks.test_transcripts.Grouped", "--rollout.group_size=2")
     shown = [step for step in steps(lines(tmp_path), "valid", 1) if step["value"] is not None]
     assert shown
     assert all(step["advantage"] is None for step in shown)

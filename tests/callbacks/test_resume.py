@@ -22,7 +22,7 @@ from steppo.rollout import EnvSource
 from tests.cli_helpers import TOY, checkpoint, evaluations, run
 from tests.toy_env import CorridorEnv
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 EPOCHS = 3
 OPTIONS = [
     f"--trainer.max_epochs={EPOCHS}",
@@ -77,7 +77,7 @@ class SaveAnywhere(Callback):
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that nothing stopped."""
     folder = tmp_path_factory.mktemp("whole")
-    run(folder, *OPTIONS, "--trainer.callbacks+=tests.test_resume.SaveAnywhere")
+    run(folder, *OPTIONS, "--trainer.callbacks+=tests.callbacks.test_resume.SaveAnywhere")
     return folder
 
 

@@ -146,7 +146,7 @@ class Rates(pl.Callback):
 def test_a_critic_that_warms_up_alone(critic: str, tmp_path: Path) -> None:
     """Three of two updates an iteration: the first iteration has no figure of the policy, the second those of one update."""
     options = [f"--model.critic=steppo.models.{critic}", "--model.critic_warmup_updates=3", "--trainer.max_epochs=3"]
-    rates = ["--model.policy_optimizer.warmup_updates=4", "--trainer.callbacks+=tests.test_schedules.Rates"]
+    rates = ["--model.policy_optimizer.warmup_updates=4", "--trainer.callbacks+=tests.learner.test_schedules.Rates"]
     cli = run(tmp_path, *FAST, *options, *rates, "--data.num_minibatches=2")
     [kept] = [callback.policy for callback in cli.trainer.callbacks if isinstance(callback, Rates)]
     assert kept == pytest.approx([2e-3 * factor for factor in (0.2, 0.2, 0.2, 0.2, 0.4, 0.6)])
@@ -162,7 +162,7 @@ def test_a_critic_that_warms_up_alone(critic: str, tmp_path: Path) -> None:
 
 def test_figures_are_of_the_updates_that_were_made(tmp_path: Path) -> None:
     """One of the second iteration's two updates is skipped: no figure is halved, and none is lost."""
-    run(tmp_path, *FAST, "--model.advantage=tests.test_schedules.NaNNow", "--trainer.max_epochs=2")
+    run(tmp_path, *FAST, "--model.advantage=tests.learner.test_schedules.NaNNow", "--trainer.max_epochs=2")
     curves = scalars(tmp_path)
     assert curves["train/skipped_updates"][-1][1] == 1
     for name in (*OF_POLICY, "value_loss", "grad_norm_critic"):
