@@ -95,8 +95,8 @@ LONGEST = "coin-12"
 # What counts how often where advantages are normalised: PPO counts tokens, StepPO steps, GRPO episodes. At the highest rate
 # too, where runs collapse.
 NORMALISED = {
-    "ppo, even episodes": Variant("ppo", ("--model.advantage.even_episodes=true",)),
-    "steppo, even episodes": Variant("steppo", ("--model.advantage.even_episodes=true",)),
+    "ppo, even episodes": Variant("ppo", ("--model.advantage.whiten_over=episodes",)),
+    "steppo, even episodes": Variant("steppo", ("--model.advantage.whiten_over=episodes",)),
     "grpo, whitened over steps": Variant("grpo", ("--model.advantage=benchmarks.compare_credit.WhitenedGRPO",)),
 }
 

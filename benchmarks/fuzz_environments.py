@@ -45,7 +45,7 @@ from steppo.metrics import EpisodeStatistics
 from steppo.models import TinyPolicy
 from steppo.parsers import ActionParser, ParsedAction
 from steppo.rollout import EnvSource
-from steppo.types import Episode, Observation, RolloutPlan, StopReason, Task, groups_of
+from steppo.types import Episode, Observation, RolloutConfig, StopReason, Task, groups_of
 
 ROOT = Path(__file__).parent.parent
 
@@ -317,8 +317,8 @@ def play(source: EnvSource, draw: Draw) -> Episode:
     """The episode of a draw. Asserts that it is lost and named if it is wrong, and that the one beside it is as ever."""
     DrawnEnv.drawn = draw
     groups = groups_of(source.tasks("train"))
-    plan = RolloutPlan("train/0", seed=0, want_expert=draw.want_expert)
-    episodes = {episode.task_id: episode for group in source.collect(groups, plan) for episode in group}
+    config = RolloutConfig("train/0", seed=0, want_expert=draw.want_expert)
+    episodes = {episode.task_id: episode for group in source.collect(groups, config) for episode in group}
     healthy, drawn = episodes["healthy"], episodes["drawn"]
     assert [step.reward for step in healthy.steps] == [1.0, 1.0]
     assert (healthy.stop_reason, healthy.success) == (StopReason.TERMINATED, True)
@@ -343,7 +343,7 @@ def play(source: EnvSource, draw: Draw) -> Episode:
             assert np.isfinite(np.float32(step.reward) ** 2)
             assert type(step.action_valid) is bool
     assert statistics.compute()["errors"] == bool(faults)
-    for text in source.corpus(source.tasks("train")):
+    for text in source.tokenizer_texts(source.tasks("train")):
         text.encode()
     return drawn
 

@@ -77,7 +77,7 @@ def play(episodes: int, folder: Path) -> dict[str, Any]:
     from steppo.engines import ScriptedEngine
     from steppo.models import TinyPolicy
     from steppo.rollout import EnvSource
-    from steppo.types import RolloutPlan, StopReason, groups_of
+    from steppo.types import RolloutConfig, StopReason, groups_of
     from tests.family_env import FamilyEnv
 
     names = [task.id for task in FamilyEnv(str(folder), num_tasks=episodes).tasks("train")]
@@ -92,7 +92,7 @@ def play(episodes: int, folder: Path) -> dict[str, Any]:
     tasks = env.tasks("train")
     for first in track(range(0, episodes, FIRST), "episodes"):
         groups = groups_of(tasks[first : first + FIRST])
-        for (episode,) in source.collect(groups, RolloutPlan(f"train/{first}", 0, 1.0)):
+        for (episode,) in source.collect(groups, RolloutConfig(f"train/{first}", 0, 1.0)):
             broken += episode.stop_reason == StopReason.ENV_ERROR
             healthy += episode.stop_reason == StopReason.TERMINATED
         looks.append(held(source))

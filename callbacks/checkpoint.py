@@ -29,7 +29,7 @@ class IterationCheckpoint(pl.Callback):
 
     # An iteration is over when its metrics are logged and every callback has seen its end. Only the start of the next one
     # is late enough, and there this callback must come before the rollout, which moves on in the tasks; at the end of the
-    # run it must come after the last evaluation. `StepCLI` adds it between the two.
+    # run it must come after the last evaluation. `SteppoCLI` adds it between the two.
 
     def __init__(self, every_n_iterations: int = 1, keep: int = 2) -> None:
         if every_n_iterations < 1 or keep < 1:

@@ -13,16 +13,16 @@ from typing import Any, cast
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_info
 
-from steppo.credit import check_orders
 from steppo.datamodule import run_seed
 from steppo.distributed import gather, rank_and_world
 from steppo.envs.checks import checked_episode
 from steppo.errors import ConfigError, RunError
+from steppo.learner.credit import check_orders
 from steppo.metrics import EpisodeStatistics, common_failure, wilson_interval
 from steppo.module import AgentModule
 from steppo.progress import phase
 from steppo.run_folder import run_folder
-from steppo.types import Episode, RolloutPlan, Task, groups_of
+from steppo.types import Episode, RolloutConfig, Task, groups_of
 
 _SUCCESS, _RETURN = "val/success_rate", "val/return_mean"
 _RATE = ("success_rate", "success_low", "success_high")
@@ -122,17 +122,17 @@ class EvaluationCallback(pl.Callback):
         panel = module.data.panel(stage)
         rank, world = rank_and_world()
         groups = groups_of(panel, self.samples)[rank::world]
-        plan = RolloutPlan(name=stage, seed=run_seed(), temperature=self.temperature, version=module.counters.updates)
+        config = RolloutConfig(name=stage, seed=run_seed(), temperature=self.temperature, version=module.counters.updates)
         statistics = EpisodeStatistics().to(module.device)
         start = time.perf_counter()
         self.episodes = episodes = []
-        module.data.source.load_weights(module.policy.inference_weights(), plan.version)
+        module.data.source.load_weights(module.policy.inference_weights(), config.version)
         with (
             module.timed("evaluation"),
-            module.reading(),
+            module.inference_context(),
             phase(trainer, "evaluation", len(groups) * self.samples) as advance,
         ):
-            for group in module.data.source.collect(groups, plan):
+            for group in module.data.source.collect(groups, config):
                 for episode in map(checked_episode, group):
                     statistics.update(episode)
                     episodes.append(episode)

@@ -9,15 +9,15 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 
 from steppo.advantages.base import Returns, centred_within
-from steppo.credit import check_orders
 from steppo.datamodule import StepDataModule, run_seed
 from steppo.distributed import gather
 from steppo.envs.checks import checked_episode
 from steppo.errors import ConfigError, RunError
+from steppo.learner.credit import check_orders
 from steppo.metrics import EpisodeStatistics, common_failure
 from steppo.module import AgentModule
 from steppo.progress import phase
-from steppo.types import Episode, RolloutPlan
+from steppo.types import Episode, RolloutConfig
 
 
 class RolloutCallback(pl.Callback):
@@ -29,8 +29,8 @@ class RolloutCallback(pl.Callback):
         episodes_per_iteration: Over all processes; a multiple of ``group_size``.
         group_size: Episodes per task, from the same start.
         temperature: Of sampling; the learner divides its logits by the same.
-        min_healthy: The run stops when a smaller share of an iteration's episodes is healthy (did not fail), and always when
-            none is.
+        min_valid_fraction: The run stops when a smaller share of an iteration's episodes is healthy (did not fail), and
+            always when none is.
         max_environment_steps: The run ends with the iteration that reaches so many steps learned from, if
             ``trainer.max_epochs`` does not end it before; 0 ends it after the first evaluation, with no training at all.
     """
@@ -40,7 +40,7 @@ class RolloutCallback(pl.Callback):
         episodes_per_iteration: int = 64,
         group_size: int = 1,
         temperature: float = 1.0,
-        min_healthy: float = 0.5,
+        min_valid_fraction: float = 0.5,
         max_environment_steps: int | None = None,
     ) -> None:
         if episodes_per_iteration < 1 or group_size < 1:
@@ -53,14 +53,14 @@ class RolloutCallback(pl.Callback):
             raise ConfigError(
                 f"rollout: temperature must be above 0 and finite, not {temperature}, or there is nothing to explore"
             )
-        if not 0 <= min_healthy <= 1:
-            raise ConfigError(f"rollout: min_healthy is a share, from 0 to 1, not {min_healthy}")
+        if not 0 <= min_valid_fraction <= 1:
+            raise ConfigError(f"rollout: min_valid_fraction is a share, from 0 to 1, not {min_valid_fraction}")
         if max_environment_steps is not None and max_environment_steps < 0:
             raise ConfigError(f"rollout: max_environment_steps must be at least 0, not {max_environment_steps}")
         self.tasks_per_iteration = episodes_per_iteration // group_size
         self.group_size = group_size
         self.temperature = temperature
-        self.min_healthy = min_healthy
+        self.min_valid_fraction = min_valid_fraction
         self.max_environment_steps = max_environment_steps
         self.failure = ""
 
@@ -112,7 +112,7 @@ class RolloutCallback(pl.Callback):
         assert isinstance(pl_module, AgentModule)
         data: StepDataModule = pl_module.data
         groups = data.next_groups(self.tasks_per_iteration, self.group_size)
-        plan = RolloutPlan(
+        config = RolloutConfig(
             name=f"train/{trainer.current_epoch}",
             seed=run_seed(),
             temperature=self.temperature,
@@ -122,13 +122,13 @@ class RolloutCallback(pl.Callback):
         statistics = EpisodeStatistics().to(pl_module.device)
         before = pl_module.seconds.get("rollout", 0.0)
         counts_before = data.source.counts()
-        data.source.load_weights(pl_module.policy.inference_weights(), plan.version)
+        data.source.load_weights(pl_module.policy.inference_weights(), config.version)
         with (
             pl_module.timed("rollout"),
-            pl_module.reading(),
+            pl_module.inference_context(),
             phase(trainer, "rollout", len(groups) * self.group_size) as advance,
         ):
-            for group in data.source.collect(groups, plan):
+            for group in data.source.collect(groups, config):
                 episodes += map(checked_episode, group)
                 advance(len(episodes))
         for episode in episodes:
@@ -156,11 +156,12 @@ class RolloutCallback(pl.Callback):
     def _check_health(self, healthy: float, failed: float) -> None:
         """Raises ``RunError`` if too few episodes are healthy. The numbers are over all ranks, so that all decide alike."""
         share = healthy / max(healthy + failed, 1)
-        if healthy and share >= self.min_healthy:
+        if healthy and share >= self.min_valid_fraction:
             return
         raise RunError(
             f"only {healthy:.0f} of {healthy + failed:.0f} episodes of the iteration are healthy ({share:.1%}; "
-            f"rollout.min_healthy is {self.min_healthy:g}); the most common error: {self.failure or 'no episode was played'}"
+            f"rollout.min_valid_fraction is {self.min_valid_fraction:g}); the most common error: "
+            f"{self.failure or 'no episode was played'}"
         )
 
     @staticmethod

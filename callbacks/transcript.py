@@ -87,7 +87,7 @@ class TranscriptCallback(pl.Callback):
         counters = module.counters
         with module.timed("transcripts"):
             shown = shown_orders(episodes, self.num_shown)
-            buffer = module.appraise([episode for episode in episodes if episode.order in shown]) if shown else None
+            buffer = module.score_episodes([episode for episode in episodes if episode.order in shown]) if shown else None
             common = {"kind": kind, "iteration": counters.iterations, "updates": counters.updates}
             records = episode_records(episodes, module.policy.tokenizer, buffer, self.prompts, **common)
             by_order = {record["order"]: record for record in self._write(trainer, common, records)}

@@ -28,17 +28,17 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 import steppo
-from steppo.credit import why_nothing
 from steppo.datamodule import run_seed
 from steppo.distributed import gather, load_trained_state, rank_and_world, trained_state
 from steppo.engines import ScriptedEngine, expert_action, random_action
 from steppo.errors import ConfigError, RunError
+from steppo.learner.credit import why_nothing
 from steppo.models import Policy
 from steppo.module import AgentModule
 from steppo.packing import PaddedPacker
 from steppo.progress import phase
 from steppo.rollout import EnvSource
-from steppo.types import Episode, RolloutPlan, Segment, Step, groups_of
+from steppo.types import Episode, RolloutConfig, Segment, Step, groups_of
 
 _RESULT = re.compile(r"[0-9a-f]{32}\.pt")
 _MOST_FILES, _MOST_BYTES = 32, 32 * 2**30
@@ -117,11 +117,11 @@ class WarmStartCallback(pl.Callback):
         tasks = module.data.tasks()
         rank, world = rank_and_world()
         groups = groups_of([tasks[index % len(tasks)] for index in range(self.episodes)])[rank::world]
-        plan = RolloutPlan("warm_start", self.seed, want_expert=self.actions == "expert")
+        config = RolloutConfig("warm_start", self.seed, want_expert=self.actions == "expert")
         engine = ScriptedEngine(lambda request: source.parser.answer(choose(request)), source.context.encode_action)
         mine: list[Episode] = []
         with phase(trainer, "demonstrations", len(groups)) as advance:
-            for group in source.collect(groups, plan, engine):
+            for group in source.collect(groups, config, engine):
                 mine += group
                 advance(len(mine))
         played = sorted((episode for share in gather(mine) for episode in share), key=lambda episode: episode.order)

@@ -165,7 +165,7 @@ class StepBuffer:
             )
         return found
 
-    def filler(self, update_steps: int, update_tokens: int) -> Microbatch:
+    def padding_microbatch(self, update_steps: int, update_tokens: int) -> Microbatch:
         """A pass of weight 0, so that all ranks make the same number, also one that has no step of its own."""
         assert self.scores is not None
         one = np.zeros(1, dtype=np.int32)

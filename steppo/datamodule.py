@@ -15,9 +15,9 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from steppo.buffer import StepBuffer
-from steppo.credit import GlobalSteps
 from steppo.distributed import gather, made_once, rank_and_world, require_equal
 from steppo.errors import ConfigError, RunError
+from steppo.learner.credit import GlobalSteps
 from steppo.packing import Packer, PaddedPacker
 from steppo.progress import phase
 from steppo.rollout import EpisodeSource
@@ -106,11 +106,11 @@ class StepDataModule(pl.LightningDataModule):
         require_equal({"tasks drawn by the sampler": [task.id for task in drawn]})
         return groups_of(drawn, group_size)[rank::world]
 
-    def corpus(self) -> list[str]:
+    def tokenizer_texts(self) -> list[str]:
         """Texts of the training environment: of its first tasks, which is enough for a tokenizer."""
         if self.from_checkpoint:  # it brings its tokenizer
             return []
-        return made_once(lambda: self.source.corpus(self.tasks()[:_CORPUS_TASKS]))
+        return made_once(lambda: self.source.tokenizer_texts(self.tasks()[:_CORPUS_TASKS]))
 
     def prepare_data(self) -> None:
         """Has the environment make what the tasks need, once per machine."""
@@ -188,7 +188,7 @@ class StepDataModule(pl.LightningDataModule):
         """Adds microbatches of weight 0, so that all ranks make the same number of passes."""
         wanted = max(gather(len(microbatches)))
         while len(microbatches) < wanted:
-            microbatches.append(self.buffer.filler(update_steps, update_tokens))
+            microbatches.append(self.buffer.padding_microbatch(update_steps, update_tokens))
         return microbatches
 
     def _split(self, stage: str, count: int | None) -> list[Task]:

@@ -15,7 +15,7 @@ from rich.console import Console
 from transformers import GenerationConfig
 
 from steppo.checkpoints import read, require_identity
-from steppo.cli import OwnOptions, PartsCLI, build_parts, mistakes_in_one_line
+from steppo.cli import OwnOptions, PartsCLI, build_parts, errors_in_one_line
 from steppo.contexts import PLAIN_TEMPLATE
 from steppo.errors import ConfigError
 from steppo.models import Policy
@@ -33,7 +33,7 @@ _QUANTIZED_LAYERS = [
 _USER_IN_URL = re.compile(r"(?<=://)[^/@\s]+@")
 
 
-@mistakes_in_one_line()
+@errors_in_one_line()
 def main(args: Sequence[str] | None = None) -> None:
     """Runs the command line (the process's own unless given)."""
     parser = OwnOptions(

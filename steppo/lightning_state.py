@@ -9,7 +9,7 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR
 
 from steppo.errors import ConfigError
-from steppo.optim import OptimizerSettings
+from steppo.learner.optim import OptimizerSettings
 
 
 def fill_state(optimizer: torch.optim.Optimizer) -> None:

@@ -22,20 +22,20 @@ from torch.distributed.tensor import DTensor
 from steppo.advantages import Advantage
 from steppo.buffer import Scores, StepBuffer
 from steppo.checkpoints import read, require_identity
-from steppo.credit import assign_credit
 from steppo.datamodule import StepDataModule
 from steppo.distributed import average_gradients, gather, rank_and_world, require_equal, shard, unsharded
 from steppo.errors import ConfigError, RunError
 from steppo.learner import Correction, Figures, NoCorrection, UpdateLoss
+from steppo.learner.credit import assign_credit
+from steppo.learner.optim import Horizon, OptimizerSettings, learning_rate_schedule
+from steppo.learner.scoring import score
 from steppo.lightning_state import fill_state, start_next_iteration, take_settings
 from steppo.losses import ClippedLoss, ObjectiveSettings, PolicyLoss
 from steppo.models import Critic, Policy
 from steppo.models.adapters import LoRASettings
 from steppo.models.identity import fingerprint, identity
 from steppo.models.policy import AdapterView
-from steppo.optim import Horizon, OptimizerSettings, learning_rate_schedule
 from steppo.rng import rng_state, set_rng_state
-from steppo.scoring import score
 from steppo.types import Episode, Microbatch
 
 
@@ -131,7 +131,7 @@ class AgentModule(pl.LightningModule):
     def configure_model(self) -> None:
         """Builds the models (once) and hands the policy to the episode source."""
         if self.policy.model is None:
-            self.build_models(self.data.corpus)
+            self.build_models(self.data.tokenizer_texts)
             if isinstance(self.trainer.strategy, ModelParallelStrategy):
                 if self.begins_from is not None:  # of sharded weights nobody would check whether they fit
                     checkpoint = read(self.begins_from, mmap=True)
@@ -142,9 +142,9 @@ class AgentModule(pl.LightningModule):
                     shard(module, blocks, self.trainer.strategy.root_device.type)
         self.data.source.bind(self.policy)
 
-    def build_models(self, corpus: Callable[[], list[str]]) -> None:
-        """Makes the weights: policy, critic, reference. ``corpus`` as for ``Policy.build``."""
-        self.policy.build(corpus)
+    def build_models(self, tokenizer_texts: Callable[[], list[str]]) -> None:
+        """Makes the weights: policy, critic, reference. ``tokenizer_texts`` as for ``Policy.build``."""
+        self.policy.build(tokenizer_texts)
         if self.lora is not None:
             self.policy.add_lora(self.lora)
             self.strict_loading = False  # a checkpoint does not hold the frozen base
@@ -165,9 +165,9 @@ class AgentModule(pl.LightningModule):
     def policy_was_initialised(self) -> None:
         """The policy was changed before training (a warm start): what is a copy of it follows."""
         if self.reference is not None:
-            self.reference.follow(self.policy)
+            self.reference.copy_weights_from(self.policy)
         if self.critic is not None:
-            self.critic.follow(self.policy)
+            self.critic.copy_weights_from(self.policy)
 
     def configure_optimizers(self) -> Any:
         groups = [("policy", self.policy.trained_parameters(), self.policy_optimizer)]
@@ -206,14 +206,14 @@ class AgentModule(pl.LightningModule):
     def on_train_epoch_start(self) -> None:
         buffer = self.data.buffer
         with self.timed("score"):
-            with self.reading():
+            with self.inference_context():
                 buffer.scores = self._score(buffer)
             steps = assign_credit(buffer, self.advantage, self.objective.reward_kl_coef)
         buffer.ratio_N, buffer.clipped_N = buffer.ratio_N.to(self.device), buffer.clipped_N.to(self.device)
-        if steps.gap > self.data.source.logprob_tolerance:
+        if steps.logprob_mismatch > self.data.source.logprob_tolerance:
             rank_zero_warn(
-                f"the sampler's log-probabilities are up to {steps.gap:.2g} off the learner's, more than its tolerance of "
-                f"{self.data.source.logprob_tolerance:.2g}: what is sampled is not quite what is learned"
+                f"the sampler's log-probabilities are up to {steps.logprob_mismatch:.2g} off the learner's, more than its "
+                f"tolerance of {self.data.source.logprob_tolerance:.2g}: what is sampled is not quite what is learned"
             )
         self.data.global_steps = steps
         self.figures = Figures(buffer.ratio_N, buffer.clipped_N)
@@ -223,7 +223,7 @@ class AgentModule(pl.LightningModule):
         self.counters.episodes += len(steps.batch.terminated_E)
         self.report(steps.statistics())
 
-    def appraise(self, episodes: Sequence[Episode]) -> StepBuffer:
+    def score_episodes(self, episodes: Sequence[Episode]) -> StepBuffer:
         """Scores episodes that are not learned from, and assigns credit among them; training does not notice.
 
         All ranks must take part, each with its share of the episodes (or none). Without credit if the scheme compares the
@@ -231,7 +231,7 @@ class AgentModule(pl.LightningModule):
         """
         buffer = self.data.buffer.empty()
         buffer.fill(episodes)
-        with self.reading():
+        with self.inference_context():
             buffer.scores = self._score(buffer)
         if not self.advantage.needs_groups and any(gather(len(buffer.steps))):
             assign_credit(buffer, self.advantage, self.objective.reward_kl_coef)
@@ -340,7 +340,7 @@ class AgentModule(pl.LightningModule):
         return float(self.trainer.strategy.reduce(value.to(self.device).clone(), reduce_op=operation))
 
     @contextmanager
-    def reading(self) -> Iterator[None]:
+    def inference_context(self) -> Iterator[None]:
         """For passes without gradients (sampling, scoring): each rank may make as many as it likes."""
         with (
             torch.no_grad(),

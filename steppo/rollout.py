@@ -23,7 +23,7 @@ from steppo.envs.checks import MOST_REWARD, EnvReply, checked_tasks, pickled, pl
 from steppo.envs.pool import COUNTS, EnvPool
 from steppo.errors import ConfigError, SteppoError, WrongValue, blamed_on, said
 from steppo.parsers import ActionParser, CommandParser, ParsedAction
-from steppo.types import Completion, Episode, Group, Observation, Request, RolloutPlan, Sampling, Step, StopReason, Task
+from steppo.types import Completion, Episode, Group, Observation, Request, RolloutConfig, Sampling, Step, StopReason, Task
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -43,7 +43,7 @@ class EpisodeSource(ABC):
         """Takes the policy before the first episode."""
 
     @abstractmethod
-    def collect(self, groups: Sequence[Group], plan: RolloutPlan) -> Iterator[list[Episode]]:
+    def collect(self, groups: Sequence[Group], config: RolloutConfig) -> Iterator[list[Episode]]:
         """Plays the groups; each comes out whole, in the order in which they are finished."""
 
     @property
@@ -62,7 +62,7 @@ class EpisodeSource(ABC):
     def prepare(self, tasks: Sequence[Task], progress: Callable[[int, int], None]) -> None:
         """Makes what the tasks need on disk; ``progress`` gets (done, total)."""
 
-    def corpus(self, tasks: Sequence[Task]) -> list[str]:
+    def tokenizer_texts(self, tasks: Sequence[Task]) -> list[str]:
         """Texts of the environment, for a policy that makes its own tokenizer."""
         raise ConfigError(f"{type(self).__name__} has no text to train a tokenizer on; use a pretrained policy")
 
@@ -245,7 +245,7 @@ class EnvSource(EpisodeSource):
             self._counts.update(self._pool.counts)
             self._pool = None
 
-    def corpus(self, tasks: Sequence[Task]) -> list[str]:
+    def tokenizer_texts(self, tasks: Sequence[Task]) -> list[str]:
         """Plays each task once by random admissible actions (or the expert's) and gives all that was to be read."""
         texts: list[str] = []
         rng = random.Random(0)
@@ -262,7 +262,7 @@ class EnvSource(EpisodeSource):
                     reply = self.pool.receive(slot)
                     if reply.observation is None:
                         continue
-                    texts.append(self.context.describe(reply.observation))
+                    texts.append(self.context.render_observation(reply.observation))
                     options = reply.observation.admissible_commands or (reply.observation.expert_action,)
                     action = rng.choice(options)
                     if not (reply.terminated or reply.truncated) and action is not None:
@@ -277,16 +277,16 @@ class EnvSource(EpisodeSource):
     def collect(
         self,
         groups: Sequence[Group],
-        plan: RolloutPlan,
+        config: RolloutConfig,
         engine: Engine | None = None,
-        watch: Callable[[Step | None, Observation], None] | None = None,
+        on_step: Callable[[Step | None, Observation], None] | None = None,
     ) -> Iterator[list[Episode]]:
         """Plays the groups, with another engine than the policy's if one is given.
 
-        ``watch`` is called with each step (none at the start of an episode) and the observation after it.
+        ``on_step`` is called with each step (none at the start of an episode) and the observation after it.
         """
         engine = engine or self.engine
-        sampling = Sampling(plan.temperature, self.max_new_tokens)
+        sampling = Sampling(config.temperature, self.max_new_tokens)
         wanted = deque((group, sample) for group in groups for sample in range(group.size))
         playing: dict[int, _Playing] = {}
         unfinished: dict[int, list[Episode]] = {group.id: [] for group in groups}
@@ -298,7 +298,7 @@ class EnvSource(EpisodeSource):
                 for half in halves:
                     asked: list[tuple[int, _Playing]] = []
                     for slot in half:
-                        episode = self._listen(playing[slot], slot, plan, watch) if slot in playing else None
+                        episode = self._listen(playing[slot], slot, config, on_step) if slot in playing else None
                         if episode is not None:
                             del playing[slot]
                             self.pool.release(slot)
@@ -311,9 +311,9 @@ class EnvSource(EpisodeSource):
                             asked.append((slot, playing[slot]))
                         elif wanted:
                             group, sample = wanted.popleft()
-                            playing[slot] = _Playing(group, sample, f"{plan.name}/{group.id}/{group.task.id}/{sample}")
-                            self.pool.reset(slot, group.task, plan.want_expert)
-                    self._ask(engine, asked, plan, sampling)
+                            playing[slot] = _Playing(group, sample, f"{config.name}/{group.id}/{group.task.id}/{sample}")
+                            self.pool.reset(slot, group.task, config.want_expert)
+                    self._ask(engine, asked, config, sampling)
                     for slot, current in asked:
                         self._act(current, slot)
         finally:
@@ -323,7 +323,7 @@ class EnvSource(EpisodeSource):
                 self._close_pool()
 
     def _listen(
-        self, playing: _Playing, slot: int, plan: RolloutPlan, watch: Callable[[Step | None, Observation], None] | None
+        self, playing: _Playing, slot: int, config: RolloutConfig, on_step: Callable[[Step | None, Observation], None] | None
     ) -> Episode | None:
         """Takes the environment's answer and makes the next prompt, or ends the episode."""
         if playing.failure is not None:
@@ -343,9 +343,9 @@ class EnvSource(EpisodeSource):
         if playing.completion is not None:
             if len(playing.steps) + 1 == self.task_limit:
                 reply = replace(reply, terminated=True)
-            self._record(playing, reply, plan)
-        if watch is not None:
-            watch(playing.steps[-1] if playing.steps else None, observation)
+            self._record(playing, reply, config)
+        if on_step is not None:
+            on_step(playing.steps[-1] if playing.steps else None, observation)
         if reply.terminated:
             return self._end(playing, StopReason.TERMINATED)
         playing.observations.append(observation)
@@ -386,7 +386,7 @@ class EnvSource(EpisodeSource):
         command = None if parsed.command is None else plain_text(f"the command of {call}", parsed.command)
         return ParsedAction(command, plain_text(f"the feedback of {call}", parsed.feedback))
 
-    def _record(self, playing: _Playing, reply: EnvReply, plan: RolloutPlan) -> None:
+    def _record(self, playing: _Playing, reply: EnvReply, config: RolloutConfig) -> None:
         completion, parsed, prompt_ids = playing.completion, playing.parsed, playing.prompt_ids
         assert completion is not None
         assert parsed is not None
@@ -405,18 +405,18 @@ class EnvSource(EpisodeSource):
                 action_valid=reply.action_valid,
                 observation=playing.observations[-1].text,
                 action=text.strip() if parsed.command is None else parsed.command,
-                temperature=plan.temperature,
-                policy_version=plan.version,
+                temperature=config.temperature,
+                policy_version=config.version,
             )
         )
         playing.completion = None
 
-    def _ask(self, engine: Engine, asked: list[tuple[int, _Playing]], plan: RolloutPlan, sampling: Sampling) -> None:
+    def _ask(self, engine: Engine, asked: list[tuple[int, _Playing]], config: RolloutConfig, sampling: Sampling) -> None:
         """Has the engine answer all prompts of a half; an episode that gets no answer fails."""
         waiting: dict[int, _Playing] = {}
         for _, playing in asked:
             assert playing.prompt_ids is not None
-            seed = request_seed(plan, playing.group, playing.sample, len(playing.steps))
+            seed = request_seed(config, playing.group, playing.sample, len(playing.steps))
             number = next(self._request_ids)  # never used again: a late answer must not be taken for another's
             with _costs([playing], StopReason.ENGINE_ERROR):
                 engine.submit(Request(number, playing.id, playing.prompt_ids, sampling, seed, playing.observations[-1]))
@@ -493,7 +493,7 @@ def _halves(num_slots: int) -> tuple[range, range]:
     return range(middle), range(middle, num_slots)
 
 
-def request_seed(plan: RolloutPlan, group: Group, sample: int, step: int) -> int:
+def request_seed(config: RolloutConfig, group: Group, sample: int, step: int) -> int:
     """Seed of one action: the same wherever and beside whatever it is sampled."""
-    name = f"{plan.seed}|{plan.name}|{group.id}|{group.task.id}|{sample}|{step}"
+    name = f"{config.seed}|{config.name}|{group.id}|{group.task.id}|{sample}|{step}"
     return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little")

@@ -176,7 +176,7 @@ def groups_of(tasks: Sequence[Task], size: int = 1) -> list[Group]:
 
 
 @dataclass(frozen=True)
-class RolloutPlan:
+class RolloutConfig:
     """How a round of episodes is played.
 
     Attributes:

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 
 from steppo.checkpoints import iteration_checkpoints
-from steppo.cli import StepCLI, main
+from steppo.cli import SteppoCLI, main
 
 TOY = Path(__file__).parent / "toy.yaml"
 
 
-def run(folder: Path, *args: str, command: str = "fit", config: Path = TOY) -> StepCLI:
+def run(folder: Path, *args: str, command: str = "fit", config: Path = TOY) -> SteppoCLI:
     """Runs ``config`` with its results and caches under ``folder``."""
     where = [f"--trainer.logger.init_args.save_dir={folder}", f"--warm_start.cache_dir={folder}/cache"]
     return main([command, "--config", str(config), *where, *args])

@@ -13,7 +13,7 @@ from unittest import mock
 import pytest
 import torch
 
-from steppo.cli import StepCLI
+from steppo.cli import SteppoCLI
 from steppo.contexts import StateContext
 from steppo.envs import TextWorldEnv
 from steppo.models import TinyPolicy
@@ -60,7 +60,7 @@ def corridor_texts() -> list[str]:
         done = False
         while not done:
             action = env.expert_action() or ""
-            texts += [context.describe(observation), "Done: " + action]
+            texts += [context.render_observation(observation), "Done: " + action]
             observation, _, done, _, _ = env.step(action)
     return texts
 
@@ -74,7 +74,7 @@ def tiny_policy() -> TinyPolicy:
 
 
 @pytest.fixture(scope="session")
-def toy_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[StepCLI, Path]:
+def toy_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[SteppoCLI, Path]:
     """A short run of ``toy.yaml``, and its folder. Its policy is the one of the newest checkpoint."""
     folder = tmp_path_factory.mktemp("toy_run")
     return run(folder), folder
@@ -101,7 +101,7 @@ def on_ranks(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Any]]:
             return work(rank)
 
         with monkeypatch.context() as patched, ThreadPoolExecutor(world) as threads:
-            for module in ("credit", "datamodule"):
+            for module in ("learner.credit", "datamodule"):
                 patched.setattr(f"steppo.{module}.gather", gather)
                 patched.setattr(f"steppo.{module}.rank_and_world", lambda: (here.rank, world))
             return list(threads.map(start, range(world)))

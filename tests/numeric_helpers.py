@@ -9,6 +9,7 @@ import torch
 from hypothesis import settings
 from torch import Tensor
 
+from steppo.advantages import Advantage, StepGAE, TokenGAE
 from steppo.losses import LossInputs, PolicyLoss, token_weights
 from steppo.losses.functional import Aggregation
 from steppo.types import CreditBatch
@@ -35,6 +36,13 @@ def near(actual: Tensor, expected: Tensor, tolerance: float) -> None:
 def normal(rng: np.random.Generator, *shape: int) -> Tensor:
     """Standard normal numbers, float64."""
     return torch.from_numpy(rng.standard_normal(shape))
+
+
+def gae(by_token: bool, gamma: float, gae_lambda: float, bootstrap: bool, even: bool) -> Advantage:
+    """GAE by step or by token; ``even``: each episode counts once in the whitening."""
+    if by_token:
+        return TokenGAE(gamma, gae_lambda, bootstrap, "episodes" if even else "tokens")
+    return StepGAE(gamma, gae_lambda, bootstrap, "episodes" if even else "steps")
 
 
 def steps_of(lengths: list[int]) -> Tensor:

@@ -14,12 +14,12 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
 
-from steppo.cli import StepCLI
+from steppo.cli import SteppoCLI
 from steppo.contexts import AppendContext, StateContext
 from steppo.export import clean_config, main
 from steppo.models import Policy, TinyPolicy
 from steppo.packing import PaddedPacker
-from steppo.types import Observation, RolloutPlan, Segment, Step, groups_of
+from steppo.types import Observation, RolloutConfig, Segment, Step, groups_of
 from tests.cli_helpers import TOY, checkpoint, evaluations, run
 from tests.test_train import CHAT
 
@@ -56,7 +56,7 @@ def assert_same_policy(policy: Policy, folder: Path, model: Any = None) -> None:
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
 
 
-def test_transformers_loads_the_same_policy(toy_run: tuple[StepCLI, Path], tmp_path: Path) -> None:
+def test_transformers_loads_the_same_policy(toy_run: tuple[SteppoCLI, Path], tmp_path: Path) -> None:
     cli, folder = toy_run
     export(folder, tmp_path / "out")
     assert (tmp_path / "out" / "model.safetensors").exists()
@@ -96,14 +96,14 @@ def test_peft_loads_the_same_adapter(bits: list[str], tiny_policy: TinyPolicy, t
         assert_same_policy(cli.model.policy, tmp_path / "merged")
 
 
-def test_generate_gives_the_action_that_the_engine_gives(toy_run: tuple[StepCLI, Path], tmp_path: Path) -> None:
+def test_generate_gives_the_action_that_the_engine_gives(toy_run: tuple[SteppoCLI, Path], tmp_path: Path) -> None:
     cli, folder = toy_run
     export(folder, tmp_path / "out")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     source = cli.datamodule.source
     task = source.tasks("valid")[0]
-    ((episode,),) = source.collect(groups_of([task]), RolloutPlan("test", 0, temperature=0.0))
+    ((episode,),) = source.collect(groups_of([task]), RolloutConfig("test", 0, temperature=0.0))
     source.close()
     for step in episode.steps:
         ids = torch.from_numpy(step.prompt_ids).long()[None]
@@ -114,7 +114,7 @@ def test_generate_gives_the_action_that_the_engine_gives(toy_run: tuple[StepCLI,
 
 @pytest.mark.parametrize("instructions", ["", "Do as told."])
 def test_the_chat_template_writes_what_the_contexts_wrote(
-    instructions: str, toy_run: tuple[StepCLI, Path], tmp_path: Path
+    instructions: str, toy_run: tuple[SteppoCLI, Path], tmp_path: Path
 ) -> None:
     cli, folder = toy_run
     export(folder, tmp_path / "out")
@@ -126,15 +126,15 @@ def test_the_chat_template_writes_what_the_contexts_wrote(
     step = Step(first, action, np.zeros(len(action)), 0.0, 0, "stop", False, False, True, OPENING.text, "left", 1.0, 0)
     second = context.prompt_ids([OPENING, OPENING], [step])
     turns = [{"role": "system", "content": instructions}] if instructions else []
-    turns.append({"role": "user", "content": context.describe(OPENING)})
+    turns.append({"role": "user", "content": context.render_observation(OPENING)})
     for expected in (first, second):
         text = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
         assert text == tokenizer.decode(expected)
         turns.append({"role": "assistant", "content": "left"})
-        turns.append({"role": "user", "content": context.describe(OPENING, with_goal=False)})
+        turns.append({"role": "user", "content": context.render_observation(OPENING, with_goal=False)})
 
 
-def test_an_exported_policy_trains_on(toy_run: tuple[StepCLI, Path], tmp_path: Path) -> None:
+def test_an_exported_policy_trains_on(toy_run: tuple[SteppoCLI, Path], tmp_path: Path) -> None:
     """Into a run as a pretrained model, and out again: the chat template and the name of the base come along."""
     export(toy_run[1], tmp_path / "base")
     generation = tmp_path / "base" / "generation_config.json"
@@ -159,7 +159,7 @@ def test_an_exported_policy_trains_on(toy_run: tuple[StepCLI, Path], tmp_path: P
     assert "base_model" not in front_matter(tmp_path / "out")  # a folder is no model of the hub
 
 
-def test_the_card_tells_what_was_trained_and_how_it_went(toy_run: tuple[StepCLI, Path], tmp_path: Path) -> None:
+def test_the_card_tells_what_was_trained_and_how_it_went(toy_run: tuple[SteppoCLI, Path], tmp_path: Path) -> None:
     _, folder = toy_run
     export(folder, tmp_path / "my-agent")
     card = (tmp_path / "my-agent" / "README.md").read_text()
@@ -179,7 +179,7 @@ def test_the_card_tells_what_was_trained_and_how_it_went(toy_run: tuple[StepCLI,
     assert "logger" not in config["trainer"]
 
 
-def test_results_of_a_moved_checkpoint_come_from_its_own_history(toy_run: tuple[StepCLI, Path], tmp_path: Path) -> None:
+def test_results_of_a_moved_checkpoint_come_from_its_own_history(toy_run: tuple[SteppoCLI, Path], tmp_path: Path) -> None:
     moved = tmp_path / "run" / "checkpoints" / "iteration-000002.ckpt"
     moved.parent.mkdir(parents=True)
     moved.write_bytes(checkpoint(toy_run[1]).read_bytes())
@@ -264,7 +264,7 @@ MISTAKES = {
 
 @pytest.mark.parametrize("name", MISTAKES)
 def test_a_mistake_is_one_clear_line(
-    name: str, toy_run: tuple[StepCLI, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    name: str, toy_run: tuple[SteppoCLI, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     make, message = MISTAKES[name]
     with pytest.raises(SystemExit) as stopped:

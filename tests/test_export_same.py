@@ -12,7 +12,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
-from steppo.cli import StepCLI
+from steppo.cli import SteppoCLI
 from steppo.export import main
 from steppo.models import TinyPolicy
 from steppo.types import Request, Sampling
@@ -48,12 +48,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(path)
 
 
-def prompts(cli: StepCLI) -> list[Any]:
+def prompts(cli: SteppoCLI) -> list[Any]:
     env = CorridorEnv()
     return [cli.datamodule.source.context.prompt_ids([env.reset(task)[0]], []) for task in env.tasks("valid")]
 
 
-def said_by_the_run(cli: StepCLI) -> list[list[int]]:
+def said_by_the_run(cli: SteppoCLI) -> list[list[int]]:
     """Greedy answers of the run's own engine, one prompt at a time."""
     engine, answers = cli.datamodule.source.engine, []
     for number, prompt in enumerate(prompts(cli)):
@@ -63,7 +63,7 @@ def said_by_the_run(cli: StepCLI) -> list[list[int]]:
     return answers
 
 
-def said_by(model: Any, cli: StepCLI) -> list[list[int]]:
+def said_by(model: Any, cli: SteppoCLI) -> list[list[int]]:
     answers = []
     for prompt in prompts(cli):
         ids = torch.from_numpy(prompt).long()[None]
@@ -103,7 +103,7 @@ def test_card_adapter_and_merged_model_answer_as_the_run(
 
     main([f"--ckpt_path={checkpoint(tmp_path / 'run')}", f"--out={tmp_path}/agent"])
     observation = CorridorEnv().reset(CorridorEnv().tasks("valid")[0])[0]
-    names = by_its_card(tmp_path / "agent", source.context.describe(observation), monkeypatch)
+    names = by_its_card(tmp_path / "agent", source.context.render_observation(observation), monkeypatch)
     inputs: Tensor = names["inputs"]["input_ids"]
     assert inputs[0].tolist() == prompts(cli)[0].tolist()
     assert names["action"][0, inputs.shape[1] :].tolist() == expected[0]

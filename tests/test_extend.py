@@ -55,7 +55,7 @@ FILES = {
 
         class LastOnly(ContextPolicy):
             def prompt_ids(self, observations, steps):
-                return self.first_turn("Now: " + self.describe(observations[-1]))
+                return self.first_turn("Now: " + self.render_observation(observations[-1]))
         """,
     "my_packer": """
         import numpy as np
@@ -78,7 +78,7 @@ FILES = {
             def tasks(self, split):
                 return [Task(f"{split}/{n}", {"word": ("heads", "tails")[n % 2]}) for n in range(8)]
 
-            def corpus(self, tasks):
+            def tokenizer_texts(self, tasks):
                 return ["planner: say heads or tails > worker: done, judge heads tails"]
 
             def bind(self, policy):
@@ -88,28 +88,28 @@ FILES = {
             def ids(self, text):
                 return self.policy.tokenizer(text, return_tensors="np")["input_ids"][0].astype("int32")
 
-            def collect(self, groups, plan):
+            def collect(self, groups, config):
                 for group in groups:
-                    yield [self.play(group, sample, plan) for sample in range(group.size)]
+                    yield [self.play(group, sample, config) for sample in range(group.size)]
 
-            def play(self, group, sample, plan):
+            def play(self, group, sample, config):
                 word, steps, said = group.task.data["word"], [], ""
                 order = group.first + sample
                 cut = order % self.cut == 1
                 for index, agent in enumerate(("planner", "worker", "worker", "planner")[: 3 if cut else 4]):
                     text = f"{agent}: say {word} {said} >"
-                    seed = request_seed(plan, group, sample, index)
-                    self.engine.submit(Request(0, group.task.id, self.ids(text), Sampling(plan.temperature, 4), seed))
+                    seed = request_seed(config, group, sample, index)
+                    self.engine.submit(Request(0, group.task.id, self.ids(text), Sampling(config.temperature, 4), seed))
                     [answer] = self.engine.poll()
                     said = self.policy.tokenizer.decode(answer.action_ids)
                     reward = 0.5 * (len(answer.action_ids) < 4)
                     steps.append(
                         Step(self.ids(text), answer.action_ids, answer.logprobs, reward, index, answer.finish_reason,
-                             False, False, True, text, said, plan.temperature, plan.version, agent_id=agent)
+                             False, False, True, text, said, config.temperature, config.version, agent_id=agent)
                     )
                 won = bool(answer.action_ids[0] % 2)
                 return Episode(
-                    f"{plan.name}/{order}", order, group.id, group.task.id, tuple(steps),
+                    f"{config.name}/{order}", order, group.id, group.task.id, tuple(steps),
                     StopReason.STEP_LIMIT if cut else StopReason.TERMINATED,
                     final_prompt_ids=self.ids("worker: judge >") if cut else None,
                     success=won, final_reward=float(won),

@@ -15,20 +15,19 @@ ROOT = Path(__file__).parent.parent
 # From left to right; left never imports right. Names of modules or packages in steppo/, and "callbacks".
 LAYERS: list[set[str]] = [
     {"steppo", "types", "errors", "distributed", "rng"},
-    {"envs", "contexts", "packing", "advantages", "losses", "parsers", "optim"},
-    {"learner"},
+    {"envs", "contexts", "packing", "advantages", "losses", "parsers"},
     {"models"},
     {"engines"},
     {"rollout", "buffer", "samplers"},
-    {"credit", "scoring", "lightning_state"},
-    {"module", "datamodule", "metrics", "progress", "checkpoints", "transcripts", "run_folder", "stopping"},
+    {"learner"},
+    {"lightning_state"},
+    {"module", "datamodule", "metrics", "progress", "checkpoints", "transcripts", "run_folder"},
     {"callbacks"},
-    {"mistakes"},
     {"cli", "gguf"},
     {"export", "play"},
 ]
 APART = LAYERS[1]  # these do not import each other either
-USE_LIGHTNING = {"module", "datamodule", "checkpoints", "run_folder", "stopping", "callbacks", "mistakes", "cli", "play"}
+USE_LIGHTNING = {"module", "datamodule", "checkpoints", "run_folder", "callbacks", "cli", "play"}
 
 
 def imports_of(source: str, package: str) -> set[str]:

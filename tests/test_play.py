@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from steppo.cli import StepCLI
+from steppo.cli import SteppoCLI
 from steppo.models import TinyPolicy
 from steppo.packing import PaddedPacker
 from steppo.play.command import main
@@ -76,7 +76,7 @@ def test_random_play_repeats_with_its_seed_and_takes_overrides(capsys: pytest.Ca
     assert "not valid" not in text
 
 
-def test_the_policy_plays_as_it_was_evaluated(toy_run: tuple[StepCLI, Path], capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_policy_plays_as_it_was_evaluated(toy_run: tuple[SteppoCLI, Path], capsys: pytest.CaptureFixture[str]) -> None:
     """Greedy on the panel: success, return and steps of the run's last evaluation."""
     folder = toy_run[1]
     text = play(capsys, f"--ckpt_path={checkpoint(folder)}", "--episodes=8")

@@ -68,7 +68,7 @@ TAGS = {
     "train/learning_rate",
     "train/learning_rate_critic",
     "train/skipped_updates",
-    "train/sampler_logprob_gap",
+    "train/logprob_mismatch",
     "train/updates",
     "train/environment_steps",
     "seconds/rollout",
@@ -128,14 +128,14 @@ def test_fit_records_what_it_did(tmp_path: Path) -> None:
     curves = scalars(tmp_path)
     assert set(curves) >= TAGS
     assert [step for step, _ in curves["val/success_rate"]] == [0, 4, 6]
-    assert max(gap for _, gap in curves["train/sampler_logprob_gap"]) < 1e-4
+    assert max(gap for _, gap in curves["train/logprob_mismatch"]) < 1e-4
     assert curves["train/environment_steps"][-1][1] == records[-1]["environment_steps"]
 
 
 def test_append_context_samples_what_it_learns(tmp_path: Path) -> None:
     context = "--data.source.context.class_path=steppo.contexts.AppendContext"
     run(tmp_path, context, "--trainer.max_epochs=1", "--data.source.max_prompt_tokens=500")
-    gaps = scalars(tmp_path)["train/sampler_logprob_gap"]
+    gaps = scalars(tmp_path)["train/logprob_mismatch"]
     assert 0 < max(gap for _, gap in gaps) < 1e-4
 
 
@@ -188,7 +188,11 @@ def test_validate_repeats_the_recorded_evaluation(tmp_path: Path, capsys: pytest
         ["--model.critic.detach=true", "--model.objective.kl=reward", "--model.objective.aggregation=token-mean"],
         ["--model.advantage=steppo.advantages.TokenGAE", "--model.loss.ratio=token", "--model.objective.value_clip=0"],
         ["--model.advantage=steppo.advantages.TokenGAE", "--rollout.group_size=2", "--model.objective.kl=loss"],
-        ["--model.advantage.bootstrap_truncated=true", "--data.source.max_steps=3", "--model.advantage.even_episodes=true"],
+        [
+            "--model.advantage.bootstrap_truncated=true",
+            "--data.source.max_steps=3",
+            "--model.advantage.whiten_over=episodes",
+        ],
         ["--data.max_tokens_per_microbatch=100", "--model.policy_optimizer.schedule=cosine", "--data.update_epochs=2"],
         ["--data.source.parser=steppo.parsers.CommandParser", "--data.sampler=steppo.samplers.SequentialSampler"],
     ],
@@ -351,5 +355,5 @@ def test_a_pretrained_model_of_a_folder_trains(context: str, tiny_policy: TinyPo
         "--trainer.max_epochs=1",
     )
     assert cli.model.policy.tokenizer.chat_template == CHAT
-    assert scalars(tmp_path / "run")["train/sampler_logprob_gap"][0][1] < 1e-4
+    assert scalars(tmp_path / "run")["train/logprob_mismatch"][0][1] < 1e-4
     assert [record["iteration"] for record in evaluations(tmp_path / "run")] == [0, 1]

@@ -28,8 +28,8 @@ class StepGAE(Advantage):
         gae_lambda: 1 is the Monte Carlo return, 0 the one-step difference.
         bootstrap_truncated: After the last step of an episode that was cut, take the critic's value instead of 0. What
             follows the last steps of the episode's other agents is 0.
-        even_episodes: Take mean and deviation with each episode counting once, not each step. Where won episodes are longer
-            than lost ones that mean is lower, so that what was right in lost episodes is pushed down less.
+        whiten_over: Mean and deviation are of all steps, or with each episode counting once (``episodes``). Where won
+            episodes are longer than lost ones that mean is lower, and what was right in lost ones is pushed down less.
     """
 
     needs_values: ClassVar[Literal["none", "step", "token"]] = "step"
@@ -39,13 +39,13 @@ class StepGAE(Advantage):
         gamma: float = 1.0,
         gae_lambda: float = 1.0,
         bootstrap_truncated: bool = False,
-        even_episodes: bool = False,
+        whiten_over: Literal["steps", "episodes"] = "steps",
     ) -> None:
         check_decays(self, gamma=gamma, gae_lambda=gae_lambda)
         self.gamma = gamma
         self.gae_lambda = gae_lambda
         self.bootstrap_truncated = bootstrap_truncated
-        self.even_episodes = even_episodes
+        self.whiten_over = whiten_over
 
     def __call__(self, batch: CreditBatch) -> Credit:
         assert batch.value_N is not None
@@ -61,5 +61,5 @@ class StepGAE(Advantage):
             self.gae_lambda,
         )
         advantage_N = unsort(advantage, order)
-        counted = batch.episode_N if self.even_episodes else None
+        counted = batch.episode_N if self.whiten_over == "episodes" else None
         return Credit(advantage_N=whiten(advantage_N, counted), target_N=advantage_N + batch.value_N)

@@ -29,8 +29,8 @@ class TokenGAE(Advantage):
         gae_lambda: 1 is the Monte Carlo return, 0 the one-token difference.
         bootstrap_truncated: After the last token of an episode that was cut, take the critic's value instead of 0. What
             follows the last tokens of the episode's other agents is 0.
-        even_episodes: Take mean and deviation with each episode counting once, not each token. Where won episodes are longer
-            than lost ones that mean is lower, so that what was right in lost episodes is pushed down less.
+        whiten_over: Mean and deviation are of all tokens, or with each episode counting once (``episodes``). Where won
+            episodes are longer than lost ones that mean is lower, and what was right in lost ones is pushed down less.
     """
 
     needs_values: ClassVar[Literal["none", "step", "token"]] = "token"
@@ -40,13 +40,13 @@ class TokenGAE(Advantage):
         gamma: float = 1.0,
         gae_lambda: float = 1.0,
         bootstrap_truncated: bool = False,
-        even_episodes: bool = False,
+        whiten_over: Literal["tokens", "episodes"] = "tokens",
     ) -> None:
         check_decays(self, gamma=gamma, gae_lambda=gae_lambda)
         self.gamma = gamma
         self.gae_lambda = gae_lambda
         self.bootstrap_truncated = bootstrap_truncated
-        self.even_episodes = even_episodes
+        self.whiten_over = whiten_over
 
     def __call__(self, batch: CreditBatch) -> Credit:
         assert batch.value_A is not None
@@ -61,5 +61,5 @@ class TokenGAE(Advantage):
         )
         advantage_A = unsort(advantage, order)
         target_A = advantage_A + batch.value_A
-        counted = torch.repeat_interleave(batch.episode_N, batch.length_N) if self.even_episodes else None
+        counted = torch.repeat_interleave(batch.episode_N, batch.length_N) if self.whiten_over == "episodes" else None
         return Credit(advantage_A=whiten_(advantage_A, counted), target_A=target_A)

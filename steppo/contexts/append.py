@@ -15,7 +15,9 @@ class AppendContext(ContextPolicy):
 
     def prompt_ids(self, observations: Sequence[Observation], steps: Sequence[Step]) -> np.ndarray:
         if not steps:
-            return self.first_turn(self.describe(observations[0]))
+            return self.first_turn(self.render_observation(observations[0]))
         last = steps[-1]
-        turn = self.next_turn(self.describe(observations[-1], with_goal=False), stopped=last.finish_reason == "stop")
+        turn = self.next_turn(
+            self.render_observation(observations[-1], with_goal=False), stopped=last.finish_reason == "stop"
+        )
         return np.concatenate([last.prompt_ids, last.action_ids, turn])

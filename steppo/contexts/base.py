@@ -64,7 +64,7 @@ class ContextPolicy(ABC):
             int32 token ids.
         """
 
-    def describe(self, observation: Observation, with_goal: bool = True) -> str:
+    def render_observation(self, observation: Observation, with_goal: bool = True) -> str:
         """Text of one observation: goal, feedback, what is seen, the commands."""
         lines = [observation.goal] if with_goal and observation.goal else []
         lines += [line for line in (observation.feedback, observation.text) if line]

@@ -40,5 +40,5 @@ class StateContext(ContextPolicy):
         lines = [current.goal] if current.goal else []
         if past:
             lines.append("Done: " + ", ".join(past))
-        lines.append(self.describe(current, with_goal=False))
+        lines.append(self.render_observation(current, with_goal=False))
         return self.first_turn("\n".join(lines))

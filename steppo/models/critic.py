@@ -56,7 +56,7 @@ class Critic(nn.Module, ABC):
         """Values at flat positions of a batch, the same shape as ``positions``."""
         return self.head(self.states(batch, policy_hidden)[positions])
 
-    def follow(self, policy: Policy) -> None:
+    def copy_weights_from(self, policy: Policy) -> None:
         """The policy was warm-started: a critic that began as its copy begins there again."""
 
 
@@ -95,7 +95,7 @@ class SeparateCritic(Critic):
     def states(self, batch: TokenBatch, policy_hidden: Tensor | None) -> Tensor:
         return trunk_states(self.trunk, batch)
 
-    def follow(self, policy: Policy) -> None:
+    def copy_weights_from(self, policy: Policy) -> None:
         self.trunk.load_state_dict(policy.trunk.state_dict())
 
 
@@ -114,5 +114,5 @@ class AdapterCritic(Critic):
     def states(self, batch: TokenBatch, policy_hidden: Tensor | None) -> Tensor:
         return self._view(batch).hidden
 
-    def follow(self, policy: Policy) -> None:
-        self._view.follow(policy)
+    def copy_weights_from(self, policy: Policy) -> None:
+        self._view.copy_weights_from(policy)

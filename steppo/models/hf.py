@@ -56,7 +56,7 @@ class HFPolicy(Policy):
         self.attn_implementation = attn_implementation
         self.revision = revision
 
-    def build(self, corpus: Callable[[], list[str]]) -> None:
+    def build(self, tokenizer_texts: Callable[[], list[str]]) -> None:
         dtype = self.base_dtype or self.load_dtype
         quantized: dict[str, Any] = {}
         if self.bits is not None:

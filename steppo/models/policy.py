@@ -60,11 +60,11 @@ class Policy(nn.Module, ABC):
         self.load_device = torch.device("cpu")
 
     @abstractmethod
-    def build(self, corpus: Callable[[], list[str]]) -> None:
+    def build(self, tokenizer_texts: Callable[[], list[str]]) -> None:
         """Makes model and tokenizer.
 
         Args:
-            corpus: Gives texts of the training environment, for policies that make their own tokenizer.
+            tokenizer_texts: Gives texts of the training environment, for policies that make their own tokenizer.
         """
 
     def tokenizer_state(self) -> str:
@@ -159,10 +159,10 @@ class Policy(nn.Module, ABC):
         if self.adapters is None:
             return copy.deepcopy(self).requires_grad_(False)
         view = AdapterView(self, "reference", trained=False)
-        view.follow(self)
+        view.copy_weights_from(self)
         return view
 
-    def follow(self, policy: Policy) -> None:
+    def copy_weights_from(self, policy: Policy) -> None:
         """Takes the weights of a policy of the same kind."""
         self.load_state_dict(policy.state_dict())
 
@@ -266,7 +266,7 @@ class AdapterView:
         assert self._policy.adapters is not None
         return self._policy.adapters.parameters(self._name)
 
-    def follow(self, policy: Policy) -> None:
+    def copy_weights_from(self, policy: Policy) -> None:
         """Takes the weights of the policy's own adapter."""
         assert policy.adapters is not None
         policy.adapters.copy("policy", self._name)

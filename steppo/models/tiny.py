@@ -63,7 +63,7 @@ class TinyPolicy(Policy):
             bos_token_id=None,
         )
 
-    def build(self, corpus: Callable[[], list[str]]) -> None:
+    def build(self, tokenizer_texts: Callable[[], list[str]]) -> None:
         tokenizer = Tokenizer(models.BPE())
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         tokenizer.decoder = decoders.ByteLevel()
@@ -73,7 +73,7 @@ class TinyPolicy(Policy):
             initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
             show_progress=False,
         )
-        tokenizer.train_from_iterator(corpus(), trainer)
+        tokenizer.train_from_iterator(tokenizer_texts(), trainer)
         self.load_tokenizer_state(tokenizer.to_str())
         self.stop_ids = frozenset([self.tokenizer.eos_token_id])
         with torch.random.fork_rng(devices=[]):

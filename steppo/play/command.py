@@ -13,7 +13,7 @@ from lightning.fabric import Fabric
 from rich.console import Console
 
 from steppo.checkpoints import read, require_identity
-from steppo.cli import OwnOptions, PartsCLI, build_parts, mistakes_in_one_line
+from steppo.cli import OwnOptions, PartsCLI, build_parts, errors_in_one_line
 from steppo.datamodule import run_seed
 from steppo.engines import Engine, ScriptedEngine, expert_action, random_action
 from steppo.errors import ConfigError, RunError
@@ -23,12 +23,12 @@ from steppo.module import AgentModule
 from steppo.packing import PaddedPacker
 from steppo.play.show import Human, Quit, Show
 from steppo.rollout import EnvSource
-from steppo.types import Group, Request, RolloutPlan, Segment, Step, Task
+from steppo.types import Group, Request, RolloutConfig, Segment, Step, Task
 
 _NO_LIMIT = 2**31
 
 
-@mistakes_in_one_line()
+@errors_in_one_line()
 def main(args: Sequence[str] | None = None) -> None:
     """Runs the command line (the process's own unless given)."""
     parser = OwnOptions(
@@ -71,10 +71,10 @@ def main(args: Sequence[str] | None = None) -> None:
             source.max_prompt_tokens = _NO_LIMIT
         show = Show(console, lambda step: source.context.decode_action(step.action_ids), value)
         engine = _engine(options.player, console, source)
-        plan = RolloutPlan("play", run_seed(), options.temperature, want_expert=options.player == "expert")
-        player = options.player + (f", temperature {plan.temperature:g}" if engine is None else "")
+        config = RolloutConfig("play", run_seed(), options.temperature, want_expert=options.player == "expert")
+        player = options.player + (f", temperature {config.temperature:g}" if engine is None else "")
         with autocast:
-            _play(console, source, tasks, plan, engine, show, player)
+            _play(console, source, tasks, config, engine, show, player)
     except Quit:
         console.print("left")
     except KeyboardInterrupt:
@@ -106,16 +106,16 @@ def _load(console: Console, parts: PartsCLI, checkpoint: dict[str, Any] | None, 
     """Builds the run's models, as they are in the checkpoint if there is one, and hands the policy to the source."""
     module, data, source = parts.model, parts.datamodule, parts.datamodule.source
 
-    def corpus() -> list[str]:
+    def tokenizer_texts() -> list[str]:
         _prepare(console, source, data.tasks())
-        return data.corpus()
+        return data.tokenizer_texts()
 
     precision = fabric.strategy.precision
     parts.quantization.apply(module, fabric.device, checkpoint)
     module.gradient_checkpointing = False  # it would forbid the engine's cache
     if checkpoint is None:
         console.print("untrained: there is no --ckpt_path", style="yellow")
-        module.build_models(corpus)
+        module.build_models(tokenizer_texts)
         precision.convert_module(module)
     else:
         module.build_models(list)  # a tokenizer that was trained is in the checkpoint
@@ -160,7 +160,7 @@ def _play(
     console: Console,
     source: EnvSource,
     tasks: Sequence[Task],
-    plan: RolloutPlan,
+    config: RolloutConfig,
     engine: Engine | None,
     show: Show,
     player: str,
@@ -169,7 +169,7 @@ def _play(
     error = ""
     for number, task in enumerate(tasks):
         show.opening(task, player)
-        for (episode,) in source.collect([Group(number, task, first=number)], plan, engine, show.turn):
+        for (episode,) in source.collect([Group(number, task, first=number)], config, engine, show.turn):
             show.ending(episode)
             statistics.update(episode)
             error = episode.error

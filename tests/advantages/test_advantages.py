@@ -15,7 +15,7 @@ from torch import Tensor
 from steppo.advantages import StepGAE, TokenGAE, base
 from steppo.advantages.base import discounted_suffix_sums_, ends_of_runs, whiten
 from steppo.types import Credit, CreditBatch
-from tests.numeric_helpers import FEW, close, near, normal, to_batch
+from tests.numeric_helpers import FEW, close, gae, near, normal, to_batch
 from tests.slow_credit import Ending, Turn, slow_credit, slow_whiten
 
 
@@ -54,7 +54,7 @@ BY_TOKEN = pytest.mark.parametrize("by_token", [False, True], ids=["step", "toke
 @given(EPISODES, SEEDS, DISCOUNTS, DISCOUNTS, st.booleans(), st.booleans())
 def test_gae_equals_a_loop(by_token, episodes, seed, gamma, gae_lambda, bootstrap, even):
     turns, endings = random_turns(episodes, seed)
-    scheme = (TokenGAE if by_token else StepGAE)(gamma, gae_lambda, bootstrap, even)
+    scheme = gae(by_token, gamma, gae_lambda, bootstrap, even)
     advantage, target = advantage_and_target(scheme(to_batch(turns, endings)), by_token)
     expected_advantage, expected_target = slow_credit(turns, endings, gamma, gae_lambda, bootstrap, by_token, even)
     close(advantage, expected_advantage)
@@ -68,7 +68,7 @@ def test_gae_follows_the_rows(by_token, episodes, seed, random, even):
     turns, endings = random_turns(episodes, seed)
     rows = list(range(len(turns)))
     random.shuffle(rows)
-    scheme = (TokenGAE if by_token else StepGAE)(0.9, 0.8, True, even)
+    scheme = gae(by_token, 0.9, 0.8, True, even)
     straight = advantage_and_target(scheme(to_batch(turns, endings)), by_token)
     shuffled = advantage_and_target(scheme(to_batch([turns[row] for row in rows], endings)), by_token)
     lengths = [len(turn.rewards) if by_token else 1 for turn in turns]
@@ -160,19 +160,20 @@ def test_long_actions_do_not_count_more():
 
 
 @BY_TOKEN
-def test_even_episodes_by_hand(by_token):
+def test_whitening_over_episodes_by_hand(by_token):
     """A won episode of three rows and a lost one of one: returns 1, 1, 1 and 0.
 
     Each episode once: mean 1/2, variance 1/4 * 4/3, so that both are as far from 0. Each row: mean 3/4, variance 1/4.
     """
     turns = [Turn(0, index, [float(index == 2)], [0.0], 0.0) for index in range(3)] + [Turn(1, 0, [0.0], [0.0], 0.0)]
     batch = to_batch(turns, [Ending(True, 0.0)] * 2)
-    for even, expected in ((True, [3**0.5 / 2] * 3 + [-(3**0.5) / 2]), (False, [0.5] * 3 + [-1.5])):
-        scheme = (TokenGAE if by_token else StepGAE)(even_episodes=even)
+    rows = "tokens" if by_token else "steps"
+    for over, expected in (("episodes", [3**0.5 / 2] * 3 + [-(3**0.5) / 2]), (rows, [0.5] * 3 + [-1.5])):
+        scheme = (TokenGAE if by_token else StepGAE)(whiten_over=over)
         close(advantage_and_target(scheme(batch), by_token)[0], expected, 1e-7)
 
 
-def test_even_episodes_of_one_length_are_whitened_as_ever():
+def test_over_episodes_of_one_length_nothing_changes():
     numbers = normal(np.random.default_rng(0), 12)
     close(whiten(numbers, torch.tensor([2, 0, 5] * 4)), whiten(numbers))
 

@@ -56,7 +56,7 @@ def test_adapters_learn_on_a_frozen_base(options: list[str], tolerance: float, f
     assert any(".lora_B.policy." in name for name in changed)
     assert any(".lora_B.critic." in name for name in changed)
     figures = scalars(tmp_path / "run")
-    assert figures["train/sampler_logprob_gap"][0][1] < tolerance
+    assert figures["train/logprob_mismatch"][0][1] < tolerance
     assert figures["memory/process_mib"][0][1] > 0
     saved = weights(tmp_path / "run")
     assert all(".lora_" in name or name.startswith("critic.head") for name in saved)

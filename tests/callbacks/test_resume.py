@@ -48,9 +48,9 @@ class SaveAnywhere(Callback):
         self.folder = Path(trainer.log_dir)
         collect = pl_module.data.source.collect
 
-        def collect_and_save(groups: Any, plan: Any, *args: Any) -> Any:
-            for group in collect(groups, plan, *args):
-                self._save(trainer, f"in-{plan.name.partition('/')[0]}")
+        def collect_and_save(groups: Any, config: Any, *args: Any) -> Any:
+            for group in collect(groups, config, *args):
+                self._save(trainer, f"in-{config.name.partition('/')[0]}")
                 yield group
 
         pl_module.data.source.collect = collect_and_save
@@ -302,7 +302,7 @@ def test_evaluating_a_checkpoint_prepares_the_panel_only(
 ) -> None:
     prepared: list[str] = []
     monkeypatch.setattr(CorridorEnv, "prepare", lambda self, tasks, progress: prepared.extend(task.id for task in tasks))
-    monkeypatch.setattr(EnvSource, "corpus", lambda self, tasks: pytest.fail("the checkpoint brings its tokenizer"))
+    monkeypatch.setattr(EnvSource, "tokenizer_texts", lambda self, tasks: pytest.fail("the checkpoint brings its tokenizer"))
     run(tmp_path, f"--ckpt_path={checkpoint(whole)}", command="validate")
     assert prepared == [task.id for task in CorridorEnv().tasks("valid")]
     assert records(evaluations(tmp_path)) == records(evaluations(whole))[-1:]

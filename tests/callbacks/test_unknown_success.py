@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from callbacks import EvaluationCallback
-from steppo.cli import StepCLI
+from steppo.cli import SteppoCLI
 from steppo.export import main as export
 from steppo.play.command import main as play
 from tests.cli_helpers import TOY, checkpoint, evaluations, run
@@ -36,17 +36,17 @@ SILENT = [
 
 
 @pytest.fixture(scope="module")
-def silent_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[StepCLI, Path]:
+def silent_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[SteppoCLI, Path]:
     """A run with the callbacks that a config names, in an environment without a verdict."""
     folder = tmp_path_factory.mktemp("silent")
     return run(folder, *SILENT), folder
 
 
-def best_of(cli: StepCLI) -> ModelCheckpoint:
+def best_of(cli: SteppoCLI) -> ModelCheckpoint:
     return next(callback for callback in cli.trainer.callbacks if isinstance(callback, ModelCheckpoint))
 
 
-def test_a_run_without_a_verdict_goes_by_its_return(silent_run: tuple[StepCLI, Path]) -> None:
+def test_a_run_without_a_verdict_goes_by_its_return(silent_run: tuple[SteppoCLI, Path]) -> None:
     cli, folder = silent_run
     records = evaluations(folder)
     assert [record["iteration"] for record in records] == [0, 1, 2]
@@ -110,7 +110,7 @@ def test_play_shows_what_there_is(capsys: pytest.CaptureFixture[str]) -> None:
     assert "solved" not in text
 
 
-def test_a_continued_run_finds_its_best_again(silent_run: tuple[StepCLI, Path], capsys) -> None:
+def test_a_continued_run_finds_its_best_again(silent_run: tuple[SteppoCLI, Path], capsys) -> None:
     cli, folder = silent_run
     before = best_of(cli).best_model_score
     with warnings.catch_warnings(record=True) as caught:
@@ -128,7 +128,7 @@ def test_a_continued_run_finds_its_best_again(silent_run: tuple[StepCLI, Path], 
     assert "nan" not in text
 
 
-def test_the_model_card_shows_what_there_is(silent_run: tuple[StepCLI, Path], tmp_path: Path) -> None:
+def test_the_model_card_shows_what_there_is(silent_run: tuple[SteppoCLI, Path], tmp_path: Path) -> None:
     _, folder = silent_run
     export([f"--ckpt_path={checkpoint(folder)}", f"--out={tmp_path / 'out'}"])
     card = (tmp_path / "out" / "README.md").read_text()
@@ -183,7 +183,7 @@ def test_the_first_evaluation_decides(rates: list[float | None], monitor: str) -
     assert [callback.monitor for callback in trainer.callbacks[:-1]] == [monitor, "val/steps_mean", None, monitor]
 
 
-def test_records_are_plain_json(silent_run: tuple[StepCLI, Path]) -> None:
+def test_records_are_plain_json(silent_run: tuple[SteppoCLI, Path]) -> None:
     _, folder = silent_run
 
     def refuse(name: str) -> None:

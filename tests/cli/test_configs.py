@@ -35,8 +35,8 @@ LOSSES = {
 }
 # Their settings: no base config's may be left, such as a decay per step that now counts per token.
 CREDIT: dict[type, dict[str, Any]] = {
-    TokenGAE: {"gamma": 1.0, "gae_lambda": 1.0, "bootstrap_truncated": False, "even_episodes": False},
-    StepGAE: {"gamma": 1.0, "gae_lambda": 1.0, "bootstrap_truncated": False, "even_episodes": False},
+    TokenGAE: {"gamma": 1.0, "gae_lambda": 1.0, "bootstrap_truncated": False, "whiten_over": "tokens"},
+    StepGAE: {"gamma": 1.0, "gae_lambda": 1.0, "bootstrap_truncated": False, "whiten_over": "steps"},
     ReinforcePP: {"gamma": 1.0},
     ReinforcePPBaseline: {},
     GRPO: {"scale_by_std": True},

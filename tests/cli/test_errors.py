@@ -207,7 +207,7 @@ LATE = {
     "overflow": (["--data.source.max_prompt_tokens=5"], "raise max_prompt_tokens"),
     "too_few_steps": (["--data.num_minibatches=5000"], "at most 8 steps is too small for data.num_minibatches, 5000"),
     "no_weight": ([WEIGHTED, "--data.sampler.weights={'*': 0}"], "WeightedSampler: every task has weight 0"),
-    "broken_reset": ([BROKEN], "rollout.min_healthy is 0.5); the most common error: KeyError: 'broken in reset' ("),
+    "broken_reset": ([BROKEN], "rollout.min_valid_fraction is 0.5); the most common error: KeyError: 'broken in reset' ("),
     "monitor": (
         [f"--trainer.callbacks+={CALLBACKS}.EarlyStopping", "--trainer.callbacks.monitor=val/succes_rate"],
         "Early stopping conditioned on metric `val/succes_rate` which is not available",

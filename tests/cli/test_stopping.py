@@ -14,7 +14,7 @@ import pytest
 from lightning.pytorch.callbacks import Callback
 
 from steppo.checkpoints import iteration_checkpoints
-from steppo.stopping import STOPPED
+from steppo.cli.stopping import STOPPED
 from tests.callbacks.test_resume import OPTIONS, ROOT, assert_same_run, whole
 from tests.cli_helpers import TOY, run
 from tests.toy_env import CorridorEnv
@@ -44,7 +44,7 @@ def stop_in_call(monkeypatch: pytest.MonkeyPatch, target: str, number: int) -> l
     ("target", "number"),
     [
         ("tests.toy_env.CorridorEnv.prepare", 1),
-        ("steppo.rollout.EnvSource.corpus", 1),
+        ("steppo.rollout.EnvSource.tokenizer_texts", 1),
         ("steppo.packing.PaddedPacker.pack", 20),  # in the warm start
         ("callbacks.evaluation.EvaluationCallback._evaluate", 1),
     ],

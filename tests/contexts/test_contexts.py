@@ -263,7 +263,7 @@ def test_append_reads_like_the_whole_conversation_rendered_at_once(
     prompts, _ = play(context)
     messages = [{"role": "system", "content": instructions}] if instructions else []
     for turn, prompt in enumerate(prompts):
-        messages.append({"role": "user", "content": context.describe(OBSERVATIONS[turn], with_goal=turn == 0)})
+        messages.append({"role": "user", "content": context.render_observation(OBSERVATIONS[turn], with_goal=turn == 0)})
         whole = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **arguments)
         assert text_of(tokenizer, prompt) == whole
         assert ('"name": "act"' in whole) == (name == "thinking" and bool(arguments))

@@ -83,7 +83,7 @@ def test_one_wrong_value_of_each_kind_in_a_run(tmp_path: Path, capfd: pytest.Cap
         f"--rollout.episodes_per_iteration={len(NAMES)}",
         f"--data.eval_tasks={len(NAMES)}",
         "--trainer.max_epochs=1",
-        "--rollout.min_healthy=0",
+        "--rollout.min_valid_fraction=0",
     )
     assert "Traceback" not in "".join(capfd.readouterr())
     for kind in ("train", "valid"):

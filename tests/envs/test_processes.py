@@ -28,7 +28,7 @@ from steppo.envs.pool import EnvPool
 from steppo.errors import RunError
 from steppo.models import TinyPolicy
 from steppo.rollout import EnvSource, _halves
-from steppo.types import Completion, Observation, RolloutPlan, groups_of
+from steppo.types import Completion, Observation, RolloutConfig, groups_of
 from tests.cli_helpers import TOY, run
 from tests.family_env import KINDS, FamilyEnv, LargeEnv, NoStartEnv, ParallelEnv
 from tests.toy_env import CorridorEnv
@@ -327,7 +327,7 @@ def test_all_workers_are_busy_while_a_half_is_stepped(num_workers: int, monkeypa
     )
     with closing(source):
         groups = groups_of([TASKS[3]] * 6)  # all of the same length
-        assert len(list(source.collect(groups, RolloutPlan("train/0", 0, 1.0, want_expert=True)))) == 6
+        assert len(list(source.collect(groups, RolloutConfig("train/0", 0, 1.0, want_expert=True)))) == 6
     busy = [workers for workers in rounds if workers]
     assert len(busy) >= 4
     assert busy == [set(range(num_workers))] * len(busy)

@@ -16,7 +16,7 @@ import pytest
 from steppo.envs.checks import MOST_REWARD, checked_episode
 from steppo.rollout import EnvSource
 from steppo.transcripts import episode_records
-from steppo.types import Episode, RolloutPlan, StopReason
+from steppo.types import Episode, RolloutConfig, StopReason
 from tests.cli_helpers import evaluations, run
 from tests.learner.test_credit import make_episode
 
@@ -122,16 +122,16 @@ def test_what_failed_before_keeps_its_reason() -> None:
 class OddJudge(EnvSource):
     """Its reward for the whole episode is not a number for one of eight."""
 
-    def collect(self, groups: Any, plan: RolloutPlan, *args: Any) -> Iterator[list[Episode]]:
-        for group in super().collect(groups, plan, *args):
+    def collect(self, groups: Any, config: RolloutConfig, *args: Any) -> Iterator[list[Episode]]:
+        for group in super().collect(groups, config, *args):
             yield [dataclasses.replace(episode, final_reward=NAN if episode.order == 5 else 0.5) for episode in group]
 
 
 class ByAgent(EnvSource):
     """Numbers the steps of each agent from 0."""
 
-    def collect(self, groups: Any, plan: RolloutPlan, *args: Any) -> Iterator[list[Episode]]:
-        for group in super().collect(groups, plan, *args):
+    def collect(self, groups: Any, config: RolloutConfig, *args: Any) -> Iterator[list[Episode]]:
+        for group in super().collect(groups, config, *args):
             for episode in group:
                 steps = [
                     dataclasses.replace(step, index=step.index // 2, agent_id="ab"[step.index % 2]) for step in episode.steps

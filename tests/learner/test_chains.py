@@ -17,14 +17,14 @@ from callbacks import RolloutCallback
 from callbacks.transcript import as_text
 from steppo.advantages import GRPO, RLOO, Advantage, GiGPO, ReinforcePP, ReinforcePPBaseline, StepGAE, TokenGAE, whiten
 from steppo.advantages.base import episode_returns
-from steppo.credit import assign_credit
+from steppo.learner.credit import assign_credit
 from steppo.metrics import EpisodeStatistics
 from steppo.models import TinyPolicy
 from steppo.transcripts import episode_records
 from steppo.types import Credit, CreditBatch, Episode, StopReason
 from tests.advantages.test_group_advantages import SCHEMES, advantage, by_turn, each
 from tests.learner.test_credit import assert_equal, make_buffer, make_episode
-from tests.numeric_helpers import FEW, close, normal, to_batch
+from tests.numeric_helpers import FEW, close, gae, normal, to_batch
 from tests.slow_credit import Ending, Turn, slow_credit
 
 ALL: dict[str, tuple[Advantage, str]] = {
@@ -185,7 +185,7 @@ def turns_of(episodes: list, seed: int, ties: bool = False) -> tuple[list[Turn],
 @given(EPISODES, SEEDS, st.sampled_from([0.0, 0.3, 1.0]), st.sampled_from([0.0, 0.9, 1.0]), st.booleans(), st.booleans())
 def test_gae_equals_a_loop(by_token, episodes, seed, gamma, gae_lambda, bootstrap, even):
     turns, endings = turns_of(episodes, seed)
-    credit = (TokenGAE if by_token else StepGAE)(gamma, gae_lambda, bootstrap, even)(to_batch(turns, endings))
+    credit = gae(by_token, gamma, gae_lambda, bootstrap, even)(to_batch(turns, endings))
     given = credit.advantage_A if by_token else credit.advantage_N
     expected, expected_target = slow_credit(turns, endings, gamma, gae_lambda, bootstrap, by_token, even)
     close(given, expected)

@@ -19,9 +19,9 @@ from torch import Tensor
 
 from steppo.advantages import GRPO, RLOO, Advantage, GiGPO, ReinforcePP, ReinforcePPBaseline, StepGAE, TokenGAE, whiten
 from steppo.buffer import Scores, StepBuffer
-from steppo.credit import GlobalSteps, assign_credit
 from steppo.datamodule import StepDataModule
 from steppo.errors import RunError
+from steppo.learner.credit import GlobalSteps, assign_credit
 from steppo.packing import Packer, PaddedPacker
 from steppo.rollout import EpisodeSource
 from steppo.samplers import SequentialSampler
@@ -31,7 +31,7 @@ from steppo.types import (
     Episode,
     Group,
     Microbatch,
-    RolloutPlan,
+    RolloutConfig,
     Segment,
     Step,
     StopReason,
@@ -421,11 +421,11 @@ def test_credit_is_stored_in_the_precision_of_the_scores() -> None:
 
 def test_the_gap_is_the_largest_difference_to_the_sampler() -> None:
     buffer = make_buffer(EPISODES)
-    assert assign_credit(buffer, StepGAE(), 0.0).gap == pytest.approx(0.0, abs=1e-6)
+    assert assign_credit(buffer, StepGAE(), 0.0).logprob_mismatch == pytest.approx(0.0, abs=1e-6)
     assert buffer.scores is not None
     buffer.scores.old_logprobs_A[17] -= 0.25
     buffer.scores.old_logprobs_A[30] += 0.125
-    assert assign_credit(buffer, StepGAE(), 0.0).gap == pytest.approx(0.25, abs=1e-6)
+    assert assign_credit(buffer, StepGAE(), 0.0).logprob_mismatch == pytest.approx(0.25, abs=1e-6)
 
 
 def test_nothing_to_learn_from() -> None:
@@ -481,7 +481,7 @@ def test_ranks_together_equal_a_single_process(
     for buffer, steps in found:
         assert_equal(steps.batch, expected.batch)
         assert_equal(steps.credit, expected.credit)
-        assert steps.gap == expected.gap
+        assert steps.logprob_mismatch == expected.logprob_mismatch
         assert codes_N(buffer) == [LEARNED_CODES[row] for row in steps.mine_N]
         mine_A = torch.isin(steps_of(expected.batch.length_N.tolist()), torch.from_numpy(steps.mine_N))
         assert codes_A(buffer).tolist() == codes_A(whole)[mine_A].tolist()
@@ -551,7 +551,7 @@ class ListedTasks(EpisodeSource):
     def bind(self, policy: Any) -> None:
         raise NotImplementedError
 
-    def collect(self, groups: Sequence[Group], plan: RolloutPlan) -> Iterator[list[Episode]]:
+    def collect(self, groups: Sequence[Group], config: RolloutConfig) -> Iterator[list[Episode]]:
         raise NotImplementedError
 
 

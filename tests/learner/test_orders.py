@@ -12,13 +12,13 @@ import pytest
 
 from steppo.advantages import GRPO
 from steppo.contexts import StateContext
-from steppo.credit import assign_credit, check_orders
 from steppo.datamodule import StepDataModule
 from steppo.engines import ScriptedEngine, random_action
 from steppo.errors import RunError
+from steppo.learner.credit import assign_credit, check_orders
 from steppo.rollout import EnvSource
 from steppo.transcripts import episode_records
-from steppo.types import Episode, Group, RolloutPlan, StopReason, groups_of
+from steppo.types import Episode, Group, RolloutConfig, StopReason, groups_of
 from tests.cli_helpers import run
 from tests.learner.test_credit import ListedTasks, make_buffer, make_episode
 from tests.toy_env import CorridorEnv
@@ -47,8 +47,8 @@ def source(tiny_policy: Any) -> Iterator[EnvSource]:
 def test_places_of_episodes_do_not_collide(sizes: tuple[int, ...], source: EnvSource, tiny_policy: Any) -> None:
     """Of ranks neither; group by group, in the order of the groups; as ever where all have one size."""
     groups = unequal_groups(*sizes)
-    plan = RolloutPlan("train/0", 0)
-    shares = [[e for group in source.collect(groups[rank::2], plan) for e in group] for rank in range(2)]
+    config = RolloutConfig("train/0", 0)
+    shares = [[e for group in source.collect(groups[rank::2], config) for e in group] for rank in range(2)]
     episodes = sorted((episode for share in shares for episode in share), key=lambda episode: episode.order)
     assert [episode.order for episode in episodes] == list(range(sum(sizes)))
     assert [episode.group_id for episode in episodes] == [number for number, size in enumerate(sizes) for _ in range(size)]
@@ -101,8 +101,8 @@ def test_two_episodes_of_one_place_are_named(
 class SharedPlaces(EnvSource):
     """Gives two episodes of each four one place."""
 
-    def collect(self, groups: Any, plan: RolloutPlan, *args: Any) -> Iterator[list[Episode]]:
-        for group in super().collect(groups, plan, *args):
+    def collect(self, groups: Any, config: RolloutConfig, *args: Any) -> Iterator[list[Episode]]:
+        for group in super().collect(groups, config, *args):
             yield [replace(episode, order=episode.order - (episode.order % 4 == 1)) for episode in group]
 
 

@@ -77,7 +77,7 @@ def test_the_reference_is_the_base_until_it_follows(policy: TinyPolicy, batch: T
     assert float((changed - base).abs().max()) > 1e-3
     close(logprobs(reference, batch), base)
     close(logprobs(policy, batch), changed)
-    reference.follow(policy)
+    reference.copy_weights_from(policy)
     close(logprobs(reference, batch), changed)
     assert not any(parameter.requires_grad for parameter in reference.parameters())
 
@@ -122,7 +122,7 @@ def test_the_critic_follows_a_warm_start(policy: TinyPolicy, batch: TokenBatch) 
     critic = AdapterCritic()
     critic.build(policy)
     disturb(policy.trained_parameters())
-    critic.follow(policy)
+    critic.copy_weights_from(policy)
     close(critic.states(batch, None).detach(), policy(batch).hidden.detach())
 
 

@@ -317,7 +317,7 @@ def test_separate_critic_has_its_own_trunk():
         for parameter in policy.parameters():
             parameter.mul_(1.5)
         assert torch.equal(packed_values(critic, policy, 20), before)
-        critic.follow(policy)
+        critic.copy_weights_from(policy)
         shared = make_critic(SharedCritic(), policy)
         close(packed_values(critic, policy, 20), packed_values(shared, policy, 20))
 

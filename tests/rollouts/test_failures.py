@@ -110,7 +110,7 @@ def test_a_run_of_faults_loses_the_episodes_they_hit_and_no_other(model_folder: 
         f"--data.source.env.fail_rate={rates[0]}",
         f"--data.source.env.hang_rate={rates[1]}",
         "--data.source.env_timeout=0.2",
-        "--rollout.min_healthy=0.3",
+        "--rollout.min_valid_fraction=0.3",
     )
     assert [episode.id for episode in faulty] == [episode.id for episode in healthy]
     assert len(faulty) == 96
@@ -138,13 +138,13 @@ def test_a_run_of_faults_loses_the_episodes_they_hit_and_no_other(model_folder: 
 def test_engine_errors_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     engine = "--data.source.engine=tests.rollouts.test_failures.FailingEngine"
     options = [engine, "--warm_start.updates=0", "--trainer.max_epochs=1"]
-    run(tmp_path / "some", *options, "--data.source.engine.fails=[3]", "--rollout.min_healthy=0")
+    run(tmp_path / "some", *options, "--data.source.engine.fails=[3]", "--rollout.min_valid_fraction=0")
     events = EventAccumulator(str(tmp_path / "some")).Reload()
     assert 0 < events.Scalars("rollout/engine_errors")[0].value < 8
     with pytest.raises(SystemExit):
-        run(tmp_path / "all", *options, "--rollout.min_healthy=0")
+        run(tmp_path / "all", *options, "--rollout.min_valid_fraction=0")
     error = capsys.readouterr().err.splitlines()[-1]
-    assert "only 0 of 8 episodes of the iteration are healthy (0.0%; rollout.min_healthy is 0)" in error
+    assert "only 0 of 8 episodes of the iteration are healthy (0.0%; rollout.min_valid_fraction is 0)" in error
     assert "the most common error: ValueError: the engine is broken" in error
 
 
@@ -164,15 +164,15 @@ class FailingEngine(HFEngine):
         return super().poll()
 
 
-@pytest.mark.parametrize(("min_healthy", "goes_on"), [(0.75, True), (0.76, False)])
+@pytest.mark.parametrize(("min_valid_fraction", "goes_on"), [(0.75, True), (0.76, False)])
 def test_a_run_needs_its_share_of_healthy_episodes(
-    min_healthy: float, goes_on: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    min_valid_fraction: float, goes_on: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = [
         "--data.source.env=tests.toy_env.FaultyEnv",
         "--data.source.env.fail_tasks=[corridor/train/1,corridor/train/4]",
         "--trainer.max_epochs=1",
-        f"--rollout.min_healthy={min_healthy}",
+        f"--rollout.min_valid_fraction={min_valid_fraction}",
     ]
     if goes_on:
         run(tmp_path, *options)
@@ -181,7 +181,7 @@ def test_a_run_needs_its_share_of_healthy_episodes(
     with pytest.raises(SystemExit):
         run(tmp_path, *options)
     error = capsys.readouterr().err.splitlines()[-1]
-    assert "only 6 of 8 episodes of the iteration are healthy (75.0%; rollout.min_healthy is 0.76)" in error
+    assert "only 6 of 8 episodes of the iteration are healthy (75.0%; rollout.min_valid_fraction is 0.76)" in error
     assert "broken on purpose" in error
 
 
@@ -196,7 +196,7 @@ def test_all_processes_decide_alike(tmp_path: Path) -> None:
         "--data.source.parser=tests.rollouts.test_failures.AnyTextParser",
         "--warm_start.updates=0",
         "--evaluation.before_training=false",
-        "--rollout.min_healthy=0.7",
+        "--rollout.min_valid_fraction=0.7",
     )
     # Every five seconds Lightning looks whether rank 1 is gone; if so it kills a rank 0 that is not yet.
     assert done.returncode in (2, -signal.SIGKILL), done.stderr
@@ -205,10 +205,10 @@ def test_all_processes_decide_alike(tmp_path: Path) -> None:
     assert all("only 5 of 8 episodes of the iteration are healthy" in error for error in errors)
 
 
-@pytest.mark.parametrize("min_healthy", [-0.1, 1.1])
-def test_a_share_is_a_share(min_healthy: float) -> None:
+@pytest.mark.parametrize("min_valid_fraction", [-0.1, 1.1])
+def test_a_share_is_a_share(min_valid_fraction: float) -> None:
     with pytest.raises(ConfigError, match="from 0 to 1"):
-        RolloutCallback(min_healthy=min_healthy)
+        RolloutCallback(min_valid_fraction=min_valid_fraction)
 
 
 class TerminatingParser(AnyTextParser):

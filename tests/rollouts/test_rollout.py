@@ -19,13 +19,13 @@ from steppo.metrics import EpisodeStatistics
 from steppo.models import TinyPolicy
 from steppo.parsers import ActionParser, ParsedAction
 from steppo.rollout import EnvSource
-from steppo.types import Completion, Episode, Group, Observation, Request, RolloutPlan, StopReason
+from steppo.types import Completion, Episode, Group, Observation, Request, RolloutConfig, StopReason
 from tests.toy_env import CorridorEnv, FaultyEnv
 from tests.wrong_env import VerdictEnv
 
 TASKS = CorridorEnv().tasks("train")
 ENV_LIMIT = 8
-PLAN = RolloutPlan("train/0", seed=3, version=7)
+PLAN = RolloutConfig("train/0", seed=3, version=7)
 DEMONSTRATE = replace(PLAN, want_expert=True)
 
 SourceMaker = Callable[..., EnvSource]
@@ -161,14 +161,14 @@ def groups_of(size: int, tasks: int = len(TASKS)) -> list[Group]:
     return types.groups_of(TASKS[:tasks], size)
 
 
-def play(source: EnvSource, groups: Sequence[Group], plan: RolloutPlan = PLAN) -> list[Episode]:
+def play(source: EnvSource, groups: Sequence[Group], config: RolloutConfig = PLAN) -> list[Episode]:
     """All episodes in logical order."""
-    episodes = [episode for group in source.collect(groups, plan) for episode in group]
+    episodes = [episode for group in source.collect(groups, config) for episode in group]
     return sorted(episodes, key=lambda episode: episode.order)
 
 
-def play_one(source: EnvSource, plan: RolloutPlan = PLAN) -> Episode:
-    [episode] = play(source, groups_of(1, tasks=1), plan)
+def play_one(source: EnvSource, config: RolloutConfig = PLAN) -> Episode:
+    [episode] = play(source, groups_of(1, tasks=1), config)
     return episode
 
 
@@ -759,8 +759,8 @@ def test_demonstrations_are_played_by_another_engine(make_source: SourceMaker) -
 def test_corpus_is_what_there_is_to_read(make_source: SourceMaker) -> None:
     source = make_source()
     before = play(source, groups_of(1))
-    texts = source.corpus(TASKS)
-    assert texts == source.corpus(TASKS)
+    texts = source.tokenizer_texts(TASKS)
+    assert texts == source.tokenizer_texts(TASKS)
     everything = "\n".join(texts)
     for task in TASKS:
         assert f"Take the coin in room {task.data['goal']}." in everything
@@ -773,13 +773,13 @@ def test_corpus_is_what_there_is_to_read(make_source: SourceMaker) -> None:
 
 
 def test_corpus_keeps_to_the_limit_of_the_rollout(make_source: SourceMaker) -> None:
-    assert len(make_source(max_steps=1).corpus(TASKS[:3])) == 2 * 3
+    assert len(make_source(max_steps=1).tokenizer_texts(TASKS[:3])) == 2 * 3
 
 
 def test_a_task_that_breaks_adds_what_could_be_read(make_source: SourceMaker) -> None:
     source = make_source(env=FaultyEnv(fail_tasks=[TASKS[1].id]))
     healthy, broken = (f"Take the coin in room {task.data['goal']}." for task in TASKS[:2])
-    texts = source.corpus(TASKS[:2])
+    texts = source.tokenizer_texts(TASKS[:2])
     assert len([text for text in texts if text.startswith(broken)]) == 2, "the opening, and what the first step showed"
     assert len([text for text in texts if text.startswith(healthy)]) > 2
     assert_same(play(source, groups_of(1, tasks=1)), play(make_source(), groups_of(1, tasks=1)))

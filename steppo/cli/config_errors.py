@@ -49,6 +49,10 @@ _OTHERWISE: dict[str, tuple[set[str], str]] = {
 _MOVED = {
     f"model.loss.{name}": f"model.objective.{name}"
     for name in ("aggregation", "vf_coef", "value_clip", "ent_coef", "kl", "kl_coef", "kl_estimator")
+} | {
+    "rollout.min_healthy": "rollout.min_valid_fraction",
+    "model.advantage.even_episodes": "model.advantage.whiten_over: episodes",
+    "model.advantage.init_args.even_episodes": "model.advantage.init_args.whiten_over: episodes",
 }
 
 

@@ -38,15 +38,15 @@ from callbacks import (
     WarmStartCallback,
 )
 from steppo.checkpoints import CheckpointIO, iteration_checkpoints, read
+from steppo.cli.config_errors import check_config, check_config_files, explain, in_one_line, keep_values_whole, refusal
+from steppo.cli.stopping import STOPPED, ends_on_sigterm
 from steppo.datamodule import StepDataModule
 from steppo.distributed import require_equal
 from steppo.errors import ConfigError, SteppoError
-from steppo.mistakes import check_config, check_config_files, explain, in_one_line, keep_values_whole, refusal
 from steppo.module import AgentModule
 from steppo.run_folder import RunTrainer, held, numbered_folders
-from steppo.stopping import STOPPED, ends_on_sigterm
 
-_CLI = TypeVar("_CLI", bound="StepCLI")
+_CLI = TypeVar("_CLI", bound="SteppoCLI")
 
 
 class SaveConfig(SaveConfigCallback):
@@ -59,7 +59,7 @@ class SaveConfig(SaveConfigCallback):
         super().setup(trainer, pl_module, stage)
 
 
-class StepCLI(LightningCLI):
+class SteppoCLI(LightningCLI):
     """Adds sections with names of their own for steppo's callbacks: overlays reach them by name.
 
     ``--ckpt_path last`` is the newest checkpoint of the newest run folder. Where ``fit`` is given that one, by ``last`` or
@@ -209,7 +209,7 @@ class StepCLI(LightningCLI):
         return trainer
 
 
-class PartsCLI(StepCLI):
+class PartsCLI(SteppoCLI):
     """Makes the model and the data of a config, and no trainer: for commands other than ``train.py``.
 
     Takes the configs and options of ``train.py fit``, the ``config.yaml`` of a run's folder among them.
@@ -278,7 +278,7 @@ def build_parts(options: argparse.Namespace, overrides: Sequence[str]) -> PartsC
 
 
 @contextmanager
-def mistakes_in_one_line() -> Iterator[None]:
+def errors_in_one_line() -> Iterator[None]:
     """A user's mistake is one line and exit status 2."""
     warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
     warnings.filterwarnings("ignore", message="LightningCLI's args parameter.*")
@@ -307,11 +307,11 @@ def mistakes_in_one_line() -> Iterator[None]:
         raise SystemExit(2) from None
 
 
-@mistakes_in_one_line()
-def main(args: Sequence[str] | None = None) -> StepCLI:
+@errors_in_one_line()
+def main(args: Sequence[str] | None = None) -> SteppoCLI:
     """Runs a command line (the process's own unless given)."""
     try:
-        return _make(StepCLI, args, run=True)
+        return _make(SteppoCLI, args, run=True)
     except SystemExit as end:
         if args is None and end.code == STOPPED:  # to take the interpreter down could last seconds more
             sys.stdout.flush()
@@ -334,7 +334,7 @@ def _make(kind: type[_CLI], args: Sequence[str] | None, run: bool) -> _CLI:
         seed_everything_default=0,
         save_config_callback=SaveConfig,
         save_config_kwargs={"overwrite": True},
-        parser_kwargs={**strict, **dict.fromkeys(StepCLI.subcommands(), strict)},
+        parser_kwargs={**strict, **dict.fromkeys(SteppoCLI.subcommands(), strict)},
         trainer_defaults={"num_sanity_val_steps": 0, "enable_model_summary": False},
         args=list(args) if args is not None else None,
         run=run,

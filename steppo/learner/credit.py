@@ -28,17 +28,17 @@ class GlobalSteps:
         batch: What credit is assigned from.
         credit: What was assigned.
         mine_N: Indices of this rank's steps, in the order of its buffer.
-        gap: Largest difference between the log-probabilities of sampler and learner.
+        logprob_mismatch: Largest difference between the log-probabilities of sampler and learner.
     """
 
     batch: CreditBatch
     credit: Credit
     mine_N: np.ndarray
-    gap: float
+    logprob_mismatch: float
 
     def statistics(self) -> dict[str, float]:
         """What the critic was worth, and how far sampler and learner are apart."""
-        figures = {"train/sampler_logprob_gap": self.gap}
+        figures = {"train/logprob_mismatch": self.logprob_mismatch}
         by_step = self.credit.target_N is not None
         target = self.credit.target_N if by_step else self.credit.target_A
         value = self.batch.value_N if by_step else self.batch.value_A
@@ -68,7 +68,9 @@ def assign_credit(buffer: StepBuffer, advantage: Advantage, kl_coef: float) -> G
         ConfigError: The scheme gave credit of the wrong kind or shape.
     """
     parts = gather(_local_part(buffer, kl_coef, advantage.needs_observations))
-    joined = {name: torch.cat([part[name] for part in parts]) for name in parts[0] if name not in ("gap", "texts")}
+    joined = {
+        name: torch.cat([part[name] for part in parts]) for name in parts[0] if name not in ("logprob_mismatch", "texts")
+    }
     if joined["order_N"].numel() == 0:
         raise RunError(f"the iteration gave no step to learn from: {why_nothing(buffer.episodes)}")
     rank, _ = rank_and_world()
@@ -123,8 +125,8 @@ def assign_credit(buffer: StepBuffer, advantage: Advantage, kl_coef: float) -> G
         target_N=_pick(credit.target_N, mine_N, dtype),
         target_A=_pick(credit.target_A, mine_A, dtype),
     )
-    gap = max(float(part["gap"]) for part in parts)
-    return GlobalSteps(batch, credit, mine_N.numpy(), gap)
+    logprob_mismatch = max(float(part["logprob_mismatch"]) for part in parts)
+    return GlobalSteps(batch, credit, mine_N.numpy(), logprob_mismatch)
 
 
 def check_orders(episodes: Sequence[Episode]) -> None:
@@ -197,7 +199,7 @@ def _local_part(buffer: StepBuffer, kl_coef: float, with_texts: bool) -> dict[st
         "terminated_N": torch.tensor([e.stop_reason == StopReason.TERMINATED for e in episodes], dtype=torch.bool),
         "bootstrap_N": scores.bootstrap_N.to(dtype),
         "anchor_N": torch.tensor([_text_key(s.observation, agents[s.agent_id]) for s in buffer.steps], dtype=torch.int64),
-        "gap": difference.abs().max(),
+        "logprob_mismatch": difference.abs().max(),
         "texts": [step.observation for step in buffer.steps] if with_texts else [],
     }
     if scores.value_N is not None:
