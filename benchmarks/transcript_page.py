@@ -27,8 +27,10 @@ import aiohttp
 import numpy as np
 import torch
 
-from steppo.buffer import Scores, StepBuffer
-from steppo.packing import PaddedPacker
+from steppo.learner import Experience, ReplayStatistics
+from steppo.learner.correction import Weights
+from steppo.learner.scoring import Scores
+from steppo.learner.steps import StepTable
 from steppo.transcripts import TranscriptWriter, episode_records, page_blocks
 from steppo.types import Credit, Episode, Step, StopReason
 
@@ -101,17 +103,17 @@ def episode(rng: random.Random, name: str, order: int, skill: float) -> Episode:
     )
 
 
-def learned(episodes: list[Episode], rng: np.random.Generator) -> StepBuffer:
-    """A buffer that knows values, advantages and ratios, as after an iteration."""
-    buffer = StepBuffer(PaddedPacker(), 2**14)
-    buffer.fill(episodes)
-    count = len(buffer.steps)
+def learned(episodes: list[Episode], rng: np.random.Generator) -> tuple[Experience, ReplayStatistics]:
+    """Values, advantages and ratios, as after an iteration."""
+    table = StepTable.of(episodes)
+    count, ones_A = len(table), torch.ones(table.num_tokens)
     value = torch.from_numpy(0.5 + rng.normal(size=count).cumsum() / 50 % 0.5)
-    buffer.scores = Scores(torch.zeros(buffer.num_tokens), None, value, None, torch.zeros(count))
-    buffer.credit = Credit(advantage_N=torch.from_numpy(rng.normal(size=count)), target_N=value)
-    buffer.ratio_N = torch.from_numpy(1 + 0.08 * rng.normal(size=count)).float()
-    buffer.clipped_N = ((buffer.ratio_N - 1).abs() > 0.2).float()
-    return buffer
+    scores = Scores(torch.zeros_like(ones_A), None, value, None, torch.zeros(count))
+    credit = Credit(advantage_N=torch.from_numpy(rng.normal(size=count)), target_N=value)
+    weights = Weights(ones_A, ones_A.bool())
+    ratio_N = torch.from_numpy(1 + 0.08 * rng.normal(size=count)).float()
+    experience = Experience(table, scores, weights, credit, np.arange(count), table.lengths_N, len(episodes), {})
+    return experience, ReplayStatistics({}, ratio_N, ((ratio_N - 1).abs() > 0.2).float())
 
 
 def make_run(folder: Path) -> tuple[list[dict[str, Any]], float]:
@@ -124,9 +126,9 @@ def make_run(folder: Path) -> tuple[list[dict[str, Any]], float]:
         nonlocal spent
         skill = 0.1 + 0.85 * iteration / ITERATIONS
         episodes = [episode(rng, f"{kind}/{iteration}", order, skill) for order in range(count)]
-        buffer = learned(episodes if kind == "train" else episodes[:4], numbers)
+        known = learned(episodes if kind == "train" else episodes[:4], numbers)
         start = time.perf_counter()
-        records = episode_records(episodes, Bytes(), buffer, kind=kind, iteration=iteration, updates=6 * iteration)
+        records = episode_records(episodes, Bytes(), *known, kind=kind, iteration=iteration, updates=6 * iteration)
         writer.write(kind, iteration, records)
         spent += time.perf_counter() - start
         shown[kind, iteration] = records

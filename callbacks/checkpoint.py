@@ -13,7 +13,7 @@ from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from steppo.checkpoints import iteration_checkpoints, iteration_path, iterations_of, read
 from steppo.errors import ConfigError
 from steppo.module import AgentModule
-from steppo.run_folder import run_folder
+from steppo.run_folder import RunTrainer, run_folder
 
 
 class IterationCheckpoint(pl.Callback):
@@ -27,9 +27,8 @@ class IterationCheckpoint(pl.Callback):
         keep: Keep the newest so many.
     """
 
-    # An iteration is over when its metrics are logged and every callback has seen its end. Only the start of the next one
-    # is late enough, and there this callback must come before the rollout, which moves on in the tasks; at the end of the
-    # run it must come after the last evaluation. `SteppoCLI` adds it between the two.
+    # An iteration is over when its metrics are logged and every callback has seen its end: only the start of the next one is
+    # late enough, and `on_iteration_start`, where the rollout moves on in the tasks, is too late.
 
     def __init__(self, every_n_iterations: int = 1, keep: int = 2) -> None:
         if every_n_iterations < 1 or keep < 1:
@@ -52,13 +51,12 @@ class IterationCheckpoint(pl.Callback):
                 callback.dirpath = str(self._folder)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        assert isinstance(pl_module, AgentModule)
-        if not trainer.strategy.restore_checkpoint_after_setup:  # else it is not known yet how far the run is
-            self._refuse_to_go_back(pl_module.counters.iterations)
+        begins_from = cast(RunTrainer, trainer).begins_from  # where weights are sharded, the module does not have it yet
+        state = read(begins_from, mmap=True)["steppo"] if begins_from is not None else {}
+        self._refuse_to_go_back(state["counters"]["iterations"] if state else 0)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert isinstance(pl_module, AgentModule)
-        self._refuse_to_go_back(pl_module.counters.iterations)
         if trainer.ckpt_path is None:
             return
         path = iteration_path(self._folder, pl_module.counters.iterations)
@@ -84,7 +82,8 @@ class IterationCheckpoint(pl.Callback):
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._between_iterations = trainer.is_last_batch
 
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """After the last evaluation, which comes at the end of training."""
         assert isinstance(pl_module, AgentModule)
         if self._between_iterations:  # not in an iteration that a limit of steps or time has cut
             self._save(trainer, pl_module)

@@ -18,6 +18,7 @@ from steppo.distributed import gather, rank_and_world
 from steppo.envs.checks import checked_episode
 from steppo.errors import ConfigError, RunError
 from steppo.learner.credit import check_orders
+from steppo.listeners import Evaluation, announce
 from steppo.metrics import EpisodeStatistics, common_failure, wilson_interval
 from steppo.module import AgentModule
 from steppo.progress import phase
@@ -38,8 +39,7 @@ class EvaluationCallback(pl.Callback):
     with ``trainer.limit_val_batches 0``.
 
     Each evaluation is a line of ``evaluation.jsonl`` in the run's folder, and ``val/...`` (``test/...``) metrics, which
-    ModelCheckpoint and EarlyStopping can monitor. ``episodes`` keeps this rank's share of the last panel until a
-    callback that comes after sets it to ``None``.
+    ModelCheckpoint and EarlyStopping can monitor. Listeners hear of it (``on_evaluation``).
 
     Where the environment never says whether a task was solved there is no success rate, in no metric and in no record. If
     that is so in the run's first evaluation, callbacks that monitor ``val/success_rate`` monitor ``val/return_mean``.
@@ -59,7 +59,6 @@ class EvaluationCallback(pl.Callback):
         self.temperature = temperature
         self.before_training = before_training
         self.history: list[dict[str, Any]] = []
-        self.episodes: list[Episode] | None = None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert isinstance(pl_module, AgentModule)
@@ -125,7 +124,7 @@ class EvaluationCallback(pl.Callback):
         config = RolloutConfig(name=stage, seed=run_seed(), temperature=self.temperature, version=module.counters.updates)
         statistics = EpisodeStatistics().to(module.device)
         start = time.perf_counter()
-        self.episodes = episodes = []
+        episodes: list[Episode] = []
         module.data.source.load_weights(module.policy.inference_weights(), config.version)
         with (
             module.timed("evaluation"),
@@ -165,6 +164,7 @@ class EvaluationCallback(pl.Callback):
         self.history.append(record)
         self._write(trainer, [record], append=True)
         self._find_monitors(trainer, self.history)
+        announce(trainer, "on_evaluation", Evaluation("test" if stage == "test" else "valid", tuple(episodes), record))
         names = ["return_mean", "steps_mean", "invalid_action_rate", "errors", "no_verdict"]
         return {name: figures[name] for name in [*_RATE, *names] if known or name not in _RATE}
 

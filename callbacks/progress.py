@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, cast
 
 import lightning.pytorch as pl
@@ -14,13 +15,15 @@ from rich.table import Table
 from torch import nn
 
 from callbacks.evaluation import EvaluationCallback
-from callbacks.rollout import RolloutCallback
 from steppo.errors import ConfigError
+from steppo.learner import Experience, ReplayStatistics
+from steppo.listeners import Evaluation, Listener
+from steppo.metrics import common_failure
 from steppo.module import AgentModule
 from steppo.run_folder import run_folder
 
 
-class StepProgressBar(ProgressBar):
+class StepProgressBar(ProgressBar, Listener):
     """Shows game generation, warm start, rollouts, updates and evaluations as they go.
 
     Args:
@@ -37,6 +40,7 @@ class StepProgressBar(ProgressBar):
         self._progress: Progress | None = None
         self._task: TaskID | None = None
         self._enabled = enabled
+        self._failure = ""
 
     def disable(self) -> None:
         self._enabled = False
@@ -109,9 +113,11 @@ class StepProgressBar(ProgressBar):
         ]
         self._console.print("; ".join(sizes), soft_wrap=True)
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.end_phase()
-        self._say_evaluation(trainer)
+    def on_experience(
+        self, trainer: pl.Trainer, pl_module: AgentModule, experience: Experience, replay: ReplayStatistics
+    ) -> None:
+        if pl_module.latest.get("rollout/failed_episodes"):  # over all ranks
+            self._failure = common_failure(experience.episodes)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.end_phase()
@@ -123,20 +129,17 @@ class StepProgressBar(ProgressBar):
         figures = [form.format(latest[name]) for name, form in {**instead, **_LINE}.items() if name in latest]
         if failed := latest.get("rollout/failed_episodes"):
             played = failed + latest["rollout/episodes"]
-            figures.append(_failed(int(failed), int(played), _failure(trainer)))
+            figures.append(_failed(int(failed), int(played), self._failure))
         self._console.print(f"iteration {trainer.current_epoch + 1:>4}  " + "  ".join(figures), soft_wrap=True)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.end_phase()
-        if trainer.state.fn == TrainerFn.FITTING:
-            self._say_evaluation(trainer)
-        else:
+        if trainer.state.fn != TrainerFn.FITTING:
             self.on_test_end(trainer, pl_module)
 
-    def _say_evaluation(self, trainer: pl.Trainer) -> None:
-        history = _evaluations(trainer)
-        if self._enabled and history:
-            self._console.print(_in_one_line(history[-1]), soft_wrap=True)
+    def on_evaluation(self, trainer: pl.Trainer, pl_module: AgentModule, evaluation: Evaluation) -> None:
+        if self._enabled and trainer.state.fn == TrainerFn.FITTING:
+            self._console.print(_in_one_line(evaluation.record), soft_wrap=True)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert isinstance(pl_module, AgentModule)
@@ -201,12 +204,7 @@ def _evaluations(trainer: pl.Trainer) -> list[dict[str, Any]]:
     return next((callback.history for callback in callbacks if isinstance(callback, EvaluationCallback)), [])
 
 
-def _failure(trainer: pl.Trainer) -> str:
-    callbacks: list[pl.Callback] = cast(Any, trainer).callbacks
-    return next((callback.failure for callback in callbacks if isinstance(callback, RolloutCallback)), "")
-
-
-def _in_one_line(record: dict[str, Any]) -> str:
+def _in_one_line(record: Mapping[str, Any]) -> str:
     """An evaluation in a few words: its success, or its return where nobody says what success is."""
     result = f"return {record['return_mean']:.3g}"
     if record["success_rate"] is not None:

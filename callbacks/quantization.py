@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import lightning.pytorch as pl
 import psutil
@@ -17,6 +17,7 @@ from steppo.errors import ConfigError
 from steppo.models import AdapterCritic, SeparateCritic
 from steppo.models.adapters import LoRASettings
 from steppo.module import AgentModule
+from steppo.run_folder import RunTrainer
 
 
 class QuantizationCallback(pl.Callback):
@@ -62,23 +63,21 @@ class QuantizationCallback(pl.Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         assert isinstance(pl_module, AgentModule)
         self._check(trainer, pl_module)
-        path = pl_module.begins_from
+        path = cast(RunTrainer, trainer).begins_from
         checkpoint = read(path, mmap=True) if self.lora_rank and path is not None else None
         self.apply(pl_module, trainer.strategy.root_device, checkpoint)
 
     def apply(self, module: AgentModule, device: torch.device, checkpoint: dict[str, Any] | None = None) -> None:
         """Tells a module what to build, where, and for which checkpoint; for commands without a trainer too."""
-        module.gradient_checkpointing = self.gradient_checkpointing
         if self.lora_rank == 0:
+            module.build_with(None, self.gradient_checkpointing)
             return
-        policy = module.policy
-        policy.bits = self.bits
-        policy.load_device = device
         kept = checkpoint["steppo"].get("belongs_to", {}).get("base_dtype") if checkpoint else None
         own = "bfloat16" if device.type == "cuda" else "float32"
-        policy.base_dtype = getattr(torch, self.base_dtype or kept or own)
+        module.policy.store_base(self.bits, getattr(torch, self.base_dtype or kept or own), device)
         alpha = self.lora_alpha if self.lora_alpha is not None else 2.0 * self.lora_rank
-        module.lora = LoRASettings(self.lora_rank, alpha, tuple(self.lora_targets) if self.lora_targets else "all-linear")
+        targets = tuple(self.lora_targets) if self.lora_targets else "all-linear"
+        module.build_with(LoRASettings(self.lora_rank, alpha, targets), self.gradient_checkpointing)
 
     def _check(self, trainer: pl.Trainer, module: AgentModule) -> None:
         """Refuses what cannot work, with what can."""

@@ -1,4 +1,4 @@
-"""Fills the step buffer with fresh episodes when an iteration starts."""
+"""Plays fresh episodes when an iteration starts, for the module to learn from."""
 
 from __future__ import annotations
 
@@ -13,17 +13,15 @@ from steppo.datamodule import StepDataModule, run_seed
 from steppo.distributed import gather
 from steppo.envs.checks import checked_episode
 from steppo.errors import ConfigError, RunError
-from steppo.learner.credit import check_orders
+from steppo.listeners import Listener
 from steppo.metrics import EpisodeStatistics, common_failure
 from steppo.module import AgentModule
 from steppo.progress import phase
 from steppo.types import Episode, RolloutConfig
 
 
-class RolloutCallback(pl.Callback):
+class RolloutCallback(Listener):
     """Plays ``episodes_per_iteration`` episodes, ``group_size`` of each task, at the start of every iteration.
-
-    ``failure`` is the most common error of the last iteration's episodes, over all ranks; empty if none failed.
 
     Args:
         episodes_per_iteration: Over all processes; a multiple of ``group_size``.
@@ -62,11 +60,11 @@ class RolloutCallback(pl.Callback):
         self.temperature = temperature
         self.min_valid_fraction = min_valid_fraction
         self.max_environment_steps = max_environment_steps
-        self.failure = ""
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         assert isinstance(pl_module, AgentModule)
-        pl_module.max_environment_steps = self.max_environment_steps  # for the schedules
+        if self.max_environment_steps is not None:
+            pl_module.end_after(self.max_environment_steps)
         if stage == "fit" and pl_module.advantage.needs_groups and self.group_size < 2:
             scheme = type(pl_module.advantage).__name__
             raise ConfigError(f"{scheme} compares episodes of a group: set rollout.group_size to 2 or more")
@@ -108,8 +106,11 @@ class RolloutCallback(pl.Callback):
         if budget is not None and pl_module.counters.environment_steps >= budget:
             trainer.should_stop = True
 
-    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        assert isinstance(pl_module, AgentModule)
+    def on_iteration_start(self, trainer: pl.Trainer, pl_module: AgentModule) -> None:
+        pl_module.learn_from(self._play(trainer, pl_module))
+
+    def _play(self, trainer: pl.Trainer, pl_module: AgentModule) -> list[Episode]:
+        """This rank's episodes, and what is to be said of all."""
         data: StepDataModule = pl_module.data
         groups = data.next_groups(self.tasks_per_iteration, self.group_size)
         config = RolloutConfig(
@@ -133,11 +134,8 @@ class RolloutCallback(pl.Callback):
                 advance(len(episodes))
         for episode in episodes:
             statistics.update(episode)
-        check_orders(episodes)
-        data.buffer.fill(episodes)
         figures = statistics.compute()
-        self.failure = common_failure(episodes) if figures["errors"] else ""
-        self._check_health(figures["episodes"], figures["errors"])
+        self._check_health(figures["episodes"], figures["errors"], episodes)
         seconds = pl_module.seconds["rollout"] - before
         figures["degenerate_groups"] = self._degenerate_groups(episodes) if self.group_size > 1 else 0.0
         figures["failed_episodes"] = figures.pop("errors")
@@ -152,8 +150,9 @@ class RolloutCallback(pl.Callback):
         counts = gather({name: count - counts_before[name] for name, count in data.source.counts().items()})
         figures |= {name: float(sum(part[name] for part in counts)) for name in counts_before}
         pl_module.report({f"rollout/{name}": value for name, value in figures.items()})
+        return episodes
 
-    def _check_health(self, healthy: float, failed: float) -> None:
+    def _check_health(self, healthy: float, failed: float, episodes: list[Episode]) -> None:
         """Raises ``RunError`` if too few episodes are healthy. The numbers are over all ranks, so that all decide alike."""
         share = healthy / max(healthy + failed, 1)
         if healthy and share >= self.min_valid_fraction:
@@ -161,7 +160,7 @@ class RolloutCallback(pl.Callback):
         raise RunError(
             f"only {healthy:.0f} of {healthy + failed:.0f} episodes of the iteration are healthy ({share:.1%}; "
             f"rollout.min_valid_fraction is {self.min_valid_fraction:g}); the most common error: "
-            f"{self.failure or 'no episode was played'}"
+            f"{common_failure(episodes) or 'no episode was played'}"
         )
 
     @staticmethod

@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, cast
+from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.loggers import TensorBoardLogger
 from matplotlib.figure import Figure
 
-from callbacks.evaluation import EvaluationCallback
 from steppo.distributed import gather, gather_to_first
 from steppo.errors import ConfigError
+from steppo.learner import Experience, ReplayStatistics
+from steppo.listeners import Evaluation, Listener
 from steppo.module import AgentModule
 from steppo.run_folder import run_folder
 from steppo.transcripts import TranscriptWriter, episode_records
 from steppo.types import Episode
 
-Kind = Literal["train", "valid", "test"]
 
-
-class TranscriptCallback(pl.Callback):
+class TranscriptCallback(Listener):
     """Writes episodes to ``transcripts.jsonl`` and ``transcripts.html`` (a page to browse) in the run's folder.
 
     At each evaluation some episodes also go to TensorBoard, as text and as a figure of values, advantages and rewards. For
@@ -44,52 +43,32 @@ class TranscriptCallback(pl.Callback):
         self.num_shown = num_shown
         self.enabled = enabled
         self._writer: TranscriptWriter | None = None
-        self._version = 0
 
-    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        assert isinstance(pl_module, AgentModule)
-        self._version = pl_module.counters.updates
-
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    def on_experience(
+        self, trainer: pl.Trainer, pl_module: AgentModule, experience: Experience, replay: ReplayStatistics
     ) -> None:
-        assert isinstance(pl_module, AgentModule)
-        if not self.enabled or not trainer.is_last_batch:  # before it ratios are not final
+        if not self.enabled:
             return
-        buffer = pl_module.data.buffer
-        most = self.train_episodes
-        episodes = [episode for episode in buffer.episodes if most is None or episode.order < most]
+        most, counters = self.train_episodes, pl_module.counters
+        episodes = [episode for episode in experience.episodes if most is None or episode.order < most]
+        played_at = counters.updates - pl_module.data.buffer.updates_per_iteration
         with pl_module.timed("transcripts"):
-            common = {"kind": "train", "iteration": pl_module.counters.iterations, "updates": self._version}
-            records = episode_records(episodes, pl_module.policy.tokenizer, buffer, self.prompts, **common)
+            common: dict[str, Any] = {"kind": "train", "iteration": counters.iterations, "updates": played_at}
+            records = episode_records(
+                episodes, pl_module.policy.tokenizer, experience, replay, prompts=self.prompts, **common
+            )
             self._write(trainer, common, records)
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._panel(trainer, pl_module, "valid")
-
-    def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._panel(trainer, pl_module, "valid")
-
-    def on_test_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._panel(trainer, pl_module, "test")
-
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._panel(trainer, pl_module, "valid")
-
-    def _panel(self, trainer: pl.Trainer, module: pl.LightningModule, kind: Kind) -> None:
-        """Writes the panel that was just played, if one was."""
-        assert isinstance(module, AgentModule)
-        callbacks: list[pl.Callback] = cast(Any, trainer).callbacks
-        evaluation = next((callback for callback in callbacks if isinstance(callback, EvaluationCallback)), None)
-        if not self.enabled or evaluation is None or evaluation.episodes is None:
+    def on_evaluation(self, trainer: pl.Trainer, pl_module: AgentModule, evaluation: Evaluation) -> None:
+        if not self.enabled:
             return
-        episodes, evaluation.episodes = evaluation.episodes, None
-        counters = module.counters
-        with module.timed("transcripts"):
+        episodes, kind, counters = evaluation.episodes, evaluation.split, pl_module.counters
+        with pl_module.timed("transcripts"):
             shown = shown_orders(episodes, self.num_shown)
-            buffer = module.score_episodes([episode for episode in episodes if episode.order in shown]) if shown else None
-            common = {"kind": kind, "iteration": counters.iterations, "updates": counters.updates}
-            records = episode_records(episodes, module.policy.tokenizer, buffer, self.prompts, **common)
+            chosen = [episode for episode in episodes if episode.order in shown]
+            scored = pl_module.learner.score_episodes(chosen) if shown else None
+            common: dict[str, Any] = {"kind": kind, "iteration": counters.iterations, "updates": counters.updates}
+            records = episode_records(episodes, pl_module.policy.tokenizer, scored, prompts=self.prompts, **common)
             by_order = {record["order"]: record for record in self._write(trainer, common, records)}
             for logger in trainer.loggers:
                 if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:

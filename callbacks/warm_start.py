@@ -4,27 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-import io
 import json
 import math
-import os
 import platform
-import re
-import tempfile
-import time
-import zipfile
 from collections.abc import Sequence
-from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 import lightning.pytorch as pl
 import numpy as np
 import platformdirs
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 import steppo
@@ -33,16 +24,14 @@ from steppo.distributed import gather, load_trained_state, rank_and_world, train
 from steppo.engines import ScriptedEngine, expert_action, random_action
 from steppo.errors import ConfigError, RunError
 from steppo.learner.credit import why_nothing
+from steppo.learner.sft import SFTLearner
 from steppo.models import Policy
 from steppo.module import AgentModule
-from steppo.packing import PaddedPacker
 from steppo.progress import phase
 from steppo.rollout import EnvSource
+from steppo.run_folder import RunTrainer
 from steppo.types import Episode, RolloutConfig, Segment, Step, groups_of
-
-_RESULT = re.compile(r"[0-9a-f]{32}\.pt")
-_MOST_FILES, _MOST_BYTES = 32, 32 * 2**30
-_DAY = 24 * 3600
+from steppo.weight_cache import WeightCache
 
 
 class WarmStartCallback(pl.Callback):
@@ -85,28 +74,35 @@ class WarmStartCallback(pl.Callback):
         self.batch_size = batch_size
         self.lr = lr
         self._seed = seed
-        self.cache = Path(cache_dir) if cache_dir else Path(platformdirs.user_cache_dir("steppo")) / "warm_start"
+        folder = Path(cache_dir) if cache_dir else Path(platformdirs.user_cache_dir("steppo")) / "warm_start"
+        self.cache = WeightCache(folder)
 
     @property
     def seed(self) -> int:
         """Of demonstrations and batches."""
         return run_seed() if self._seed is None else self._seed
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert isinstance(pl_module, AgentModule)
-        if self.updates == 0 or trainer.ckpt_path is not None:
+        if self.updates == 0 or cast(RunTrainer, trainer).begins_from is not None:
             return
         with pl_module.timed("warm_start"):
             segments = self._demonstrations(trainer, pl_module)
-            path = self.cache / f"{self._key(trainer, pl_module, segments)}.pt"
-            weights = self._cached(path, pl_module.policy) if trainer.is_global_zero else None
+            key = self._key(trainer, pl_module, segments)
+            weights = self.cache.load(key, pl_module.policy) if trainer.is_global_zero else None
             if not trainer.strategy.broadcast(weights is not None):  # on every rank, as a sharded policy needs them all
-                self._clone(trainer, pl_module, segments)
+                self._train(trainer, pl_module, segments)
                 weights = trained_state(pl_module.policy)
                 if trainer.is_global_zero:
-                    self._save(weights, path)
+                    self.cache.save(key, weights)
             load_trained_state(pl_module.policy, weights or {})
             pl_module.policy_was_initialised()
+
+    def _train(self, trainer: pl.Trainer, module: AgentModule, segments: list[Segment]) -> None:
+        packing = module.data.buffer.packer, module.data.buffer.max_tokens
+        learner = SFTLearner(module.policy, segments, self.updates, self.batch_size, self.lr, self.seed, *packing)
+        with phase(trainer, "warm start", self.updates) as advance, trainer.precision_plugin.train_step_context():
+            learner.fit(progress=advance)
 
     def _demonstrations(self, trainer: pl.Trainer, module: AgentModule) -> list[Segment]:
         """Prompts and demonstrated actions, the same on every rank."""
@@ -155,6 +151,7 @@ class WarmStartCallback(pl.Callback):
             "identity": module.identity,
             "trained": [name for name, parameter in policy.named_parameters() if parameter.requires_grad],
             "gradient_checkpointing": module.gradient_checkpointing,
+            "packing": [f"{type(packed.packer).__module__}.{type(packed.packer).__qualname__}", vars(packed.packer)],
             "max_tokens": packed.max_tokens,
             "machine": [module.device.type, _processor(module.device), torch.get_num_threads()],
             "processes": [type(trainer.strategy).__name__, trainer.world_size],
@@ -173,88 +170,6 @@ class WarmStartCallback(pl.Callback):
             digest.update(np.asarray([len(segment.prompt_ids), len(segment.action_ids)]).tobytes())
             digest.update(segment.prompt_ids.tobytes() + segment.action_ids.tobytes())
         return digest.hexdigest()[:32]
-
-    def _clone(self, trainer: pl.Trainer, module: AgentModule, segments: list[Segment]) -> None:
-        """Maximum likelihood of the demonstrated actions, by token."""
-        policy = module.policy
-        parameters = policy.trained_parameters()
-        optimizer = torch.optim.AdamW(parameters, lr=self.lr, weight_decay=0.0)
-        decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=self.updates)
-        rng = np.random.default_rng(self.seed)
-        packer = PaddedPacker()
-        with phase(trainer, "warm start", self.updates) as advance:
-            for update in range(1, self.updates + 1):
-                chosen = rng.choice(len(segments), min(self.batch_size, len(segments)), replace=False)
-                tokens = sum(len(segments[index].action_ids) for index in chosen)
-                optimizer.zero_grad()
-                for _, batch in packer.pack([segments[index] for index in chosen], module.data.buffer.max_tokens):
-                    batch = module.transfer_batch_to_device(batch, module.device, 0)
-                    with trainer.precision_plugin.forward_context():
-                        ones_A = torch.ones_like(batch.target_A, dtype=torch.float32)
-                        logprobs_A = policy(batch, ones_A).logprobs_A
-                    (-logprobs_A.sum() / tokens).backward()
-                torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-                optimizer.step()
-                decay.step()
-                advance(update)
-        optimizer.zero_grad()
-
-    def _cached(self, path: Path, policy: Policy) -> dict[str, Tensor] | None:
-        """The kept result, if there is one; a file that is damaged or holds something else is removed."""
-        wanted = {name: (p.shape, p.dtype) for name, p in policy.named_parameters() if p.requires_grad}
-        try:
-            weights = torch.load(path, map_location="cpu", weights_only=True)
-            with zipfile.ZipFile(path) as archive:  # torch does not look at the checksums that it writes
-                damaged = archive.testzip()
-            if damaged is None and {name: (weight.shape, weight.dtype) for name, weight in weights.items()} == wanted:
-                with suppress(OSError):
-                    os.utime(path)  # the least recently used go first
-                return weights
-        except (FileNotFoundError, NotADirectoryError):
-            return None
-        except Exception as error:  # there is no end to what a damaged file makes the loader raise
-            reason = f" ({' '.join(str(error).split())[:60]})"
-        else:
-            reason = ""
-        rank_zero_warn(f"warm_start: {path} is damaged or holds something else{reason}; it is made anew")
-        with suppress(OSError):
-            path.unlink()
-        return None
-
-    def _save(self, weights: dict[str, Tensor], path: Path) -> None:
-        """Keeps a result, whole or not at all. The run goes on without."""
-        buffer = io.BytesIO()
-        torch.save(weights, buffer)
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".tmp", suffix=".part", delete=False) as file:
-                part = Path(file.name)
-                try:
-                    file.write(buffer.getbuffer())
-                    file.flush()
-                    os.replace(part, path)
-                finally:
-                    part.unlink(missing_ok=True)
-            self._prune(path)
-        except OSError as error:
-            rank_zero_warn(f"warm_start: cannot write to {path.parent}: {error.strerror or error}; the result is not kept")
-
-    def _prune(self, newest: Path) -> None:
-        """Removes the least recently used results, and what killed processes left half written."""
-        found = []
-        for path in self.cache.iterdir():
-            with suppress(OSError):  # another process prunes too
-                stat = path.stat()
-                if _RESULT.fullmatch(path.name) and path != newest:
-                    found.append((stat.st_mtime, stat.st_size, path))
-                elif path.name.startswith(".tmp") and path.suffix == ".part" and stat.st_mtime < time.time() - _DAY:
-                    path.unlink()
-        size = newest.stat().st_size
-        for number, (_, bytes_, path) in enumerate(sorted(found, reverse=True), 2):
-            size += bytes_
-            if number > _MOST_FILES or size > _MOST_BYTES:
-                with suppress(OSError):
-                    path.unlink()
 
 
 def _processor(device: torch.device) -> str:

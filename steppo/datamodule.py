@@ -6,18 +6,16 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import lightning.pytorch as pl
-import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from steppo.buffer import StepBuffer
-from steppo.distributed import gather, made_once, rank_and_world, require_equal
-from steppo.errors import ConfigError, RunError
-from steppo.learner.credit import GlobalSteps
+from steppo.distributed import made_once, rank_and_world, require_equal
+from steppo.errors import ConfigError
 from steppo.packing import Packer, PaddedPacker
 from steppo.progress import phase
 from steppo.rollout import EpisodeSource
@@ -75,21 +73,13 @@ class StepDataModule(pl.LightningDataModule):
                 raise ConfigError(f"StepDataModule: {name} must be at least 1, not {value}")
         self.source = source
         self.sampler = sampler or ShuffledSampler()
-        self.buffer = StepBuffer(packer or PaddedPacker(), max_tokens_per_microbatch)
-        self.update_epochs = update_epochs
+        self.buffer = StepBuffer(packer or PaddedPacker(), max_tokens_per_microbatch, update_epochs, num_minibatches)
         self.num_minibatches = num_minibatches
         self.splits = {"train": train_split, "validate": eval_split, "test": test_split}
         self.train_tasks = train_tasks
         self.eval_tasks = eval_tasks
-        self.global_steps: GlobalSteps | None = None
-        self.from_checkpoint = False
         self._splits: dict[str, list[Task]] = {}
         self._tasks: dict[str, list[Task]] = {}
-
-    @property
-    def updates_per_iteration(self) -> int:
-        """Optimizer steps per rollout."""
-        return self.update_epochs * self.num_minibatches
 
     def tasks(self) -> list[Task]:
         """The tasks to learn from."""
@@ -108,7 +98,7 @@ class StepDataModule(pl.LightningDataModule):
 
     def tokenizer_texts(self) -> list[str]:
         """Texts of the training environment: of its first tasks, which is enough for a tokenizer."""
-        if self.from_checkpoint:  # it brings its tokenizer
+        if self._from_checkpoint:  # it brings its tokenizer
             return []
         return made_once(lambda: self.source.tokenizer_texts(self.tasks()[:_CORPUS_TASKS]))
 
@@ -116,7 +106,7 @@ class StepDataModule(pl.LightningDataModule):
         """Has the environment make what the tasks need, once per machine."""
         evaluating = self.trainer is not None and not self.trainer.training
         # Without a checkpoint an evaluation needs the training tasks too: a tokenizer may be made of their words.
-        tasks = [] if evaluating and self.from_checkpoint else self.tasks()
+        tasks = [] if evaluating and self._from_checkpoint else self.tasks()
         stage = "test" if self._testing else "validate"
         panel = self.panel(stage)
         both = sorted({task.id for task in tasks} & {task.id for task in panel})
@@ -139,6 +129,10 @@ class StepDataModule(pl.LightningDataModule):
                 skipkeys=True,
             )
             require_equal({"tasks": hashlib.sha256(listed.encode()).hexdigest(), "seed": run_seed()})
+
+    @property
+    def _from_checkpoint(self) -> bool:
+        return getattr(self.trainer, "begins_from", None) is not None
 
     @property
     def _testing(self) -> bool:
@@ -167,30 +161,6 @@ class StepDataModule(pl.LightningDataModule):
     def on_exception(self, exception: BaseException) -> None:
         self.source.close()  # there is no teardown then
 
-    def updates(self) -> Iterator[list[Microbatch]]:
-        """This rank's part of each update. An update is the same set of steps whatever the number of ranks."""
-        steps = self.global_steps
-        assert steps is not None
-        total = len(steps.batch.length_N)
-        if total < self.num_minibatches:
-            raise RunError(f"the iteration gave {total} steps, too few for {self.num_minibatches} minibatches")
-        local = np.full(total, -1)
-        local[steps.mine_N] = np.arange(len(steps.mine_N))
-        assert self.trainer is not None
-        for epoch in range(self.update_epochs):
-            shuffle = np.random.default_rng([run_seed(), self.trainer.current_epoch, epoch]).permutation(total)
-            for chosen in np.array_split(shuffle, self.num_minibatches):
-                mine = np.sort(local[chosen][local[chosen] >= 0])
-                sizes = len(chosen), int(steps.batch.length_N[chosen].sum())
-                yield self._in_step(self.buffer.microbatches(mine, *sizes), *sizes)
-
-    def _in_step(self, microbatches: list[Microbatch], update_steps: int, update_tokens: int) -> list[Microbatch]:
-        """Adds microbatches of weight 0, so that all ranks make the same number of passes."""
-        wanted = max(gather(len(microbatches)))
-        while len(microbatches) < wanted:
-            microbatches.append(self.buffer.padding_microbatch(update_steps, update_tokens))
-        return microbatches
-
     def _split(self, stage: str, count: int | None) -> list[Task]:
         """Read once: always the same list, which samplers rely on."""
         if stage not in self._tasks:
@@ -210,7 +180,7 @@ class _Replay(IterableDataset):
         self._data = data
 
     def __len__(self) -> int:
-        return self._data.updates_per_iteration
+        return self._data.buffer.updates_per_iteration
 
     def __iter__(self) -> Iterator[list[Microbatch]]:
-        return self._data.updates()
+        return self._data.buffer.updates(run_seed(), cast(pl.Trainer, self._data.trainer).current_epoch)

@@ -80,10 +80,14 @@ def require_equal(parts: Mapping[str, Any]) -> None:
 
 
 def average_gradients(parameters: Sequence[nn.Parameter]) -> None:
-    """Averages gradients over ranks, once per update. Each rank may have made any number of backward passes, also none."""
+    """Averages gradients over ranks, once per update. Each rank may have made any number of backward passes, also none.
+
+    Those of sharded weights were averaged in the backward pass.
+    """
     _, world = rank_and_world()
     if world == 1:
         return
+    parameters = [parameter for parameter in parameters if not isinstance(parameter, DTensor)]
     has_gradient = gather([parameter.grad is not None for parameter in parameters])
     work = []
     for parameter, *anyone in zip(parameters, *has_gradient, strict=True):

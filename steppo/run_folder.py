@@ -28,9 +28,11 @@ class RunTrainer(pl.Trainer):
 
     Attributes:
         numbered: The ``runs/version_<n>`` to go on in, if it is not to be a new one.
+        begins_from: The checkpoint that the run begins with. Lightning's own knows it only after models are built.
     """
 
     numbered: Path | None = None
+    begins_from: Path | None = None
 
     @property
     def log_dir(self) -> str | None:

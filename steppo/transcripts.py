@@ -22,8 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from steppo.buffer import StepBuffer
 from steppo.errors import RunError
+from steppo.learner import Experience, ReplayStatistics
 from steppo.types import Episode
 
 _SHELL = Path(__file__).with_name("transcript_page.html")
@@ -34,7 +34,8 @@ _EPISODES_PER_CHUNK = 32
 def episode_records(
     episodes: Sequence[Episode],
     tokenizer: Any,
-    buffer: StepBuffer | None = None,
+    experience: Experience | None = None,
+    replay: ReplayStatistics | None = None,
     prompts: int | None = None,
     **common: Any,
 ) -> list[dict[str, Any]]:
@@ -43,14 +44,15 @@ def episode_records(
     Args:
         episodes: Of an iteration or a panel.
         tokenizer: Decodes prompts and actions; each distinct one once.
-        buffer: Knows values, advantages and ratios of (some of) the episodes' steps.
+        experience: Knows values and advantages of (some of) the episodes' steps.
+        replay: Knows their ratios.
         prompts: Episodes of a lower order have whole prompts, others ``None``; all have them unless given.
         common: What all records say: kind, iteration, updates.
     """
     with_prompts = [episode for episode in episodes if prompts is None or episode.order < prompts]
     known_prompts = _texts([step.prompt_ids for episode in with_prompts for step in episode.steps], tokenizer)
     actions = _texts([step.action_ids for episode in episodes for step in episode.steps], tokenizer)
-    known = _step_figures(buffer) if buffer is not None else {}
+    known = _step_figures(experience, replay) if experience is not None else {}
     unknown = dict.fromkeys(("value", "advantage", "ratio", "clipped"))
     records = []
     for episode in sorted(episodes, key=lambda episode: episode.order):
@@ -97,28 +99,24 @@ def _texts(ids: list[Any], tokenizer: Any) -> dict[bytes, str]:
     return dict(zip(distinct, texts, strict=True))
 
 
-def _step_figures(buffer: StepBuffer) -> dict[int, list[dict[str, float | None]]]:
+def _step_figures(experience: Experience, replay: ReplayStatistics | None) -> dict[int, list[dict[str, float | None]]]:
     """Value, advantage, ratio and clipped share of each step, by the order of its episode.
 
     Where values and advantages are of tokens, a step has the value at its prompt and the mean advantage of its tokens.
     """
-    value = advantage = None
-    first_N = torch.from_numpy(buffer.lengths_N.cumsum() - buffer.lengths_N)
-    if buffer.scores is not None:
-        value = buffer.scores.value_N
-        if buffer.scores.value_A is not None:
-            value = buffer.scores.value_A[first_N]
-    if buffer.credit is not None:
-        advantage = buffer.credit.advantage_N
-        if buffer.credit.advantage_A is not None:
-            lengths_N = torch.from_numpy(buffer.lengths_N)
-            step_of_A = torch.repeat_interleave(torch.arange(len(lengths_N)), lengths_N)
-            sums = torch.zeros(len(lengths_N), dtype=buffer.credit.advantage_A.dtype)
-            advantage = sums.index_add(0, step_of_A, buffer.credit.advantage_A) / lengths_N
-    columns = {"value": value, "advantage": advantage, "ratio": buffer.ratio_N, "clipped": buffer.clipped_N}
-    lists = [_numbers(column, len(buffer.steps)) for column in columns.values()]
+    steps, scores, credit = experience.steps, experience.scores, experience.credit
+    lengths_N = torch.from_numpy(steps.lengths_N)
+    value, advantage = scores.value_N, credit.advantage_N
+    if scores.value_A is not None:
+        value = scores.value_A[lengths_N.cumsum(0) - lengths_N]
+    if credit.advantage_A is not None:
+        sums = torch.zeros(len(steps), dtype=credit.advantage_A.dtype)
+        advantage = sums.index_add(0, steps.step_of_A, credit.advantage_A) / lengths_N
+    ratio, clipped = (replay.ratio_N, replay.clipped_N) if replay is not None else (None, None)
+    columns = {"value": value, "advantage": advantage, "ratio": ratio, "clipped": clipped}
+    lists = [_numbers(column, len(steps)) for column in columns.values()]
     found: dict[int, list[dict[str, float | None]]] = {}
-    for order, *figures in zip(buffer.order_N.tolist(), *lists, strict=True):
+    for order, *figures in zip(steps.order_N.tolist(), *lists, strict=True):
         found.setdefault(order, []).append(dict(zip(columns, figures, strict=True)))
     return found
 

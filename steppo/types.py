@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 
@@ -264,6 +265,10 @@ class TokenBatch:
     step_of_A: Tensor
     value_at_N: Tensor
 
+    def to(self, device: torch.device) -> TokenBatch:
+        """On another device."""
+        return replace(self, **_moved(self, device))
+
     @property
     def num_steps(self) -> int:
         """N."""
@@ -368,3 +373,11 @@ class Microbatch:
     update_steps: int
     update_tokens: int
     scale: float = 1.0
+
+    def to(self, device: torch.device) -> Microbatch:
+        """On another device."""
+        return replace(self, **_moved(self, device))
+
+
+def _moved(batch: TokenBatch | Microbatch, device: torch.device) -> dict[str, Any]:
+    return {name: value.to(device) for name, value in vars(batch).items() if hasattr(value, "to")}

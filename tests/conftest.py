@@ -101,9 +101,9 @@ def on_ranks(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Any]]:
             return work(rank)
 
         with monkeypatch.context() as patched, ThreadPoolExecutor(world) as threads:
-            for module in ("learner.credit", "datamodule"):
-                patched.setattr(f"steppo.{module}.gather", gather)
-                patched.setattr(f"steppo.{module}.rank_and_world", lambda: (here.rank, world))
+            for module in ("buffer", "datamodule", "learner.credit", "learner.learner", "learner.update"):
+                for name, fake in (("gather", gather), ("rank_and_world", lambda: (here.rank, world))):
+                    patched.setattr(f"steppo.{module}.{name}", fake, raising=False)
             return list(threads.map(start, range(world)))
 
     return run

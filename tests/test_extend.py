@@ -173,30 +173,31 @@ def test_an_own_source_of_several_agents_trains(scheme: str, user_files: Path, t
         f"--model.advantage=steppo.advantages.{scheme}",
         *options,
     )
-    buffer = cli.datamodule.buffer
-    assert {len(episode.steps) for episode in buffer.episodes} == {3, 4}
-    assert {episode.final_reward for episode in buffer.episodes} == {0.0, 1.0}
+    experience = cli.datamodule.buffer.experience
+    episodes, table, scores = experience.episodes, experience.steps, experience.scores
+    assert {len(episode.steps) for episode in episodes} == {3, 4}
+    assert {episode.final_reward for episode in episodes} == {0.0, 1.0}
     turns, names = [], []
-    values = torch.zeros(len(buffer.steps)) if scheme == "GRPO" else buffer.scores.value_N
-    places = {episode.order: number for number, episode in enumerate(buffer.episodes)}
-    for order, step, value in zip(buffer.order_N.tolist(), buffer.steps, values.tolist(), strict=True):
+    values = torch.zeros(len(table)) if scheme == "GRPO" else scores.value_N
+    places = {episode.order: number for number, episode in enumerate(episodes)}
+    for order, step, value in zip(table.order_N.tolist(), table.records, values.tolist(), strict=True):
         turns.append(Turn(places[order], step.index, [step.reward], [value], value, agent=TEAM.index(step.agent_id)))
         names.append(step.agent_id)
-    after = dict(zip(buffer.order_N.tolist(), buffer.scores.bootstrap_N.tolist(), strict=True))
-    endings = [Ending(len(e.steps) == 4, after[e.order], e.group_id, e.final_reward) for e in buffer.episodes]
+    after = dict(zip(table.order_N.tolist(), scores.bootstrap_N.tolist(), strict=True))
+    endings = [Ending(len(e.steps) == 4, after[e.order], e.group_id, e.final_reward) for e in episodes]
     if scheme == "StepGAE":
         expected, target = slow_credit(turns, endings, 0.95, 0.95, bootstrap=True, by_token=False)
-        torch.testing.assert_close(buffer.credit.target_N, torch.tensor(target), rtol=1e-5, atol=1e-5)
-        assert any(after[episode.order] for episode in buffer.episodes)
+        torch.testing.assert_close(experience.credit.target_N, torch.tensor(target), rtol=1e-5, atol=1e-5)
+        assert any(after[episode.order] for episode in episodes)
     else:
         expected = slow_grpo(turns, endings)
         assert any(expected)
-    torch.testing.assert_close(buffer.credit.advantage_N, torch.tensor(expected), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(experience.credit.advantage_N, torch.tensor(expected), rtol=1e-4, atol=1e-4)
 
     lines = (tmp_path / "run" / "transcripts.jsonl").read_text().splitlines()
     records = [record for record in map(json.loads, lines) if record["kind"] == "train"][-8:]
     assert [step["agent"] for record in records for step in record["steps"]] == names
-    for record, episode in zip(records, buffer.episodes, strict=True):
+    for record, episode in zip(records, episodes, strict=True):
         assert record["return"] == sum(step["reward"] for step in record["steps"]) + episode.final_reward
         assert record.get("final_reward", 0.0) == episode.final_reward
     assert all(record["errors"] == 0 for record in evaluations(tmp_path / "run"))

@@ -18,16 +18,38 @@ LAYERS: list[set[str]] = [
     {"envs", "contexts", "packing", "advantages", "losses", "parsers"},
     {"models"},
     {"engines"},
-    {"rollout", "buffer", "samplers"},
+    {"rollout", "samplers"},
     {"learner"},
-    {"lightning_state"},
-    {"module", "datamodule", "metrics", "progress", "checkpoints", "transcripts", "run_folder"},
+    {"buffer"},
+    {
+        "module",
+        "run_module",
+        "datamodule",
+        "listeners",
+        "metrics",
+        "progress",
+        "checkpoints",
+        "transcripts",
+        "run_folder",
+        "weight_cache",
+    },
     {"callbacks"},
     {"cli", "gguf"},
     {"export", "play"},
 ]
 APART = LAYERS[1]  # these do not import each other either
-USE_LIGHTNING = {"module", "datamodule", "checkpoints", "run_folder", "callbacks", "cli", "play"}
+USE_LIGHTNING = {
+    "module",
+    "run_module",
+    "listeners",
+    "weight_cache",
+    "datamodule",
+    "checkpoints",
+    "run_folder",
+    "callbacks",
+    "cli",
+    "play",
+}
 
 
 def imports_of(source: str, package: str) -> set[str]:

@@ -263,7 +263,7 @@ def test_demonstrations_are_said_as_the_parser_reads_them(tmp_path: Path, monkey
     def clone(callback: WarmStartCallback, trainer: pl.Trainer, module: AgentModule, segments: list[Segment]) -> None:
         said.extend(module.data.source.context.decode_action(segment.action_ids) for segment in segments)
 
-    monkeypatch.setattr(WarmStartCallback, "_clone", clone)
+    monkeypatch.setattr(WarmStartCallback, "_train", clone)
     parser = ["--data.source.parser=steppo.parsers.ToolCallParser", "--data.source.max_new_tokens=80"]
     run(tmp_path, *parser, "--trainer.max_epochs=1", "--warm_start.updates=1")
     assert said

@@ -77,7 +77,6 @@ class SteppoCLI(LightningCLI):
             default=None,
             help="CPU threads of torch; part of what makes a run repeatable.",
         )
-        # In the order in which Lightning calls them: see IterationCheckpoint.
         parser.add_lightning_class_args(WarmStartCallback, "warm_start")
         parser.add_lightning_class_args(EvaluationCallback, "evaluation")
         parser.add_lightning_class_args(IterationCheckpoint, "checkpoint")
@@ -164,8 +163,7 @@ class SteppoCLI(LightningCLI):
             raise ConfigError("trainer.strategy must start processes by their command line: use ddp, not spawn or fork")
         if self._checkpoint is not None:
             self.config_init[self.subcommand].ckpt_path = str(self._checkpoint)
-            self.datamodule.from_checkpoint = True
-            self.model.begins_from = self._checkpoint
+            self.trainer.begins_from = self._checkpoint
 
     @contextmanager
     def _in_its_run_folder(self) -> Iterator[None]:

@@ -1,6 +1,18 @@
 """What is learned from episodes, without Lightning."""
 
 from steppo.learner.correction import Correction, ImportanceCorrection, NoCorrection
-from steppo.learner.update import Figures, UpdateLoss
+from steppo.learner.experience import Experience
+from steppo.learner.learner import Learner
+from steppo.learner.optim import OptimizerSettings
+from steppo.learner.update import ReplayStatistics, UpdateStatistics
 
-__all__ = ["Correction", "Figures", "ImportanceCorrection", "NoCorrection", "UpdateLoss"]
+__all__ = [
+    "Correction",
+    "Experience",
+    "ImportanceCorrection",
+    "Learner",
+    "NoCorrection",
+    "OptimizerSettings",
+    "ReplayStatistics",
+    "UpdateStatistics",
+]

@@ -1,4 +1,4 @@
-"""From the buffers of all ranks to one credit batch, and back: credit covers the whole iteration, once."""
+"""From the steps of all ranks to one credit batch, and back: credit covers the whole iteration, once."""
 
 from __future__ import annotations
 
@@ -14,31 +14,34 @@ from torch import Tensor
 
 from steppo.advantages import Advantage
 from steppo.advantages.base import time_order, tokens_in_order
-from steppo.buffer import StepBuffer
 from steppo.distributed import gather, rank_and_world
 from steppo.errors import ConfigError, RunError
+from steppo.learner.scoring import Scores
+from steppo.learner.steps import StepTable
 from steppo.types import Credit, CreditBatch, Episode, StopReason
 
 
-@dataclass
-class GlobalSteps:
-    """The iteration over all ranks, in logical order: the same on every rank, however many there are.
+@dataclass(frozen=True, eq=False)
+class AssignedCredit:
+    """Credit of an iteration over all ranks, in logical order: the same on every rank, however many there are.
 
     Attributes:
-        batch: What credit is assigned from.
-        credit: What was assigned.
-        mine_N: Indices of this rank's steps, in the order of its buffer.
+        batch: What it was assigned from.
+        credit: What was assigned, float64.
+        mine_N: Indices of this rank's steps, in the order of its table.
+        mine: The credit of this rank's steps, in their order and in the dtype of their scores.
         logprob_mismatch: Largest difference between the log-probabilities of sampler and learner.
     """
 
     batch: CreditBatch
     credit: Credit
     mine_N: np.ndarray
+    mine: Credit
     logprob_mismatch: float
 
     def statistics(self) -> dict[str, float]:
         """What the critic was worth, and how far sampler and learner are apart."""
-        figures = {"train/logprob_mismatch": self.logprob_mismatch}
+        figures = {"logprob_mismatch": self.logprob_mismatch}
         by_step = self.credit.target_N is not None
         target = self.credit.target_N if by_step else self.credit.target_A
         value = self.batch.value_N if by_step else self.batch.value_A
@@ -48,18 +51,19 @@ class GlobalSteps:
                 1 - float((target - value).var()) / variance if variance > 1e-12 else 0.0
             )  # of equal targets only rounding is left
             figures |= {
-                "train/explained_variance": explained,
-                "train/value_mean": float(value.mean()),
-                "train/target_mean": float(target.mean()),
+                "explained_variance": explained,
+                "value_mean": float(value.mean()),
+                "target_mean": float(target.mean()),
             }
         return figures
 
 
-def assign_credit(buffer: StepBuffer, advantage: Advantage, kl_coef: float) -> GlobalSteps:
-    """Assigns credit over all ranks and stores this rank's share in its buffer.
+def assign_credit(steps: StepTable, scores: Scores, advantage: Advantage, kl_coef: float) -> AssignedCredit:
+    """Assigns credit over all ranks, of which all must ask.
 
     Args:
-        buffer: Scored.
+        steps: This rank's.
+        scores: Of these steps.
         advantage: The scheme.
         kl_coef: Of the KL penalty in the reward; 0 leaves rewards as they are.
 
@@ -67,66 +71,65 @@ def assign_credit(buffer: StepBuffer, advantage: Advantage, kl_coef: float) -> G
         RunError: There is not one step on any rank.
         ConfigError: The scheme gave credit of the wrong kind or shape.
     """
-    parts = gather(_local_part(buffer, kl_coef, advantage.needs_observations))
+    parts = gather(_local_part(steps, scores, kl_coef, advantage.needs_observations))
     joined = {
         name: torch.cat([part[name] for part in parts]) for name in parts[0] if name not in ("logprob_mismatch", "texts")
     }
     if joined["order_N"].numel() == 0:
-        raise RunError(f"the iteration gave no step to learn from: {why_nothing(buffer.episodes)}")
+        raise RunError(f"the iteration gave no step to learn from: {why_nothing(steps.episodes)}")
     rank, _ = rank_and_world()
     rank_N = torch.cat([torch.full_like(part["order_N"], index) for index, part in enumerate(parts)])
 
     sort_N = time_order(joined["order_N"], joined["index_N"])  # whole episodes, whoever acts
     sort_A = tokens_in_order(joined["length_N"], sort_N)
-    steps = {name: column[sort_N] for name, column in joined.items() if name.endswith("_N")}
+    columns = {name: column[sort_N] for name, column in joined.items() if name.endswith("_N")}
     tokens = {name: column[sort_A] for name, column in joined.items() if name.endswith("_A")}
     texts = [text for part in parts for text in part["texts"]]
-    _, episode_N, count_E = torch.unique_consecutive(steps["order_N"], return_inverse=True, return_counts=True)
+    _, episode_N, count_E = torch.unique_consecutive(columns["order_N"], return_inverse=True, return_counts=True)
     first_E = count_E.cumsum(0) - count_E
-    agent_N = _numbered(steps["agent_N"])
+    agent_N = _numbered(columns["agent_N"])
     _, chain_N = torch.unique(episode_N * (agent_N.max() + 1) + agent_N, return_inverse=True)
     index_N, is_last_N = _places(chain_N)
-    final_reward_E = steps["final_reward_N"][first_E]
+    final_reward_E = columns["final_reward_N"][first_E]
     final_reward_N = torch.where(is_last_N, final_reward_E[episode_N], 0.0)
-    task_reward_N = steps["task_reward_N"] + final_reward_N
+    task_reward_N = columns["task_reward_N"] + final_reward_N
 
     batch = CreditBatch(
-        reward_N=steps["reward_N"] + final_reward_N,
-        reward_A=tokens["reward_A"] + _on_last_tokens(final_reward_N, steps["length_N"]),
+        reward_N=columns["reward_N"] + final_reward_N,
+        reward_A=tokens["reward_A"] + _on_last_tokens(final_reward_N, columns["length_N"]),
         task_reward_N=task_reward_N,
-        task_reward_A=_on_last_tokens(task_reward_N, steps["length_N"]),
+        task_reward_A=_on_last_tokens(task_reward_N, columns["length_N"]),
         episode_N=episode_N,
         chain_N=chain_N,
         agent_N=agent_N,
-        group_E=steps["group_N"][first_E],
+        group_E=columns["group_N"][first_E],
         index_N=index_N,
-        length_N=steps["length_N"],
-        terminated_E=steps["terminated_N"][first_E],
-        bootstrap_E=steps["bootstrap_N"][first_E],
+        length_N=columns["length_N"],
+        terminated_E=columns["terminated_N"][first_E],
+        bootstrap_E=columns["bootstrap_N"][first_E],
         last_chain_E=chain_N[first_E + count_E - 1],
         final_reward_E=final_reward_E,
-        value_N=steps.get("value_N"),
+        value_N=columns.get("value_N"),
         value_A=tokens.get("value_A"),
-        anchor_N=steps["anchor_N"],
+        anchor_N=columns["anchor_N"],
         observation_N=[texts[row] for row in sort_N.tolist()] if advantage.needs_observations else None,
     )
     credit = advantage(batch)
     _check(credit, batch, advantage)
 
-    # Stable sorts keep a rank's steps in the order of its buffer.
+    # Stable sorts keep a rank's steps in the order of its table.
     is_mine_N = rank_N[sort_N] == rank
     mine_N = torch.nonzero(is_mine_N)[:, 0]
     mine_A = torch.nonzero(torch.repeat_interleave(is_mine_N, batch.length_N))[:, 0]
-    assert buffer.scores is not None
-    dtype = buffer.scores.old_logprobs_A.dtype
-    buffer.credit = Credit(
+    dtype = scores.old_logprobs_A.dtype
+    mine = Credit(
         advantage_N=_pick(credit.advantage_N, mine_N, dtype),
         advantage_A=_pick(credit.advantage_A, mine_A, dtype),
         target_N=_pick(credit.target_N, mine_N, dtype),
         target_A=_pick(credit.target_A, mine_A, dtype),
     )
-    logprob_mismatch = max(float(part["logprob_mismatch"]) for part in parts)
-    return GlobalSteps(batch, credit, mine_N.numpy(), logprob_mismatch)
+    mismatch = max(float(part["logprob_mismatch"]) for part in parts)
+    return AssignedCredit(batch, credit, mine_N.numpy(), mine, mismatch)
 
 
 def check_orders(episodes: Sequence[Episode]) -> None:
@@ -171,36 +174,33 @@ def _check(credit: Credit, batch: CreditBatch, advantage: Advantage) -> None:
             raise ConfigError(f"{name} gave {column} of shape {tuple(found.shape)}, not {(length,)}")
 
 
-def _local_part(buffer: StepBuffer, kl_coef: float, with_texts: bool) -> dict[str, Any]:
-    scores = buffer.scores
-    assert scores is not None
+def _local_part(steps: StepTable, scores: Scores, kl_coef: float, with_texts: bool) -> dict[str, Any]:
     dtype = torch.float64  # in float32 a perfect critic's advantages would be rounding noise, whitened to unit size
-    length_N = torch.from_numpy(buffer.lengths_N)
-    reward_N = task_reward_N = torch.tensor([step.reward for step in buffer.steps], dtype=dtype)
-    step_of_A = torch.repeat_interleave(torch.arange(len(length_N)), length_N)
+    length_N = torch.from_numpy(steps.lengths_N)
+    reward_N = task_reward_N = torch.tensor([step.reward for step in steps.records], dtype=dtype)
     reward_A = _on_last_tokens(task_reward_N, length_N)
     if kl_coef and scores.ref_logprobs_A is not None:
         reward_A -= kl_coef * (scores.old_logprobs_A.to(dtype) - scores.ref_logprobs_A.to(dtype))
-        reward_N = torch.zeros_like(reward_N).index_add(0, step_of_A, reward_A)
-    episode_of = {episode.order: episode for episode in buffer.episodes}
-    episodes = [episode_of[order] for order in buffer.order_N.tolist()]
-    agents = {name: _text_key(name) for name in {step.agent_id for step in buffer.steps}}
-    difference = scores.old_logprobs_A - buffer.behaviour_logprobs() if buffer.steps else torch.zeros(1)
+        reward_N = torch.zeros_like(reward_N).index_add(0, steps.step_of_A, reward_A)
+    episode_of = {episode.order: episode for episode in steps.episodes}
+    episodes = [episode_of[order] for order in steps.order_N.tolist()]
+    agents = {name: _text_key(name) for name in {step.agent_id for step in steps.records}}
+    difference = scores.old_logprobs_A - steps.behaviour_logprobs_A if len(steps) else torch.zeros(1)
     part = {
-        "order_N": torch.from_numpy(buffer.order_N),
-        "group_N": torch.from_numpy(buffer.group_N),
-        "index_N": torch.tensor([step.index for step in buffer.steps], dtype=torch.int64),
+        "order_N": torch.from_numpy(steps.order_N),
+        "group_N": torch.from_numpy(steps.group_N),
+        "index_N": torch.tensor([step.index for step in steps.records], dtype=torch.int64),
         "length_N": length_N,
         "reward_N": reward_N,
         "reward_A": reward_A,
         "task_reward_N": task_reward_N,
-        "agent_N": torch.tensor([agents[step.agent_id] for step in buffer.steps], dtype=torch.int64),
+        "agent_N": torch.tensor([agents[step.agent_id] for step in steps.records], dtype=torch.int64),
         "final_reward_N": torch.tensor([episode.final_reward for episode in episodes], dtype=dtype),
         "terminated_N": torch.tensor([e.stop_reason == StopReason.TERMINATED for e in episodes], dtype=torch.bool),
         "bootstrap_N": scores.bootstrap_N.to(dtype),
-        "anchor_N": torch.tensor([_text_key(s.observation, agents[s.agent_id]) for s in buffer.steps], dtype=torch.int64),
+        "anchor_N": torch.tensor([_text_key(s.observation, agents[s.agent_id]) for s in steps.records], dtype=torch.int64),
         "logprob_mismatch": difference.abs().max(),
-        "texts": [step.observation for step in buffer.steps] if with_texts else [],
+        "texts": [step.observation for step in steps.records] if with_texts else [],
     }
     if scores.value_N is not None:
         part["value_N"] = scores.value_N.to(dtype)

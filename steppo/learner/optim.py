@@ -1,11 +1,15 @@
-"""Optimizer settings and learning-rate schedules."""
+"""Optimizer settings, learning-rate schedules, and the optimizer's step."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from steppo.errors import ConfigError
 
@@ -96,3 +100,30 @@ def learning_rate_schedule(settings: OptimizerSettings, horizon: Horizon, alone:
         return 1 - fraction if settings.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * fraction))
 
     return factor
+
+
+def clip_and_step(
+    optimizer: Any, settings: Sequence[OptimizerSettings], resting: str | None = None
+) -> dict[str, Tensor] | None:
+    """Clips each group by itself and steps, unless a gradient is not finite (a non-finite loss makes them so).
+
+    Args:
+        optimizer: Its groups have a ``name``.
+        settings: Of each group.
+        resting: Group that is left as it is.
+
+    Returns:
+        The norms of the groups' gradients before clipping, detached; ``None`` if the weights are as they were.
+    """
+    norms: dict[str, Tensor] = {}
+    for group, own in zip(optimizer.param_groups, settings, strict=False):
+        if group["name"] == resting:
+            for parameter in group["params"]:
+                parameter.grad = None
+        norm = nn.utils.clip_grad_norm_(group["params"], own.max_grad_norm or math.inf)
+        norms[group["name"]] = (norm.full_tensor() if isinstance(norm, DTensor) else norm).detach()
+    finite = all(bool(torch.isfinite(norm)) for norm in norms.values())
+    if not finite:  # without gradients a step changes nothing, and is counted
+        optimizer.zero_grad()
+    optimizer.step()
+    return {name: norm for name, norm in norms.items() if name != resting} if finite else None

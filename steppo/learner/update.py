@@ -1,15 +1,15 @@
-"""What an update descends, microbatch by microbatch, and what an iteration's updates say of themselves."""
+"""One update: its loss, microbatch by microbatch, and what it says of itself."""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+from steppo.distributed import gather, rank_and_world
 from steppo.losses import (
     LossInputs,
     LossOutput,
@@ -20,64 +20,43 @@ from steppo.losses import (
     token_weights,
     value_loss,
 )
+from steppo.models import Critic, Policy
 from steppo.types import Microbatch
 
-if TYPE_CHECKING:
-    from steppo.models import Critic, Policy
 
+class StepRatios(NamedTuple):
+    """Importance ratios of a microbatch: of each step the mean over its tokens, and the extremes over all tokens.
 
-class Figures:
-    """Figures of an iteration's updates. Each is a mean over the updates that had it; ratios also have their extremes.
-
-    Args:
-        ratio_N: float [N] on the learner's device, all steps of the iteration on this rank: where the mean ratio of each
-            step's tokens at its last update goes.
-        clipped_N: The same for the share of its tokens outside the trust region.
+    ``index_N`` int64, the steps' places in the table; ``ratio_N`` float32; ``clipped_N`` float32, the share of the tokens
+    outside the trust region.
     """
 
-    def __init__(self, ratio_N: Tensor, clipped_N: Tensor) -> None:
-        infinity = torch.tensor(torch.inf, device=ratio_N.device)
-        self._ratio_N, self._clipped_N = ratio_N, clipped_N
-        self._extremes = {"ratio_min": infinity, "ratio_max": -infinity}
-        self._sums: dict[str, Tensor] = {}
-        self._updates_of: Counter[str] = Counter()
+    index_N: Tensor
+    ratio_N: Tensor
+    clipped_N: Tensor
+    lowest: Tensor
+    highest: Tensor
 
-    @contextmanager
-    def update(self) -> Iterator[Callable[[], None]]:
-        """An update is made in here. Its figures count if the function that is given is called."""
-        sums, extremes, kept = dict(self._sums), dict(self._extremes), [False]
 
-        def keep() -> None:
-            kept[0] = True
+class LossPart(NamedTuple):
+    """A part of an update's loss, with its graph, and its share of the update's figures, without."""
 
-        yield keep
-        if kept[0]:
-            self._updates_of.update(name for name, value in self._sums.items() if value is not sums.get(name))
-        else:
-            self._sums, self._extremes = sums, extremes
+    loss: Tensor
+    figures: dict[str, Tensor]
+    ratios: StepRatios | None
 
-    def add(self, name: str, value: Tensor) -> None:
-        """Adds to this update's figure; over all microbatches and ranks it is their sum."""
-        self._sums[name] = self._sums[name] + value if name in self._sums else value
 
-    def add_ratios(self, batch: Microbatch, output: LossOutput) -> None:
-        """Takes the ratios of a microbatch's tokens."""
-        tokens = batch.tokens
-        self._extremes = {
-            "ratio_min": torch.minimum(self._extremes["ratio_min"], output.ratio_A.min()),
-            "ratio_max": torch.maximum(self._extremes["ratio_max"], output.ratio_A.max()),
-        }
-        for column_N, column_A in ((self._ratio_N, output.ratio_A), (self._clipped_N, output.clipped_A)):
-            column_N[batch.index_N] = step_means(column_A.float(), tokens.step_of_A, tokens.num_steps)
+@dataclass(frozen=True, eq=False)
+class UpdateStatistics:
+    """What one update found on this rank; nothing if it was skipped.
 
-    def reduced(self, reduce: Callable[[Tensor, str], float]) -> dict[str, float]:
-        """All figures, in the same order on all ranks.
+    Attributes:
+        figures: Shares of each figure, which is their sum over microbatches and ranks.
+        ratios: By microbatch.
+    """
 
-        Args:
-            reduce: Number and operation (``sum``, ``min``, ``max``) -> the number over all ranks.
-        """
-        means = {name: reduce(value, "sum") / self._updates_of[name] for name, value in sorted(self._sums.items())}
-        return means | {name: reduce(value, name.removeprefix("ratio_")) for name, value in sorted(self._extremes.items())}
+    figures: Mapping[str, Sequence[Tensor]] = field(default_factory=dict)
+    ratios: Sequence[StepRatios] = ()
 
 
 class UpdateLoss:
@@ -106,25 +85,26 @@ class UpdateLoss:
         self._policy_loss = policy_loss
         self._settings = settings
 
-    def parts(self, batch: Microbatch, figures: Figures, policy_learns: bool = True) -> Iterator[Tensor]:
+    def parts(self, batch: Microbatch, policy_learns: bool = True) -> Iterator[LossPart]:
         """A microbatch's parts of the update's loss, each with a forward pass of its own: go backward before the next.
 
         Args:
             batch: The microbatch.
-            figures: Takes what is to be said of it.
             policy_learns: The policy takes part, not only the critic.
         """
         critic = self._critic
         if critic is not None and critic.needs_policy_hidden:
-            loss, hidden = self._of_policy(batch, figures, policy_learns)
-            yield (1.0 if policy_learns else 0.0) * loss + self._of_critic(critic, batch, figures, hidden)
+            of_policy, hidden = self._of_policy(batch, policy_learns)
+            of_critic = self._of_critic(critic, batch, hidden)
+            loss = (1.0 if policy_learns else 0.0) * of_policy.loss + of_critic.loss
+            yield LossPart(loss, of_policy.figures | of_critic.figures, of_policy.ratios)
             return
         if policy_learns:
-            yield self._of_policy(batch, figures, policy_learns)[0]
+            yield self._of_policy(batch, policy_learns)[0]
         if critic is not None:
-            yield self._of_critic(critic, batch, figures, None)
+            yield self._of_critic(critic, batch, None)
 
-    def _of_policy(self, batch: Microbatch, figures: Figures, policy_learns: bool) -> tuple[Tensor, Tensor]:
+    def _of_policy(self, batch: Microbatch, policy_learns: bool) -> tuple[LossPart, Tensor]:
         settings, tokens = self._settings, batch.tokens
         total = batch.update_steps if settings.aggregation == "step-mean" else batch.update_tokens
         hidden, logprobs_A, entropy_A = self._policy(tokens, batch.temperature_A)
@@ -143,9 +123,9 @@ class UpdateLoss:
         )
         policy_loss = (output.loss_A * weight_A).sum()
         entropy = (entropy_A * share_A).sum()
-        loss = policy_loss - settings.ent_coef * entropy
+        loss = policy_loss - settings.ent_coef * entropy if settings.ent_coef else policy_loss
         if not policy_learns:  # only the hidden states are wanted: the policy takes no part, and has no figures
-            return loss / total, hidden
+            return LossPart(loss / total, {}, None), hidden
         sums = {"policy_loss": policy_loss, "entropy": entropy}
         if batch.ref_logprobs_A is not None:
             sums["kl"] = (kl_penalty(logprobs_A, batch.ref_logprobs_A, settings.kl_estimator) * share_A).sum()
@@ -156,15 +136,12 @@ class UpdateLoss:
         sums["clip_fraction"] = (output.clipped_A * share_A).sum()
         sums["ratio_mean"] = (output.ratio_A * share_A).sum()
         sums["weight_mean"] = weight_A.sum()
-        for name, value in sums.items():
-            figures.add(name, value.detach() / total * batch.scale)
-        if batch.scale:
-            figures.add_ratios(batch, output)
-        return loss / total, hidden
+        figures = {name: value.detach() / total * batch.scale for name, value in sums.items()}
+        return LossPart(loss / total, figures, _step_ratios(batch, output) if batch.scale else None), hidden
 
-    def _of_critic(self, critic: Critic, batch: Microbatch, figures: Figures, hidden: Tensor | None) -> Tensor:
-        assert batch.old_value is not None
-        assert batch.target is not None
+    def _of_critic(self, critic: Critic, batch: Microbatch, hidden: Tensor | None) -> LossPart:
+        if batch.old_value is None or batch.target is None:
+            raise ValueError("a critic learns from values and targets: the microbatch has none")
         # One value per step: its mean is over steps, however tokens are aggregated.
         aggregation = "step-mean" if self._needs_values == "step" else self._settings.aggregation
         total = batch.update_steps if aggregation == "step-mean" else batch.update_tokens
@@ -176,5 +153,80 @@ class UpdateLoss:
             weights = step_means(batch.weight_A, tokens.step_of_A, tokens.num_steps)
         values = critic(tokens, tokens.value_positions(self._needs_values), hidden)
         loss = value_loss(values, batch.old_value, batch.target, weights, self._settings.value_clip or None) / total
-        figures.add("value_loss", loss.detach() * batch.scale)
-        return self._settings.vf_coef * loss
+        return LossPart(self._settings.vf_coef * loss, {"value_loss": loss.detach() * batch.scale}, None)
+
+
+def _step_ratios(batch: Microbatch, output: LossOutput) -> StepRatios:
+    ratio_N, clipped_N = (
+        step_means(column_A.float(), batch.tokens.step_of_A, batch.tokens.num_steps)
+        for column_A in (output.ratio_A, output.clipped_A)
+    )
+    return StepRatios(batch.index_N, ratio_N, clipped_N, output.ratio_A.min(), output.ratio_A.max())
+
+
+def run_update(
+    loss: UpdateLoss,
+    batch: Sequence[Microbatch],
+    backward: Callable[[Tensor], object],
+    step: Callable[[], Mapping[str, Tensor] | None],
+    policy_learns: bool = True,
+) -> UpdateStatistics:
+    """All microbatches of an update forward and backward, then one step.
+
+    Args:
+        loss: Of the update.
+        batch: This rank's part of it.
+        backward: Adds a loss's gradients. They are to be averaged over ranks, and are scaled so that the average is the
+            gradient of the whole update's loss.
+        step: Changes the weights; gives norms of gradients by their parameters' name, or ``None`` if it left all as it was.
+        policy_learns: The policy takes part, not only the critic.
+    """
+    _, world = rank_and_world()
+    figures: dict[str, list[Tensor]] = {}
+    ratios = []
+    for microbatch in batch:
+        for part in loss.parts(microbatch, policy_learns):
+            backward(part.loss * (microbatch.scale * world))
+            for name, value in part.figures.items():
+                figures.setdefault(name, []).append(value)
+            if part.ratios is not None:
+                ratios.append(part.ratios)
+    norms = step()
+    if norms is None:
+        return UpdateStatistics()
+    return UpdateStatistics(figures | {f"grad_norm_{name}": [norm / world] for name, norm in norms.items()}, ratios)
+
+
+@dataclass(frozen=True, eq=False)
+class ReplayStatistics:
+    """What an iteration's updates found.
+
+    Attributes:
+        figures: Means over the updates that had them, over all ranks; of ratios also the extremes, infinite without any.
+        ratio_N: float32, of each step of this rank the mean importance ratio of its tokens at its last update; NaN without.
+        clipped_N: float32, likewise the share of its tokens outside the trust region.
+    """
+
+    figures: Mapping[str, float]
+    ratio_N: Tensor
+    clipped_N: Tensor
+
+    @classmethod
+    def of(cls, updates: Sequence[UpdateStatistics], num_steps: int) -> ReplayStatistics:
+        """Adds up the updates of an iteration of so many steps on this rank. All ranks must ask."""
+        ratio_N, clipped_N = torch.full((2, num_steps), torch.nan)
+        ratios = [ratios for update in updates for ratios in update.ratios]
+        for part in ratios:
+            ratio_N[part.index_N.cpu()] = part.ratio_N.cpu()
+            clipped_N[part.index_N.cpu()] = part.clipped_N.cpu()
+        mine: dict[str, float] = {}
+        for name in sorted({name for update in updates for name in update.figures}):
+            shares = [share for update in updates for share in update.figures.get(name, ())]
+            mine[name] = float(sum(shares[1:], shares[0]))
+        lowest = min((float(part.lowest) for part in ratios), default=torch.inf)
+        highest = max((float(part.highest) for part in ratios), default=-torch.inf)
+        ranks = gather((mine, lowest, highest))
+        counts = {name: sum(name in update.figures for update in updates) for name in mine}
+        figures = {name: sum(sums[name] for sums, _, _ in ranks) / count for name, count in counts.items()}
+        figures |= {"ratio_max": max(high for *_, high in ranks), "ratio_min": min(low for _, low, _ in ranks)}
+        return cls(figures, ratio_N, clipped_N)

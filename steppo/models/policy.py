@@ -42,8 +42,8 @@ class Policy(nn.Module, ABC):
         tokenizer: Its tokenizer, once built.
         stop_ids: Token ids that end an action.
         adapters: LoRA adapters on a frozen base; ``None`` when all weights are trained.
-        bits: 4 or 8 where ``build`` is to load a quantised base; set before.
-        base_dtype: Of the other weights of a quantised or frozen base; the policy's own unless set before ``build``.
+        bits: 4 or 8 where ``build`` loads a quantised base.
+        base_dtype: Of the other weights of a quantised or frozen base; ``None``: as the policy's own settings say.
         load_device: Where ``build`` puts a quantised base.
     """
 
@@ -58,6 +58,10 @@ class Policy(nn.Module, ABC):
         self.bits: int | None = None
         self.base_dtype: torch.dtype | None = None
         self.load_device = torch.device("cpu")
+
+    def store_base(self, bits: int | None, dtype: torch.dtype, device: torch.device) -> None:
+        """Before ``build``: how a frozen base is stored, and where a quantised one is loaded."""
+        self.bits, self.base_dtype, self.load_device = bits, dtype, device
 
     @abstractmethod
     def build(self, tokenizer_texts: Callable[[], list[str]]) -> None:

@@ -26,7 +26,7 @@ from tests.advantages.test_group_advantages import (
     turn,
     turns_of,
 )
-from tests.learner.test_credit import make_episode
+from tests.learner.fakes import make_episode
 from tests.numeric_helpers import FEW, close, normal, to_batch
 from tests.slow_credit import Ending, Turn
 

@@ -21,6 +21,8 @@ from torch.utils.tensorboard._utils import figure_to_image
 from callbacks.transcript import as_figure, as_text, shown_orders
 from steppo.advantages import StepGAE
 from steppo.datamodule import run_seed
+from steppo.learner import Experience, ReplayStatistics
+from steppo.listeners import Listener
 from steppo.models import TinyPolicy
 from steppo.transcripts import TranscriptWriter, episode_records, page_blocks
 from steppo.types import Episode, Step, StopReason
@@ -109,40 +111,49 @@ def write(folder: Path, iteration: int, *orders: int, kind: str = "train") -> No
         ["--model.advantage=tests.test_extend.ReturnOnly", "--data.max_tokens_per_microbatch=100"],
     ],
 )
-def test_numbers_are_those_of_the_buffer(options: list[str], tmp_path: Path) -> None:
-    cli = run(tmp_path, *SHORT, *options)
-    buffer, tokenizer = cli.datamodule.buffer, cli.model.policy.tokenizer
+def test_numbers_are_those_of_the_experience(options: list[str], tmp_path: Path) -> None:
+    cli = run(tmp_path, *SHORT, *options, "--trainer.callbacks+=tests.callbacks.test_transcripts.KeepReplay")
+    kept = next(callback for callback in cli.trainer.callbacks if isinstance(callback, KeepReplay))
+    experience, tokenizer = kept.experience, cli.model.policy.tokenizer
+    assert experience is cli.datamodule.buffer.experience
+    scores, credit, played_steps = experience.scores, experience.credit, experience.steps.records
     records = lines(tmp_path)
     found = steps(records, "train", 1)
-    assert len(found) == len(buffer.steps) > 0
-    first = [sum(len(step.action_ids) for step in buffer.steps[:number]) for number in range(len(buffer.steps))]
-    for number, (shown, step) in enumerate(zip(found, buffer.steps, strict=True)):
+    assert len(found) == len(played_steps) > 0
+    first = [sum(len(step.action_ids) for step in played_steps[:number]) for number in range(len(played_steps))]
+    for number, (shown, step) in enumerate(zip(found, played_steps, strict=True)):
         assert shown["prompt"] == tokenizer.decode(step.prompt_ids)
         assert shown["text"] == tokenizer.decode(step.action_ids)
         assert (shown["prompt_tokens"], shown["action_tokens"]) == (len(step.prompt_ids), len(step.action_ids))
         for name in ("observation", "action", "action_valid", "reward", "finish_reason"):
             assert shown[name] == getattr(step, name)
         tokens = slice(first[number], first[number] + len(step.action_ids))
-        scores, credit = buffer.scores, buffer.credit
         value = scores.value_N[number] if scores.value_N is not None else None
         value = scores.value_A[first[number]] if scores.value_A is not None else value
         advantage = credit.advantage_N[number] if credit.advantage_N is not None else credit.advantage_A[tokens].mean()
         assert shown["value"] == (None if value is None else pytest.approx(float(value)))
         assert shown["advantage"] == pytest.approx(float(advantage), abs=1e-6)
-        assert shown["ratio"] == pytest.approx(float(buffer.ratio_N[number]))
+        assert shown["ratio"] == pytest.approx(float(kept.replay.ratio_N[number]))
         assert 0 <= shown["clipped"] <= 1
-    assert [record["id"] for record in records if record["kind"] == "train"] == [episode.id for episode in buffer.episodes]
-    for record, played in zip([record for record in records if record["kind"] == "train"], buffer.episodes, strict=True):
+    assert [record["id"] for record in records if record["kind"] == "train"] == [e.id for e in experience.episodes]
+    for record, played in zip([record for record in records if record["kind"] == "train"], experience.episodes, strict=True):
         assert record["return"] == played.episode_return
         assert (record["task"], record["group"], record["updates"]) == (played.task_id, played.group_id, 0)
         assert (record["success"], record["stop_reason"]) == (played.success, str(played.stop_reason))
+
+
+class KeepReplay(Listener):
+    """What an iteration learned from, and what its updates found."""
+
+    def on_experience(self, trainer: Any, pl_module: Any, experience: Experience, replay: ReplayStatistics) -> None:
+        self.experience, self.replay = experience, replay
 
 
 class Recompute(Callback):
     """Ratio of each step before its last update: one step at a time, straight from the model."""
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        now = torch.stack([self._logprob(pl_module, step) for step in pl_module.data.buffer.steps])
+        now = torch.stack([self._logprob(pl_module, step) for step in pl_module.data.buffer.experience.steps.records])
         if batch_idx == 0:
             self.old, self.ratio = now, torch.full_like(now, torch.nan)
         updates = trainer.num_training_batches // 2

@@ -181,7 +181,7 @@ def test_a_run_goes_on_without_its_cache(tmp_path: Path) -> None:
 
 
 def test_the_least_recently_used_go_first(tiny_policy: TinyPolicy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("callbacks.warm_start._MOST_FILES", 3)
+    monkeypatch.setattr("steppo.weight_cache._MOST_FILES", 3)
     callback, weights = WarmStartCallback(cache_dir=str(tmp_path)), _trained(tiny_policy)
     mine = tmp_path / "mine.pt"  # a user's own file is none of ours
     torch.save({}, mine)
@@ -200,7 +200,7 @@ def test_the_least_recently_used_go_first(tiny_policy: TinyPolicy, tmp_path: Pat
     assert callback._cached(paths[0], tiny_policy) is not None
     callback._save(weights, paths[3])
     assert {path.name for path in tmp_path.iterdir()} == {p.name for p in (mine, fresh, paths[0], paths[2], paths[3])}
-    monkeypatch.setattr("callbacks.warm_start._MOST_BYTES", 1)
+    monkeypatch.setattr("steppo.weight_cache._MOST_BYTES", 1)
     time.sleep(0.01)
     callback._save(weights, paths[4])
     assert {path.name for path in tmp_path.iterdir()} == {mine.name, fresh.name, paths[4].name}

@@ -18,7 +18,7 @@ from steppo.rollout import EnvSource
 from steppo.transcripts import episode_records
 from steppo.types import Episode, RolloutConfig, StopReason
 from tests.cli_helpers import evaluations, run
-from tests.learner.test_credit import make_episode
+from tests.learner.fakes import make_episode
 
 NAN, INF = float("nan"), float("inf")
 EPISODE = make_episode(3, [1, 2, 1])
@@ -145,7 +145,7 @@ def test_a_judge_that_fails_now_and_then_costs_its_episodes(tmp_path: Path) -> N
         assert (record["episodes"], record["errors"]) == (7, 1)
         assert record["most_common_error"].startswith("the episode's final_reward must be finite")
         assert math.isfinite(record["return_mean"])
-    failed = [episode for episode in cli.datamodule.buffer.episodes if episode.stop_reason.failed]
+    failed = [episode for episode in cli.datamodule.buffer.experience.episodes if episode.stop_reason.failed]
     assert [episode.order for episode in failed] == [5]
 
 

@@ -17,13 +17,13 @@ from callbacks import RolloutCallback
 from callbacks.transcript import as_text
 from steppo.advantages import GRPO, RLOO, Advantage, GiGPO, ReinforcePP, ReinforcePPBaseline, StepGAE, TokenGAE, whiten
 from steppo.advantages.base import episode_returns
-from steppo.learner.credit import assign_credit
 from steppo.metrics import EpisodeStatistics
 from steppo.models import TinyPolicy
 from steppo.transcripts import episode_records
 from steppo.types import Credit, CreditBatch, Episode, StopReason
 from tests.advantages.test_group_advantages import SCHEMES, advantage, by_turn, each
-from tests.learner.test_credit import assert_equal, make_buffer, make_episode
+from tests.learner.fakes import make_episode, scored
+from tests.learner.test_credit import assert_equal
 from tests.numeric_helpers import FEW, close, gae, normal, to_batch
 from tests.slow_credit import Ending, Turn, slow_credit
 
@@ -59,13 +59,13 @@ def team(
 def credited(episodes: Sequence[Episode], scheme: Advantage, values: Tensor | None = None, after: float = 0.0) -> Any:
     """What is assigned to the episodes' steps, whose values are 0 unless given; ``after`` follows the first episode."""
     kind = scheme.needs_values
-    buffer = make_buffer(episodes, kind, {episodes[0].order: after})
-    assert buffer.scores is not None
+    played = scored(episodes, kind, {episodes[0].order: after})
     if kind == "step":
-        buffer.scores.value_N = torch.zeros(len(buffer.steps), dtype=torch.float64) if values is None else values
+        played = played.replace(value_N=torch.zeros(len(played.steps), dtype=torch.float64) if values is None else values)
     if kind == "token":
-        buffer.scores.value_A = torch.zeros(buffer.num_tokens, dtype=torch.float64) if values is None else values
-    return assign_credit(buffer, scheme, 0.0)
+        zeros = torch.zeros(played.steps.num_tokens, dtype=torch.float64)
+        played = played.replace(value_A=zeros if values is None else values)
+    return played.assign(scheme)
 
 
 def target(credit: Credit) -> Tensor:
@@ -229,7 +229,7 @@ def played(seed: int, agents: Sequence[str] = ("agent", "critic", "searcher"), f
 
 
 def assign(episodes: Sequence[Episode], scheme: Advantage, kind: str, kl_coef: float = 0.05) -> Any:
-    return assign_credit(make_buffer(episodes, kind, {order: order - 3.0 for order in range(12)}), scheme, kl_coef)
+    return scored(episodes, kind, {order: order - 3.0 for order in range(12)}).assign(scheme, kl_coef)
 
 
 @EACH
@@ -332,8 +332,7 @@ def test_ranks_number_agents_alike(on_ranks: Callable[..., list[Any]], scheme: A
 
 def test_a_penalty_stays_where_it_is() -> None:
     """The KL penalty is on each agent's own tokens: old - ref is -cos of the token's code."""
-    buffer = make_buffer([TEAM], "none")
-    batch: CreditBatch = assign_credit(buffer, GRPO(), 0.5).batch
+    batch: CreditBatch = scored([TEAM], "none").assign(GRPO(), 0.5).batch
     penalties = 0.5 * torch.cos(torch.tensor([0.0, 50.0, 100.0, 150.0], dtype=torch.float64))
     close(batch.task_reward_N, [0.0, 1.0, 3.0, 6.0])
     close(batch.reward_N - batch.task_reward_N, penalties)
@@ -345,7 +344,7 @@ def test_a_penalty_stays_where_it_is() -> None:
 
 def test_transcripts_name_several_agents(tiny_policy: TinyPolicy) -> None:
     alone = make_episode(1, [1, 1])
-    team_record, record = episode_records([alone, TEAM], tiny_policy.tokenizer, make_buffer([alone, TEAM]), iteration=1)
+    team_record, record = episode_records([alone, TEAM], tiny_policy.tokenizer, iteration=1)
     assert [step["agent"] for step in team_record["steps"]] == AGENTS
     assert (team_record["return"], team_record["final_reward"]) == (6.0, 4.0)
     assert "step 2, worker" in as_text(team_record)

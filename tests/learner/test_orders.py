@@ -15,12 +15,13 @@ from steppo.contexts import StateContext
 from steppo.datamodule import StepDataModule
 from steppo.engines import ScriptedEngine, random_action
 from steppo.errors import RunError
-from steppo.learner.credit import assign_credit, check_orders
+from steppo.learner.credit import check_orders
 from steppo.rollout import EnvSource
 from steppo.transcripts import episode_records
 from steppo.types import Episode, Group, RolloutConfig, StopReason, groups_of
 from tests.cli_helpers import run
-from tests.learner.test_credit import ListedTasks, make_buffer, make_episode
+from tests.learner.fakes import make_episode, scored
+from tests.test_buffer import ListedTasks
 from tests.toy_env import CorridorEnv
 
 
@@ -55,10 +56,10 @@ def test_places_of_episodes_do_not_collide(sizes: tuple[int, ...], source: EnvSo
     if len(set(sizes)) == 1:
         assert groups == groups_of([group.task for group in groups], sizes[0])
     check_orders(episodes)
-    batch = assign_credit(make_buffer(episodes, "none"), GRPO(), 0.0).batch
+    batch = scored(episodes, "none").assign(GRPO()).batch
     assert batch.episode_N.tolist() == [number for number, episode in enumerate(episodes) for _ in episode.steps]
     assert batch.group_E.tolist() == [episode.group_id for episode in episodes]
-    records = episode_records(episodes, tiny_policy.tokenizer, make_buffer(episodes, "none"))
+    records = episode_records(episodes, tiny_policy.tokenizer)
     assert [record["id"] for record in records] == [episode.id for episode in episodes]
 
 

@@ -10,12 +10,13 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch import Callback
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from callbacks import RolloutCallback
 from steppo.engines import HFEngine
 from steppo.errors import ConfigError
+from steppo.learner import Experience, ReplayStatistics
+from steppo.listeners import Listener
 from steppo.models import TinyPolicy
 from steppo.parsers import ActionParser, ParsedAction
 from steppo.types import Completion, Episode, Observation, Request, Sampling, StopReason
@@ -33,14 +34,14 @@ class AnyTextParser(ActionParser):
         return ParsedAction(None, "Not now.") if number % 8 == 0 else ParsedAction(commands[number % len(commands)])
 
 
-class KeepEpisodes(Callback):
+class KeepEpisodes(Listener):
     """The episodes of all iterations."""
 
     def __init__(self) -> None:
         self.seen: list[Episode] = []
 
-    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        self.seen += trainer.datamodule.buffer.episodes
+    def on_experience(self, trainer: Any, pl_module: Any, experience: Experience, replay: ReplayStatistics) -> None:
+        self.seen += experience.episodes
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,121 @@
+"""The method: episodes -> experience -> updates. It knows modules and callables, and nothing of Lightning."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from steppo.advantages import Advantage
+from steppo.distributed import gather
+from steppo.learner.correction import Correction, NoCorrection, Weights
+from steppo.learner.credit import assign_credit, check_orders
+from steppo.learner.experience import Experience
+from steppo.learner.scoring import Reference, Scores, score
+from steppo.learner.steps import StepTable
+from steppo.learner.update import UpdateLoss, UpdateStatistics, run_update
+from steppo.losses import ClippedLoss, ObjectiveSettings, PolicyLoss
+from steppo.models import Critic, Policy
+from steppo.packing import Packer, PaddedPacker
+from steppo.types import Credit, Episode, Microbatch
+
+
+class Learner:
+    """Prepares an iteration's episodes, and makes its updates.
+
+    Args:
+        policy: Built.
+        advantage: Credit scheme; it says which values it needs.
+        critic: Built; ``None`` where the scheme needs no values.
+        reference: The policy that KL keeps close to, if there is one.
+        loss: The policy's part of the objective.
+        objective: The rest of it.
+        correction: Importance weights of what another policy sampled.
+        packer: Steps -> token batches, for scoring.
+        max_tokens: Most tokens in one batch.
+        inference: Entered for passes without gradients.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        advantage: Advantage,
+        critic: Critic | None = None,
+        reference: Reference | None = None,
+        loss: PolicyLoss | None = None,
+        objective: ObjectiveSettings = ObjectiveSettings(),
+        correction: Correction | None = None,
+        packer: Packer | None = None,
+        max_tokens: int = 16384,
+        inference: Callable[[], AbstractContextManager[object]] = torch.no_grad,
+    ) -> None:
+        self._policy = policy
+        self._advantage = advantage
+        self._critic = critic
+        self._reference = reference
+        self._objective = objective
+        self._correction = correction or NoCorrection()
+        self._packer = packer or PaddedPacker()
+        self._max_tokens = max_tokens
+        self._inference = inference
+        self._loss = UpdateLoss(policy, critic, advantage.needs_values, loss or ClippedLoss(), objective)
+
+    def prepare(self, episodes: Sequence[Episode]) -> Experience:
+        """Scores an iteration's episodes and assigns credit over all ranks, of which all must ask.
+
+        Args:
+            episodes: This rank's, in whatever order they were finished.
+
+        Raises:
+            RunError: There is not one step on any rank, or two episodes have the same order.
+            ConfigError: The credit scheme gave something of the wrong kind or shape.
+        """
+        check_orders(episodes)
+        steps = StepTable.of(episodes)
+        return self._with_credit(steps, *self._score(steps))
+
+    def score_episodes(self, episodes: Sequence[Episode]) -> Experience:
+        """Scores episodes that are not learned from, and assigns credit among them; training does not notice.
+
+        All ranks must ask, each with its share of the episodes (or none). Without credit if the scheme compares the
+        episodes of a task, which nobody promises here, or if there is not one step.
+        """
+        steps = StepTable.of(episodes)
+        scores, weights = self._score(steps)
+        if not self._advantage.needs_groups and any(gather(len(steps))):
+            return self._with_credit(steps, scores, weights)
+        return Experience(steps, scores, weights, Credit(), np.arange(len(steps)), steps.lengths_N, len(episodes), {})
+
+    def update(
+        self,
+        batch: Sequence[Microbatch],
+        backward: Callable[[Tensor], object],
+        step: Callable[[], Mapping[str, Tensor] | None],
+        policy_learns: bool = True,
+    ) -> UpdateStatistics:
+        """One update: see ``run_update``."""
+        return run_update(self._loss, batch, backward, step, policy_learns)
+
+    def _score(self, steps: StepTable) -> tuple[Scores, Weights]:
+        models = self._policy, self._reference, self._critic
+        with self._inference():
+            scores = score(steps, *models, self._advantage.needs_values, self._packer, self._max_tokens)
+            old_A = scores.old_logprobs_A
+            behaviour_A = steps.behaviour_logprobs_A.to(old_A.dtype)
+            return scores, self._correction(behaviour_A, old_A, steps.step_of_A, len(steps))
+
+    def _with_credit(self, steps: StepTable, scores: Scores, weights: Weights) -> Experience:
+        assigned = assign_credit(steps, scores, self._advantage, self._objective.reward_kl_coef)
+        return Experience(
+            steps=steps,
+            scores=scores,
+            weights=weights,
+            credit=assigned.mine,
+            mine_N=assigned.mine_N,
+            all_lengths_N=assigned.batch.length_N.numpy(),
+            num_episodes=len(assigned.batch.terminated_E),
+            statistics=assigned.statistics(),
+        )

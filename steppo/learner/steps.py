@@ -1,0 +1,102 @@
+"""The steps of an iteration or a panel, as columns."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from steppo.packing import Packer
+from steppo.types import Episode, Segment, Step, TokenBatch
+
+
+@dataclass(frozen=True, eq=False)
+class StepTable:
+    """This rank's steps, in logical order: those of all episodes that did not break. Episodes that broke have no rows.
+
+    Attributes:
+        episodes: All, by their order.
+        records: The steps.
+        order_N: int64, order of the step's episode.
+        group_N: int64, its group.
+        lengths_N: int64, action tokens of each step.
+    """
+
+    episodes: tuple[Episode, ...]
+    records: tuple[Step, ...]
+    order_N: np.ndarray
+    group_N: np.ndarray
+    lengths_N: np.ndarray
+
+    @classmethod
+    def of(cls, episodes: Sequence[Episode]) -> StepTable:
+        """The table of episodes, in whatever order they were finished."""
+        episodes = sorted(episodes, key=lambda episode: episode.order)
+        learned = [(episode, step) for episode in episodes if not episode.stop_reason.failed for step in episode.steps]
+        return cls(
+            episodes=tuple(episodes),
+            records=tuple(step for _, step in learned),
+            order_N=np.asarray([episode.order for episode, _ in learned], dtype=np.int64),
+            group_N=np.asarray([episode.group_id for episode, _ in learned], dtype=np.int64),
+            lengths_N=np.asarray([len(step.action_ids) for _, step in learned], dtype=np.int64),
+        )
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    @property
+    def num_tokens(self) -> int:
+        """Action tokens."""
+        return int(self.lengths_N.sum())
+
+    @cached_property
+    def segments(self) -> list[Segment]:
+        """The steps, to be packed."""
+        columns = zip(self.records, self.order_N.tolist(), self.group_N.tolist(), strict=True)
+        return [Segment(step.prompt_ids, step.action_ids, order, group) for step, order, group in columns]
+
+    @cached_property
+    def behaviour_logprobs_A(self) -> Tensor:
+        """The engine's log-probabilities, float32."""
+        none = np.zeros(0, dtype=np.float32)
+        return torch.from_numpy(np.concatenate([none, *(step.behaviour_logprobs for step in self.records)]))
+
+    @cached_property
+    def temperature_A(self) -> Tensor:
+        """Sampling temperature by action token, float32."""
+        per_step = np.asarray([step.temperature for step in self.records], dtype=np.float32)
+        return torch.from_numpy(np.repeat(per_step, self.lengths_N))
+
+    @cached_property
+    def step_of_A(self) -> Tensor:
+        """The step of each action token, int64."""
+        return torch.repeat_interleave(torch.arange(len(self)), torch.from_numpy(self.lengths_N))
+
+    def tokens_of(self, rows: np.ndarray) -> Tensor:
+        """Indices of the action tokens of steps, step by step, int64."""
+        lengths = self.lengths_N[rows]
+        first = np.cumsum(lengths) - lengths
+        return torch.from_numpy(np.repeat(self._starts_N[rows] - first, lengths) + np.arange(lengths.sum()))
+
+    @cached_property
+    def _starts_N(self) -> np.ndarray:
+        return np.cumsum(self.lengths_N) - self.lengths_N
+
+    def batches(self, packer: Packer, max_tokens: int) -> Iterator[tuple[Tensor, Tensor, TokenBatch]]:
+        """All steps for a forward pass: indices of the steps [n], of their action tokens [a], and the batch."""
+        for rows, batch in packer.pack(self.segments, max_tokens):
+            yield torch.from_numpy(rows), self.tokens_of(rows), batch
+
+    def final_batches(self, packer: Packer, max_tokens: int) -> Iterator[tuple[list[Episode], TokenBatch]]:
+        """The prompts after the last step of truncated episodes, and their episodes."""
+        cut = [
+            (episode, Segment(episode.final_prompt_ids, np.zeros(0, dtype=np.int32), episode.order, episode.group_id))
+            for episode in self.episodes
+            if episode.steps and episode.final_prompt_ids is not None
+        ]
+        for rows, batch in packer.pack([segment for _, segment in cut], max_tokens):
+            yield [cut[row][0] for row in rows], batch
