@@ -7,13 +7,13 @@ import os
 import re
 import tempfile
 import time
+import warnings
 import zipfile
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 _RESULT = re.compile(r"[0-9a-f]{32}\.pt")
@@ -50,7 +50,7 @@ class WeightCache:
             reason = f" ({' '.join(str(error).split())[:60]})"
         else:
             reason = ""
-        rank_zero_warn(f"warm_start: {path} is damaged or holds something else{reason}; it is made anew")
+        warnings.warn(f"{path} is damaged or holds something else{reason}; it is made anew", stacklevel=2)
         with suppress(OSError):
             path.unlink()
         return None
@@ -72,7 +72,7 @@ class WeightCache:
                     part.unlink(missing_ok=True)
             self._prune(path)
         except OSError as error:
-            rank_zero_warn(f"warm_start: cannot write to {self.folder}: {error.strerror or error}; the result is not kept")
+            warnings.warn(f"cannot write to {self.folder}: {error.strerror or error}; the result is not kept", stacklevel=2)
 
     def _path(self, key: str) -> Path:
         return self.folder / f"{key}.pt"

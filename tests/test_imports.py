@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 
 # From left to right; left never imports right. Names of modules or packages in steppo/, and "callbacks".
 LAYERS: list[set[str]] = [
-    {"steppo", "types", "errors", "distributed", "rng"},
+    {"steppo", "types", "errors", "distributed", "rng", "weight_cache"},
     {"envs", "contexts", "packing", "advantages", "losses", "parsers"},
     {"models"},
     {"engines"},
@@ -31,7 +31,6 @@ LAYERS: list[set[str]] = [
         "checkpoints",
         "transcripts",
         "run_folder",
-        "weight_cache",
     },
     {"callbacks"},
     {"cli", "gguf"},
@@ -42,7 +41,6 @@ USE_LIGHTNING = {
     "module",
     "run_module",
     "listeners",
-    "weight_cache",
     "datamodule",
     "checkpoints",
     "run_folder",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -31,6 +31,20 @@ class Advantage(ABC):
     @abstractmethod
     def __call__(self, batch: CreditBatch) -> Credit:
         """Assigns credit. The result is in the order of the batch and does not depend on it."""
+
+
+T = TypeVar("T")
+
+
+def given(column: T | None, name: str) -> T:
+    """A column that the scheme's ``needs_values`` or ``needs_observations`` has asked for.
+
+    Raises:
+        ConfigError: It is not there.
+    """
+    if column is None:
+        raise ConfigError(f"the credit batch has no {name}: the scheme's needs_values or needs_observations must ask for it")
+    return column
 
 
 def check_decays(scheme: Advantage, **decays: float) -> None:

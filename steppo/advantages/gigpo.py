@@ -16,6 +16,7 @@ from steppo.advantages.base import (
     discounted_suffix_sums_,
     ends_of_runs,
     episode_returns,
+    given,
     standardised_within,
     time_order,
     unsort,
@@ -66,8 +67,8 @@ class GiGPO(Advantage):
         group_N = group_E[batch.episode_N]
 
         advantage_E = standardised_within(episode_returns(batch), group_E, self.scale_by_std)
-        text_N = self._similar_texts(batch, group_N, order) if self.needs_observations else batch.anchor_N
-        assert text_N is not None
+        similar = self.needs_observations
+        text_N = self._similar_texts(batch, group_N, order) if similar else given(batch.anchor_N, "anchor_N")
         texts, text_N = torch.unique(text_N, return_inverse=True)
         step_N = standardised_within(return_N, group_N * len(texts) + text_N, self.scale_by_std)
         episodes_of_group = torch.bincount(group_E)
@@ -79,13 +80,13 @@ class GiGPO(Advantage):
 
         A comparison for each two *different* texts of those, which are few in most tasks.
         """
-        assert batch.observation_N is not None
+        observation_N = given(batch.observation_N, "observation_N")
         peers = list(zip(group_N.tolist(), batch.agent_N.tolist(), strict=True))
         firsts: dict[tuple[int, int], list[tuple[str, int]]] = {}
         known: dict[tuple[tuple[int, int], str], int] = {}
         anchors = 0
         for row in order.tolist():
-            text = batch.observation_N[row]
+            text = observation_N[row]
             if (peers[row], text) in known:
                 continue
             candidates = firsts.setdefault(peers[row], [])
@@ -94,7 +95,7 @@ class GiGPO(Advantage):
                 found, anchors = anchors, anchors + 1
                 candidates.append((text, found))
             known[peers[row], text] = found
-        numbers = [known[pair] for pair in zip(peers, batch.observation_N, strict=True)]
+        numbers = [known[pair] for pair in zip(peers, observation_N, strict=True)]
         return torch.tensor(numbers, dtype=torch.int64, device=group_N.device)
 
     def _alike(self, first: str, text: str) -> bool:

@@ -10,6 +10,7 @@ from steppo.advantages.base import (
     ends_of_runs,
     final_values,
     generalised_advantages,
+    given,
     time_order,
     unsort,
     whiten,
@@ -48,13 +49,13 @@ class StepGAE(Advantage):
         self.whiten_over = whiten_over
 
     def __call__(self, batch: CreditBatch) -> Credit:
-        assert batch.value_N is not None
+        value_N = given(batch.value_N, "value_N")
         order = time_order(batch.chain_N, batch.index_N)
         chain = batch.chain_N[order]
         end = ends_of_runs(chain)
         advantage = generalised_advantages(
             batch.reward_N[order],
-            batch.value_N[order],
+            value_N[order],
             end,
             final_values(batch, self.bootstrap_truncated)[chain[end]],
             self.gamma,
@@ -62,4 +63,4 @@ class StepGAE(Advantage):
         )
         advantage_N = unsort(advantage, order)
         counted = batch.episode_N if self.whiten_over == "episodes" else None
-        return Credit(advantage_N=whiten(advantage_N, counted), target_N=advantage_N + batch.value_N)
+        return Credit(advantage_N=whiten(advantage_N, counted), target_N=advantage_N + value_N)

@@ -11,6 +11,7 @@ from steppo.advantages.base import (
     check_decays,
     final_values,
     generalised_advantages,
+    given,
     token_time_order,
     unsort,
     whiten_,
@@ -49,17 +50,17 @@ class TokenGAE(Advantage):
         self.whiten_over = whiten_over
 
     def __call__(self, batch: CreditBatch) -> Credit:
-        assert batch.value_A is not None
+        value_A = given(batch.value_A, "value_A")
         order, end = token_time_order(batch)
         advantage = generalised_advantages(
             batch.reward_A[order],
-            batch.value_A[order],
+            value_A[order],
             end,
             final_values(batch, self.bootstrap_truncated)[torch.unique(batch.chain_N)],
             self.gamma,
             self.gae_lambda,
         )
         advantage_A = unsort(advantage, order)
-        target_A = advantage_A + batch.value_A
+        target_A = advantage_A + value_A
         counted = torch.repeat_interleave(batch.episode_N, batch.length_N) if self.whiten_over == "episodes" else None
         return Credit(advantage_A=whiten_(advantage_A, counted), target_A=target_A)

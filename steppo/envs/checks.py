@@ -57,8 +57,9 @@ def step_reply(answer: Any) -> EnvReply:
 
 
 def with_expert(reply: EnvReply, action: Any) -> EnvReply:
-    """A reply with what ``expert_action`` returned."""
-    assert reply.observation is not None
+    """A reply with what ``expert_action`` returned; one of an environment that failed stays as it is."""
+    if reply.observation is None:
+        return reply
     return replace(reply, observation=replace(reply.observation, expert_action=_expert(action)))
 
 

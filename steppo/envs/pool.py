@@ -351,14 +351,13 @@ class EnvPool:
         for slot in wanted:
             if self._slots[slot].task is None:
                 self._replies[slot] = EnvReply(error=error or "the episode was released")
-        again = {
-            slot: state
+        again = [
+            (slot, state.task, state.actions)
             for slot, state in enumerate(self._slots)
             if self._worker_of(slot) == worker and state.task is not None
-        }
+        ]
         # What is played again may itself be too much. As many new turns must follow, or nothing would ever get done.
-        spared = 2 * sum(1 + len(state.actions) for state in again.values())
+        spared = 2 * sum(1 + len(actions) for *_, actions in again)
         self._start(worker, spared, failed_starts)
-        for slot, state in again.items():
-            assert state.task is not None
-            self._send(slot, state.task, list(state.actions), slot in wanted)
+        for slot, task, actions in again:
+            self._send(slot, task, list(actions), slot in wanted)

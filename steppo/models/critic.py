@@ -79,7 +79,8 @@ class SharedCritic(Critic):
         return True
 
     def states(self, batch: TokenBatch, policy_hidden: Tensor | None) -> Tensor:
-        assert policy_hidden is not None
+        if policy_hidden is None:
+            raise ValueError("SharedCritic reads the policy's hidden states")
         return policy_hidden.detach() if self.detach else policy_hidden
 
 
@@ -106,7 +107,7 @@ class AdapterCritic(Critic):
         if policy.adapters is None:
             raise ConfigError("AdapterCritic shares a frozen base: set quantization.lora_rank, or use SeparateCritic")
         self.head = ValueHead(policy.model.config.hidden_size)
-        self._view = AdapterView(policy, "critic", trained=True)
+        self._view = AdapterView(policy, policy.adapters, "critic", trained=True)
 
     def trained_parameters(self) -> list[nn.Parameter]:
         return [*self._view.parameters(), *super().trained_parameters()]

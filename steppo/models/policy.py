@@ -162,7 +162,7 @@ class Policy(nn.Module, ABC):
         """The policy as it is now, never trained: another adapter on the same base, or a second model."""
         if self.adapters is None:
             return copy.deepcopy(self).requires_grad_(False)
-        view = AdapterView(self, "reference", trained=False)
+        view = AdapterView(self, self.adapters, "reference", trained=False)
         view.copy_weights_from(self)
         return view
 
@@ -250,30 +250,28 @@ class AdapterView:
 
     Args:
         policy: With adapters.
+        adapters: Those.
         name: Of the new adapter, which starts as 0: the base itself.
         trained: Whether it gets gradients.
     """
 
-    def __init__(self, policy: Policy, name: str, trained: bool) -> None:
-        assert policy.adapters is not None
+    def __init__(self, policy: Policy, adapters: Adapters, name: str, trained: bool) -> None:
         self._policy = policy
+        self._adapters = adapters
         self._name = name
-        policy.adapters.add(name, trained)
+        adapters.add(name, trained)
 
     def __call__(self, batch: TokenBatch, temperature_A: Tensor | None = None) -> PolicyOutput:
-        assert self._policy.adapters is not None
-        with self._policy.adapters.using(self._name):
+        with self._adapters.using(self._name):
             return self._policy(batch, temperature_A)
 
     def parameters(self) -> list[nn.Parameter]:
         """The adapter's."""
-        assert self._policy.adapters is not None
-        return self._policy.adapters.parameters(self._name)
+        return self._adapters.parameters(self._name)
 
     def copy_weights_from(self, policy: Policy) -> None:
-        """Takes the weights of the policy's own adapter."""
-        assert policy.adapters is not None
-        policy.adapters.copy("policy", self._name)
+        """Takes the weights of the policy's own adapter, on the same base."""
+        self._adapters.copy("policy", self._name)
 
 
 def trunk_states(trunk: nn.Module, batch: TokenBatch) -> Tensor:

@@ -15,13 +15,16 @@ import torch
 from transformers import AutoTokenizer
 
 from callbacks import WarmStartCallback
+from steppo.buffer import StepBuffer
 from steppo.errors import ConfigError
 from steppo.models import HFPolicy, TinyPolicy
 from steppo.models.adapters import LoRASettings
 from steppo.models.identity import identity
+from steppo.packing import PaddedPacker
 from steppo.types import Segment
 from tests.cli_helpers import run
 from tests.conftest import corridor_texts
+from tests.learner.fakes import ScrambledPacker
 
 SHORT = ["--trainer.max_epochs=1", "--warm_start.updates=1", "--rollout.episodes_per_iteration=4"]
 SEGMENTS = [Segment(np.arange(4, dtype=np.int32), np.arange(2, dtype=np.int32))]
@@ -46,7 +49,7 @@ def key(
         identity=identity(policy),
         gradient_checkpointing=changes.get("gradient_checkpointing", False),
         device=torch.device("cpu"),
-        data=SimpleNamespace(buffer=SimpleNamespace(max_tokens=changes.get("max_tokens", 100))),
+        data=SimpleNamespace(buffer=StepBuffer(changes.get("packer", PaddedPacker()), changes.get("max_tokens", 100))),
     )
     trainer = SimpleNamespace(
         strategy=changes.get("strategy", ""),
@@ -76,6 +79,7 @@ def test_whatever_shapes_the_result_is_in_the_key(tmp_path: Path, monkeypatch: p
         key(model={"_attn_implementation": "eager"}),
         key(gradient_checkpointing=True),
         key(max_tokens=50),
+        key(packer=ScrambledPacker()),
         key(strategy=1),
         key(world=2),
         key(precision="bf16-mixed"),
