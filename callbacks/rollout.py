@@ -146,7 +146,6 @@ class RolloutCallback(Listener):
             del figures[name]
         if math.isnan(figures["success_rate"]):  # unknown is not failure: there is no such figure
             del figures["success_rate"]
-            pl_module.latest.pop("rollout/success_rate", None)
         counts = gather({name: count - counts_before[name] for name, count in data.source.counts().items()})
         figures |= {name: float(sum(part[name] for part in counts)) for name in counts_before}
         pl_module.report({f"rollout/{name}": value for name, value in figures.items()})

@@ -39,7 +39,7 @@ class RunModule(pl.LightningModule):
         counters: How far it is.
         skipped_in_a_row: Updates just skipped.
         identity: What its checkpoints belong to, once the models are built.
-        latest: The newest of each figure.
+        latest: The figures of the iteration.
         seconds: Spent in each phase of the run.
     """
 

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import errno
-import os
-import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -106,54 +103,6 @@ def test_another_alpha_clones_anew(tiny_policy: TinyPolicy, tmp_path: Path) -> N
     assert len(list((tmp_path / "c").iterdir())) == 2
 
 
-def _trained(policy: TinyPolicy) -> dict[str, torch.Tensor]:
-    return {name: p.detach() for name, p in policy.named_parameters() if p.requires_grad}
-
-
-def _flipped(path: Path) -> None:
-    """One bit, in the middle of a weight: torch's own loader does not notice."""
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 16
-    path.write_bytes(content)
-
-
-def _first_of(path: Path) -> None:
-    weights = torch.load(path, weights_only=True)
-    torch.save(dict(list(weights.items())[1:]), path)
-
-
-DAMAGE = {
-    "truncated": lambda path: path.write_bytes(path.read_bytes()[:-200]),
-    "empty": lambda path: path.write_bytes(b""),
-    "text": lambda path: path.write_text("no weights in here"),
-    "a bit": _flipped,
-    "no mapping": lambda path: torch.save([1, 2], path),
-    "not weights": lambda path: torch.save({"x": "y"}, path),
-    "code": lambda path: torch.save({"x": LoRASettings(2, 4.0)}, path),
-    "a weight less": _first_of,
-    "of another type": lambda path: torch.save({n: w.double() for n, w in torch.load(path).items()}, path),
-}
-
-
-@pytest.mark.parametrize("name", DAMAGE)
-def test_a_damaged_file_is_removed(
-    name: str, tiny_policy: TinyPolicy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    said: list[str] = []
-    monkeypatch.setattr("callbacks.warm_start.rank_zero_warn", said.append)
-    callback, path = WarmStartCallback(cache_dir=str(tmp_path)), tmp_path / f"{'a' * 32}.pt"
-    callback._save(_trained(tiny_policy), path)
-    assert callback._cached(path, tiny_policy) is not None
-    DAMAGE[name](path)
-    assert callback._cached(path, tiny_policy) is None
-    assert not path.exists()
-    assert len(said) == 1
-    assert "\n" not in said[0]
-    assert str(path) in said[0]
-    assert callback._cached(path, tiny_policy) is None  # now there is none, which is no reason to warn
-    assert len(said) == 1
-
-
 def test_a_run_makes_anew_what_is_damaged(tmp_path: Path) -> None:
     run(tmp_path / "one", *SHORT, f"--warm_start.cache_dir={tmp_path}/cache")
     (path,) = (tmp_path / "cache").iterdir()
@@ -163,51 +112,9 @@ def test_a_run_makes_anew_what_is_damaged(tmp_path: Path) -> None:
     assert path.read_bytes() == whole
 
 
-@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT, errno.EIO])
-def test_what_cannot_be_written_leaves_nothing(
-    code: int, tiny_policy: TinyPolicy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def full(*args: Any) -> None:
-        raise OSError(code, os.strerror(code))
-
-    said: list[str] = []
-    monkeypatch.setattr("callbacks.warm_start.rank_zero_warn", said.append)
-    monkeypatch.setattr("callbacks.warm_start.os.replace", full)
-    WarmStartCallback(cache_dir=str(tmp_path))._save(_trained(tiny_policy), tmp_path / "x.pt")
-    assert list(tmp_path.iterdir()) == []
-    assert len(said) == 1
-    assert os.strerror(code) in said[0]
-
-
 def test_a_run_goes_on_without_its_cache(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     run(tmp_path / "run", *SHORT, f"--warm_start.cache_dir={tmp_path}/file/x")
-
-
-def test_the_least_recently_used_go_first(tiny_policy: TinyPolicy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("steppo.weight_cache._MOST_FILES", 3)
-    callback, weights = WarmStartCallback(cache_dir=str(tmp_path)), _trained(tiny_policy)
-    mine = tmp_path / "mine.pt"  # a user's own file is none of ours
-    torch.save({}, mine)
-    paths = [tmp_path / f"{digit * 32}.pt" for digit in "abcdef"]
-    for number, path in enumerate(paths[:3]):
-        callback._save(weights, path)
-        os.utime(path, (1000 + number, 1000 + number))
-    with monkeypatch.context() as patched:  # killed while it wrote
-        patched.setattr(os, "replace", lambda *_: None)
-        patched.setattr(Path, "unlink", lambda *_, **__: None)
-        callback._save(weights, tmp_path / f"{'0' * 32}.pt")
-    [left] = tmp_path.glob(".*")
-    os.utime(left, (1000, 1000))
-    fresh = tmp_path / ".tmpy.part"  # another process is at it
-    fresh.touch()
-    assert callback._cached(paths[0], tiny_policy) is not None
-    callback._save(weights, paths[3])
-    assert {path.name for path in tmp_path.iterdir()} == {p.name for p in (mine, fresh, paths[0], paths[2], paths[3])}
-    monkeypatch.setattr("steppo.weight_cache._MOST_BYTES", 1)
-    time.sleep(0.01)
-    callback._save(weights, paths[4])
-    assert {path.name for path in tmp_path.iterdir()} == {mine.name, fresh.name, paths[4].name}
 
 
 def test_demonstrations_that_the_policy_cannot_say_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,107 @@
+"""The cache of weights: damaged files, full folders, and which files go."""
+
+from __future__ import annotations
+
+import errno
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from steppo.models import TinyPolicy
+from steppo.models.adapters import LoRASettings
+from steppo.weight_cache import WeightCache
+
+
+def _trained(policy: TinyPolicy) -> dict[str, torch.Tensor]:
+    return {name: p.detach() for name, p in policy.named_parameters() if p.requires_grad}
+
+
+def _flipped(path: Path) -> None:
+    """One bit, in the middle of a weight: torch's own loader does not notice."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 16
+    path.write_bytes(content)
+
+
+def _first_of(path: Path) -> None:
+    weights = torch.load(path, weights_only=True)
+    torch.save(dict(list(weights.items())[1:]), path)
+
+
+DAMAGE = {
+    "truncated": lambda path: path.write_bytes(path.read_bytes()[:-200]),
+    "empty": lambda path: path.write_bytes(b""),
+    "text": lambda path: path.write_text("no weights in here"),
+    "a bit": _flipped,
+    "no mapping": lambda path: torch.save([1, 2], path),
+    "not weights": lambda path: torch.save({"x": "y"}, path),
+    "code": lambda path: torch.save({"x": LoRASettings(2, 4.0)}, path),
+    "a weight less": _first_of,
+    "of another type": lambda path: torch.save({n: w.double() for n, w in torch.load(path).items()}, path),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_a_damaged_file_is_removed(
+    name: str, tiny_policy: TinyPolicy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr("steppo.weight_cache.warnings.warn", lambda text, **_: said.append(text))
+    cache, key = WeightCache(tmp_path), "a" * 32
+    path = tmp_path / f"{key}.pt"
+    cache.save(key, _trained(tiny_policy))
+    assert cache.load(key, tiny_policy) is not None
+    DAMAGE[name](path)
+    assert cache.load(key, tiny_policy) is None
+    assert not path.exists()
+    assert len(said) == 1
+    assert "\n" not in said[0]
+    assert str(path) in said[0]
+    assert cache.load(key, tiny_policy) is None  # now there is none, which is no reason to warn
+    assert len(said) == 1
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT, errno.EIO])
+def test_what_cannot_be_written_leaves_nothing(
+    code: int, tiny_policy: TinyPolicy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: Any) -> None:
+        raise OSError(code, os.strerror(code))
+
+    said: list[str] = []
+    monkeypatch.setattr("steppo.weight_cache.warnings.warn", lambda text, **_: said.append(text))
+    monkeypatch.setattr("steppo.weight_cache.os.replace", full)
+    WeightCache(tmp_path).save("x", _trained(tiny_policy))
+    assert list(tmp_path.iterdir()) == []
+    assert len(said) == 1
+    assert os.strerror(code) in said[0]
+
+
+def test_the_least_recently_used_go_first(tiny_policy: TinyPolicy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("steppo.weight_cache._MOST_FILES", 3)
+    cache, weights = WeightCache(tmp_path), _trained(tiny_policy)
+    mine = tmp_path / "mine.pt"  # a user's own file is none of ours
+    torch.save({}, mine)
+    paths = [tmp_path / f"{digit * 32}.pt" for digit in "abcdef"]
+    for number, path in enumerate(paths[:3]):
+        cache.save(path.stem, weights)
+        os.utime(path, (1000 + number, 1000 + number))
+    with monkeypatch.context() as patched:  # killed while it wrote
+        patched.setattr(os, "replace", lambda *_: None)
+        patched.setattr(Path, "unlink", lambda *_, **__: None)
+        cache.save("0" * 32, weights)
+    [left] = tmp_path.glob(".*")
+    os.utime(left, (1000, 1000))
+    fresh = tmp_path / ".tmpy.part"  # another process is at it
+    fresh.touch()
+    assert cache.load(paths[0].stem, tiny_policy) is not None
+    cache.save(paths[3].stem, weights)
+    assert {path.name for path in tmp_path.iterdir()} == {p.name for p in (mine, fresh, paths[0], paths[2], paths[3])}
+    monkeypatch.setattr("steppo.weight_cache._MOST_BYTES", 1)
+    time.sleep(0.01)
+    cache.save(paths[4].stem, weights)
+    assert {path.name for path in tmp_path.iterdir()} == {mine.name, fresh.name, paths[4].name}
