@@ -188,7 +188,7 @@ class AgentModule(RunModule):
 
     def on_train_epoch_start(self) -> None:
         """Lightning has told all callbacks, so that the state between iterations is on disk."""
-        self.latest = {}
+        self.latest, self._updates = {}, []
         announce(self.trainer, "on_iteration_start")
 
     def learn_from(self, episodes: Sequence[Episode]) -> None:
