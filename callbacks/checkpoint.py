@@ -13,7 +13,7 @@ from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from steppo.checkpoints import iteration_checkpoints, iteration_path, iterations_of, read
 from steppo.errors import ConfigError
 from steppo.module import AgentModule
-from steppo.run_folder import RunTrainer, run_folder
+from steppo.run_folder import run_folder
 
 
 class IterationCheckpoint(pl.Callback):
@@ -51,12 +51,13 @@ class IterationCheckpoint(pl.Callback):
                 callback.dirpath = str(self._folder)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        begins_from = cast(RunTrainer, trainer).begins_from  # where weights are sharded, the module does not have it yet
-        state = read(begins_from, mmap=True)["steppo"] if begins_from is not None else {}
-        self._refuse_to_go_back(state["counters"]["iterations"] if state else 0)
+        assert isinstance(pl_module, AgentModule)
+        if not trainer.strategy.restore_checkpoint_after_setup:  # else it is not known yet how far the run is
+            self._refuse_to_go_back(pl_module.counters.iterations)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert isinstance(pl_module, AgentModule)
+        self._refuse_to_go_back(pl_module.counters.iterations)
         if trainer.ckpt_path is None:
             return
         path = iteration_path(self._folder, pl_module.counters.iterations)

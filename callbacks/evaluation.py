@@ -18,7 +18,7 @@ from steppo.distributed import gather, rank_and_world
 from steppo.envs.checks import checked_episode
 from steppo.errors import ConfigError, RunError
 from steppo.learner.credit import check_orders
-from steppo.listeners import Evaluation, announce
+from steppo.listeners import Evaluation, Listener, announce
 from steppo.metrics import EpisodeStatistics, common_failure, wilson_interval
 from steppo.module import AgentModule
 from steppo.progress import phase
@@ -34,7 +34,7 @@ def panel_sha256(tasks: Sequence[Task]) -> str:
     return hashlib.sha256("\n".join(task.id for task in tasks).encode()).hexdigest()
 
 
-class EvaluationCallback(pl.Callback):
+class EvaluationCallback(Listener):
     """Evaluates whenever Lightning validates or tests, and in ``fit`` also before training and at its end; in ``fit`` never
     with ``trainer.limit_val_batches 0``.
 
@@ -60,8 +60,7 @@ class EvaluationCallback(pl.Callback):
         self.before_training = before_training
         self.history: list[dict[str, Any]] = []
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        assert isinstance(pl_module, AgentModule)
+    def on_run_start(self, trainer: pl.Trainer, pl_module: AgentModule) -> None:
         if trainer.ckpt_path is not None:
             self._write(trainer, self.history)  # what came after the checkpoint is played again
         elif self.before_training and cast(Any, trainer).limit_val_batches:

@@ -10,7 +10,7 @@ import platform
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Literal, cast
+from typing import Literal
 
 import lightning.pytorch as pl
 import numpy as np
@@ -29,7 +29,6 @@ from steppo.models import Policy
 from steppo.module import AgentModule
 from steppo.progress import phase
 from steppo.rollout import EnvSource
-from steppo.run_folder import RunTrainer
 from steppo.types import Episode, RolloutConfig, Segment, Step, groups_of
 from steppo.weight_cache import WeightCache
 
@@ -82,9 +81,9 @@ class WarmStartCallback(pl.Callback):
         """Of demonstrations and batches."""
         return run_seed() if self._seed is None else self._seed
 
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert isinstance(pl_module, AgentModule)
-        if self.updates == 0 or cast(RunTrainer, trainer).begins_from is not None:
+        if self.updates == 0 or trainer.ckpt_path is not None:
             return
         with pl_module.timed("warm_start"):
             segments = self._demonstrations(trainer, pl_module)

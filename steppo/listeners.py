@@ -37,8 +37,14 @@ class Listener(pl.Callback):
     no order is promised.
     """
 
+    def on_run_start(self, trainer: pl.Trainer, pl_module: AgentModule) -> None:
+        """All have seen ``on_train_start``: the weights are those that training begins or goes on with."""
+
     def on_iteration_start(self, trainer: pl.Trainer, pl_module: AgentModule) -> None:
-        """The state between iterations is on disk. Whoever plays episodes does so now, and calls ``learn_from``."""
+        """All have seen ``on_train_epoch_start``: the state between iterations is on disk.
+
+        Whoever plays episodes does so now, and calls ``learn_from``.
+        """
 
     def on_experience(
         self, trainer: pl.Trainer, pl_module: AgentModule, experience: Experience, replay: ReplayStatistics

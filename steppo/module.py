@@ -183,11 +183,11 @@ class AgentModule(RunModule):
         if isinstance(self.trainer.strategy, ModelParallelStrategy):
             fill_state(optimizer)
         take_settings(optimizer, schedule, (self.policy_optimizer, self.critic_optimizer))
+        announce(self.trainer, "on_run_start")
 
     # ---- an iteration ----
 
     def on_train_epoch_start(self) -> None:
-        """Lightning has told all callbacks, so that the state between iterations is on disk."""
         self.latest, self._updates = {}, []
         announce(self.trainer, "on_iteration_start")
 
