@@ -36,15 +36,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from steppo.contexts import StateContext
-from steppo.engines import ScriptedEngine
+from steppo.engines import HFEngine
 from steppo.envs import Env
 from steppo.envs.checks import MOST_REWARD, EnvReply
-from steppo.envs.pool import EnvPool, _play
+from steppo.envs.pool import EnvPool
+from steppo.envs.worker import play as play_turn
 from steppo.errors import located
 from steppo.metrics import EpisodeStatistics
 from steppo.models import TinyPolicy
 from steppo.parsers import ActionParser, ParsedAction
-from steppo.rollout import EnvSource
+from steppo.rollouts import EnvSource, ScriptedPlayer
 from steppo.types import Episode, Observation, RolloutConfig, StopReason, Task, groups_of
 
 ROOT = Path(__file__).parent.parent
@@ -278,13 +279,16 @@ class HerePool(EnvPool):
 
     def _take(self, slot: int, task: Task | None, actions: list[str]) -> None:
         try:
-            answer = pickle.dumps(_play(self._envs[slot], task, actions, self._experts[slot], lambda: None))
+            answer = pickle.dumps(play_turn(self._envs[slot], task, actions, self._experts[slot], lambda: None))
         except BaseException as error:
             answer = pickle.dumps(EnvReply(error=located(error)))
         self._answers[slot] = pickle.loads(answer)
 
     def receive(self, slot: int) -> EnvReply:
         return self._answers.pop(slot)
+
+    async def answer(self, slot: int) -> EnvReply:
+        return self.receive(slot)
 
     def release(self, slot: int) -> None:
         """There is nothing to play again."""
@@ -303,9 +307,7 @@ class Look(ActionParser):
 def make_source() -> EnvSource:
     """Plays ``DrawnEnv`` without a process and without a model."""
     context = StateContext()
-    source = EnvSource(
-        DrawnEnv(), context, ScriptedEngine(lambda request: "look", context.encode_action), Look(), max_prompt_tokens=10**6
-    )
+    source = EnvSource(DrawnEnv(), context, HFEngine(), Look(), max_prompt_tokens=10**6)
     bytewise = TinyPolicy()
     bytewise.build(list)
     context.bind(bytewise.tokenizer, bytewise.stop_ids)
@@ -318,7 +320,8 @@ def play(source: EnvSource, draw: Draw) -> Episode:
     DrawnEnv.drawn = draw
     groups = groups_of(source.tasks("train"))
     config = RolloutConfig("train/0", seed=0, want_expert=draw.want_expert)
-    episodes = {episode.task_id: episode for group in source.collect(groups, config) for episode in group}
+    player = ScriptedPlayer(lambda *asked: "look", source.context.encode_action)
+    episodes = {episode.task_id: episode for group in source.collect(groups, config, player) for episode in group}
     healthy, drawn = episodes["healthy"], episodes["drawn"]
     assert [step.reward for step in healthy.steps] == [1.0, 1.0]
     assert (healthy.stop_reason, healthy.success) == (StopReason.TERMINATED, True)

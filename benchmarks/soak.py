@@ -28,8 +28,8 @@ from typing import TYPE_CHECKING, Any
 import psutil
 
 if TYPE_CHECKING:
-    from steppo.rollout import EnvSource
-    from steppo.types import Request
+    from steppo.rollouts import EnvSource
+    from steppo.types import Observation, Request
 
 # Workers import this file too. What they do not need, such as torch, is imported where it is used.
 
@@ -41,10 +41,9 @@ SLACK_MIB = 8  # in which memory may differ: that of an allocator, not of two th
 WORKERS = 2
 
 
-def walk(request: Request) -> str:
+def walk(observation: Observation, request: Request) -> str:
     """Any way but the end, so that each episode reaches its second step."""
-    assert request.observation is not None
-    ways = [command for command in request.observation.admissible_commands or () if command != "take"]
+    ways = [command for command in observation.admissible_commands or () if command != "take"]
     return ways[request.seed % len(ways)]
 
 
@@ -74,9 +73,9 @@ def play(episodes: int, folder: Path) -> dict[str, Any]:
     from rich.progress import track
 
     from steppo.contexts import StateContext
-    from steppo.engines import ScriptedEngine
+    from steppo.engines import HFEngine
     from steppo.models import TinyPolicy
-    from steppo.rollout import EnvSource
+    from steppo.rollouts import EnvSource, ScriptedPlayer
     from steppo.types import RolloutConfig, StopReason, groups_of
     from tests.family_env import FamilyEnv
 
@@ -85,14 +84,14 @@ def play(episodes: int, folder: Path) -> dict[str, Any]:
     policy, context = TinyPolicy(), StateContext()
     policy.build(list)
     context.bind(policy.tokenizer, policy.stop_ids)
-    engine = ScriptedEngine(walk, context.encode_action)
-    source = EnvSource(env, context, engine, num_slots=16, num_workers=WORKERS, env_timeout=3.0, max_prompt_tokens=2**20)
+    player = ScriptedPlayer(walk, context.encode_action)
+    source = EnvSource(env, context, HFEngine(), num_slots=16, num_workers=WORKERS, env_timeout=3.0, max_prompt_tokens=2**20)
     start, healthy, broken = time.monotonic(), 0, 0
     looks = []
     tasks = env.tasks("train")
     for first in track(range(0, episodes, FIRST), "episodes"):
         groups = groups_of(tasks[first : first + FIRST])
-        for (episode,) in source.collect(groups, RolloutConfig(f"train/{first}", 0, 1.0)):
+        for (episode,) in source.collect(groups, RolloutConfig(f"train/{first}", 0, 1.0), player):
             broken += episode.stop_reason == StopReason.ENV_ERROR
             healthy += episode.stop_reason == StopReason.TERMINATED
         looks.append(held(source))

@@ -21,14 +21,13 @@ from torch.distributed.tensor import DTensor
 import steppo
 from steppo.datamodule import run_seed
 from steppo.distributed import gather, load_trained_state, rank_and_world, trained_state
-from steppo.engines import ScriptedEngine, expert_action, random_action
 from steppo.errors import ConfigError, RunError
 from steppo.learner.credit import why_nothing
 from steppo.learner.sft import SFTLearner
 from steppo.models import Policy
 from steppo.module import AgentModule
 from steppo.progress import phase
-from steppo.rollout import EnvSource
+from steppo.rollouts import EnvSource, ScriptedPlayer, expert_action, random_action
 from steppo.types import Episode, RolloutConfig, Segment, Step, groups_of
 from steppo.weight_cache import WeightCache
 
@@ -113,10 +112,10 @@ class WarmStartCallback(pl.Callback):
         rank, world = rank_and_world()
         groups = groups_of([tasks[index % len(tasks)] for index in range(self.episodes)])[rank::world]
         config = RolloutConfig("warm_start", self.seed, want_expert=self.actions == "expert")
-        engine = ScriptedEngine(lambda request: source.parser.answer(choose(request)), source.context.encode_action)
+        player = ScriptedPlayer(lambda *asked: source.parser.answer(choose(*asked)), source.context.encode_action)
         mine: list[Episode] = []
         with phase(trainer, "demonstrations", len(groups)) as advance:
-            for group in source.collect(groups, config, engine):
+            for group in source.collect(groups, config, player):
                 mine += group
                 advance(len(mine))
         played = sorted((episode for share in gather(mine) for episode in share), key=lambda episode: episode.order)

@@ -18,7 +18,7 @@ from steppo.distributed import made_once, rank_and_world, require_equal
 from steppo.errors import ConfigError
 from steppo.packing import Packer, PaddedPacker
 from steppo.progress import phase
-from steppo.rollout import EpisodeSource
+from steppo.rollouts import EpisodeSource
 from steppo.samplers import ShuffledSampler, TaskSampler
 from steppo.types import Group, Microbatch, Task, groups_of
 

@@ -21,7 +21,7 @@ from steppo.errors import ConfigError
 from steppo.models import Policy
 from steppo.models.adapters import LoRASettings
 from steppo.models.identity import identity
-from steppo.rollout import EnvSource
+from steppo.rollouts import EnvSource
 
 _SECRET = re.compile(r"(^|_)(token|secret|password|passwd|credentials?|api_?key)$", re.IGNORECASE)
 # transformers loads in evaluation mode, in which bitsandbytes computes another way on a CPU than while it trained.

@@ -200,12 +200,11 @@ class Request:
     """One action wanted from an engine.
 
     Attributes:
-        id: Unique among the requests in flight.
+        id: Unique among the requests that an engine gets; given when it gets them.
         session_id: The episode; what an engine caches by.
         prompt_ids: int32 token ids.
         sampling: Temperature and length.
         seed: Of this request's own generator, so that the batch around it does not matter.
-        observation: What the prompt was made from; scripted engines choose by it, models never see it.
     """
 
     id: int
@@ -213,7 +212,6 @@ class Request:
     prompt_ids: np.ndarray
     sampling: Sampling
     seed: int
-    observation: Observation | None = None
 
 
 @dataclass(frozen=True, eq=False)

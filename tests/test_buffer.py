@@ -16,7 +16,7 @@ from steppo.buffer import StepBuffer
 from steppo.datamodule import StepDataModule
 from steppo.errors import RunError
 from steppo.packing import Packer, PaddedPacker
-from steppo.rollout import EpisodeSource
+from steppo.rollouts import EpisodeSource
 from steppo.samplers import SequentialSampler
 from steppo.types import Credit, Episode, Group, Microbatch, RolloutConfig, Task
 from tests.learner.fakes import (

@@ -82,7 +82,7 @@ def test_the_same_task_to_learn_from_and_to_evaluate_is_said(
 def test_too_many_minibatches_are_known_before_the_first_episode(
     options: list[str], most: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("steppo.rollout.EnvSource.collect", lambda *args: pytest.fail("an episode was played"))
+    monkeypatch.setattr("steppo.rollouts.EnvSource.collect", lambda *args: pytest.fail("an episode was played"))
     with pytest.raises(SystemExit) as stopped:
         run(tmp_path, *options)
     assert stopped.value.code == 2

@@ -67,7 +67,7 @@ FILES = {
         """,
     "my_team": """
         from steppo.engines import HFEngine
-        from steppo.rollout import EpisodeSource, request_seed
+        from steppo.rollouts import EpisodeSource, request_seed
         from steppo.types import Episode, Request, Sampling, Step, StopReason, Task
 
         class Team(EpisodeSource):

@@ -18,7 +18,7 @@ LAYERS: list[set[str]] = [
     {"envs", "contexts", "packing", "advantages", "losses", "parsers"},
     {"models"},
     {"engines"},
-    {"rollout", "samplers"},
+    {"rollouts", "samplers"},
     {"learner"},
     {"buffer"},
     {

@@ -2,6 +2,6 @@
 
 from steppo.engines.base import Engine
 from steppo.engines.hf import HFEngine
-from steppo.engines.scripted import ScriptedEngine, expert_action, random_action
+from steppo.engines.thread import EngineThread
 
-__all__ = ["Engine", "HFEngine", "ScriptedEngine", "expert_action", "random_action"]
+__all__ = ["Engine", "EngineThread", "HFEngine"]

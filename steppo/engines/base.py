@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from steppo.errors import said
 from steppo.types import Completion, Request
 
 if TYPE_CHECKING:
@@ -19,11 +20,14 @@ if TYPE_CHECKING:
 def failed(request: Request, error: Exception) -> Completion:
     """The answer to a request that could not be served."""
     nothing = np.zeros(0, dtype=np.int32)
-    return Completion(request.id, nothing, nothing.astype(np.float32), "stop", f"{type(error).__name__}: {error}")
+    return Completion(request.id, nothing, nothing.astype(np.float32), "stop", said(error))
 
 
 class Engine(ABC):
     """Samples actions. Requests are submitted at any time; ``poll`` gives those that are done.
+
+    ``EnvSource`` makes these calls and ``release`` in a thread of their own (``EngineThread``), one at a time; gradients are
+    off there, and precision and number of threads as in the main thread.
 
     A request that cannot be served is a ``Completion`` with an ``error`` (see ``failed``). An exception out of ``submit``
     costs the request's episode; one out of ``poll``, or an empty answer, costs those of all requests under way, and what

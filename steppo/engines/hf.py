@@ -26,11 +26,12 @@ class HFEngine(Engine):
         max_batch_size: Most requests in one forward pass.
     """
 
+    _policy: Policy  # from ``bind``
+
     def __init__(self, max_batch_size: int = 64) -> None:
         if max_batch_size < 1:
             raise ConfigError(f"HFEngine: max_batch_size must be at least 1, not {max_batch_size}")
         self.max_batch_size = max_batch_size
-        self._policy: Policy | None = None
         self._queue: list[Request] = []
 
     def bind(self, policy: Policy) -> None:
@@ -52,7 +53,6 @@ class HFEngine(Engine):
     @torch.no_grad()
     def _generate(self, requests: list[Request]) -> list[Completion]:
         policy = self._policy
-        assert policy is not None, "bind() comes first"
         device = policy.device
         exact = policy.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled(device.type)
         self.logprob_tolerance = 1e-4 if exact else 0.1

@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import itertools
 import multiprocessing as mp
-import os
 import pickle
 import queue
-import resource
-import signal
-import sys
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from multiprocessing.util import Finalize
 
 from steppo.envs.base import Env
-from steppo.envs.checks import EnvReply, copied, pickled, reset_reply, step_reply, with_expert
+from steppo.envs.checks import EnvReply, pickled
 from steppo.envs.guard import Guard
-from steppo.errors import ConfigError, RunError, located, said
+from steppo.envs.worker import serve
+from steppo.errors import ConfigError, RunError, said
 from steppo.types import Task
 
 _START_S = 120.0  # a process imports and unpickles before it answers; that is no environment's fault
@@ -30,71 +28,6 @@ _STARTS = 3
 _CLOSE_S = 2.0  # for environments to close
 
 COUNTS = ("replaced_workers", "env_timeouts", "recycled_workers")
-
-
-def _play(env: Env, task: Task | None, actions: list[str], want_expert: bool, going_on: Callable[[], None]) -> EnvReply:
-    """Resets to ``task`` unless it is ``None``, then plays ``actions``; the last answer counts, others call ``going_on``."""
-    reply = EnvReply()
-    if task is not None:
-        reply = reset_reply(env.reset(task))
-    for action in actions:
-        if task is not None:
-            going_on()
-        reply = step_reply(env.step(action))
-    if want_expert and reply.observation is not None and not (reply.terminated or reply.truncated):
-        reply = with_expert(reply, env.expert_action())
-    return reply
-
-
-def _resident_mib() -> float:
-    """Memory that this process holds."""
-    try:
-        with open("/proc/self/statm") as file:
-            return int(file.read().split()[1]) * resource.getpagesize() / 2**20
-    except FileNotFoundError:
-        # Not on Linux. There the peak would not do: a new process inherits that of the process that started it.
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
-
-
-def _worker(connection: Connection, pickled_env: bytes, memory_mib: int | None, spared_turns: int) -> None:
-    """Says how large it is, then serves slots until it is told to stop, nobody listens, or it has outgrown its memory.
-
-    Where it cannot read the environment it says why, and ends. An environment that raises is closed and made anew at its
-    next reset. Answers come in the order of the requests; each says whether it is the last, but none of the first
-    ``spared_turns`` resets and steps is. ``None`` is a sign of life within an episode that is played again.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # it was blocked for the start
-    os.setpgid(0, 0)
-    envs: dict[int, Env] = {}
-    outgrown = False
-    with contextlib.suppress(EOFError, OSError):
-        try:
-            prototype: Env = pickle.loads(pickled_env)
-        except Exception as error:
-            connection.send(located(error))
-            return
-        connection.send(_resident_mib())
-        while not outgrown and (message := connection.recv()) is not None:
-            slot, pickled_task, actions, want_expert = message
-            try:
-                if slot not in envs:
-                    if pickled_task is None:
-                        raise RuntimeError("the episode was lost with an earlier worker process")
-                    envs[slot] = copied(prototype)
-                task = pickle.loads(pickled_task) if pickled_task is not None else None
-                reply = pickle.dumps(_play(envs[slot], task, actions, want_expert, lambda: connection.send(None)))
-            except BaseException as error:  # a broken environment is data, not the end of the run
-                reply = pickle.dumps(EnvReply(error=located(error)))
-                with contextlib.suppress(Exception):
-                    envs.pop(slot).close()
-            spared_turns -= len(actions) + (pickled_task is not None)
-            outgrown = memory_mib is not None and spared_turns <= 0 and _resident_mib() > memory_mib
-            connection.send((reply, outgrown))
-    for env in envs.values():
-        with contextlib.suppress(Exception):
-            env.close()
 
 
 @dataclass
@@ -140,7 +73,7 @@ class _Process:
         self.connection, self._child = context.Pipe()
         arguments = self._child, pickled_env, memory_mib, spared_turns
         # No daemon: those may not have children of their own.
-        self.process = context.Process(target=_worker, args=arguments, daemon=False)
+        self.process = context.Process(target=serve, args=arguments, daemon=False)
         self.waiting: deque[tuple[int, bool]] = deque()
         self.ready = False
         self.failed_starts = failed_starts
@@ -159,14 +92,33 @@ class _Process:
         self._outbox.put(pickle.dumps(message))
 
     def hears(self, seconds: float) -> bool:
-        """Waits for a message; ``EOFError`` if it has died. Its children may hold its end of the pipe open."""
+        """Waits for a message; ``EOFError`` if it has died. Its children may hold its end of the pipe open.
+
+        The last look comes after the time is over: what came while this process was busy or stopped was in time.
+        """
         deadline = time.monotonic() + seconds
-        while not self.connection.poll(max(0.0, min(0.5, deadline - time.monotonic()))):
-            if not self.process.is_alive() and not self.connection.poll():
-                raise EOFError
-            if time.monotonic() >= deadline:
-                return False
+        while not self.connection.poll(self._next_look(deadline)):
+            if not self._goes_on(deadline):
+                return self.connection.poll()
         return True
+
+    async def is_heard(self, seconds: float) -> bool:
+        """As ``hears``, while the event loop goes on."""
+        deadline = time.monotonic() + seconds
+        while not self.connection.poll():
+            if not self._goes_on(deadline):
+                return self.connection.poll()
+            await _readable(self.connection, self._next_look(deadline))
+        return True
+
+    def _goes_on(self, deadline: float) -> bool:
+        if not self.process.is_alive() and not self.connection.poll():
+            raise EOFError
+        return time.monotonic() < deadline
+
+    @staticmethod
+    def _next_look(deadline: float) -> float:
+        return max(0.0, min(0.5, deadline - time.monotonic()))
 
     def wait(self, seconds: float) -> None:
         """Lets it end by itself."""
@@ -191,6 +143,18 @@ class _Process:
             self._writer.join()  # a write that was under way has failed: nobody is left to read
         self._child.close()
         self.connection.close()
+
+
+async def _readable(connection: Connection, seconds: float) -> None:
+    """Waits until there is something to read, or the time is over."""
+    loop, woken = asyncio.get_running_loop(), asyncio.Event()
+    timer = loop.call_later(seconds, woken.set)
+    loop.add_reader(connection.fileno(), woken.set)
+    try:
+        await woken.wait()
+    finally:
+        loop.remove_reader(connection.fileno())
+        timer.cancel()
 
 
 def _end_all(processes: list[_Process], guard: Guard) -> None:
@@ -269,11 +233,17 @@ class EnvPool:
         """
         worker = self._worker_of(slot)
         while slot not in self._replies:
-            self._listen(worker)
-        reply = self._replies.pop(slot)
-        if reply.error:
-            self._slots[slot] = _Slot()
-        return reply
+            with self._listening(worker) as process:
+                self._take(worker, process.hears(self._patience_s(worker)))
+        return self._replied(slot)
+
+    async def answer(self, slot: int) -> EnvReply:
+        """As ``receive``, while the event loop goes on. One answer is waited for at a time."""
+        worker = self._worker_of(slot)
+        while slot not in self._replies:
+            with self._listening(worker) as process:
+                self._take(worker, await process.is_heard(self._patience_s(worker)))
+        return self._replied(slot)
 
     def release(self, slot: int) -> None:
         """Forgets a finished episode, so that it is not played again for a replaced worker."""
@@ -299,21 +269,34 @@ class EnvPool:
         # A task of its own pickle: one that cannot be read there costs its episode, not the worker.
         process.send((slot, None if task is None else pickle.dumps(task), actions, self._slots[slot].want_expert))
 
-    def _listen(self, worker: int) -> None:
-        """Takes a worker's next message; a worker that gives none in time, or is dead, is replaced."""
+    def _replied(self, slot: int) -> EnvReply:
+        reply = self._replies.pop(slot)
+        if reply.error:
+            self._slots[slot] = _Slot()
+        return reply
+
+    def _patience_s(self, worker: int) -> float:
+        return self._timeout_s if self._processes[worker].ready else _START_S
+
+    @contextlib.contextmanager
+    def _listening(self, worker: int) -> Iterator[_Process]:
+        """A worker that turns out to be dead is replaced."""
         process = self._processes[worker]
-        allowed_s = self._timeout_s if process.ready else _START_S
         try:
-            if not process.hears(allowed_s):
-                process.end(self._guard)
-                self.counts["env_timeouts"] += process.ready
-                self._replace(worker, f"no answer within {allowed_s:g} s")
-                return
-            message = process.connection.recv()
+            yield process
         except (EOFError, OSError):
             process.end(self._guard, patience_s=1.0)
             self._replace(worker, f"the environment's process died (exit status {process.process.exitcode})")
+
+    def _take(self, worker: int, heard: bool) -> None:
+        """Takes the message that was waited for; a worker that gave none is replaced."""
+        process = self._processes[worker]
+        if not heard:
+            process.end(self._guard)
+            self.counts["env_timeouts"] += process.ready
+            self._replace(worker, f"no answer within {self._patience_s(worker):g} s")
             return
+        message = process.connection.recv()
         if not process.ready:
             if isinstance(message, str):
                 raise ConfigError(

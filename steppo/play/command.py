@@ -15,15 +15,15 @@ from rich.console import Console
 from steppo.checkpoints import read, require_identity
 from steppo.cli import OwnOptions, PartsCLI, build_parts, errors_in_one_line
 from steppo.datamodule import run_seed
-from steppo.engines import Engine, ScriptedEngine, expert_action, random_action
 from steppo.errors import ConfigError, RunError
 from steppo.metrics import EpisodeStatistics
 from steppo.models import TinyPolicy
 from steppo.module import AgentModule
 from steppo.packing import PaddedPacker
 from steppo.play.show import Human, Quit, Show
-from steppo.rollout import EnvSource
-from steppo.types import Group, Request, RolloutConfig, Segment, Step, Task
+from steppo.rollouts import EnvSource, Player, ScriptedPlayer, expert_action, random_action
+from steppo.rollouts.players import Choose
+from steppo.types import Group, RolloutConfig, Segment, Step, Task
 
 _NO_LIMIT = 2**31
 
@@ -70,11 +70,11 @@ def main(args: Sequence[str] | None = None) -> None:
             source.context.bind(bytewise.tokenizer, bytewise.stop_ids)
             source.max_prompt_tokens = _NO_LIMIT
         show = Show(console, lambda step: source.context.decode_action(step.action_ids), value)
-        engine = _engine(options.player, console, source)
+        player = _player(options.player, console, source)
         config = RolloutConfig("play", run_seed(), options.temperature, want_expert=options.player == "expert")
-        player = options.player + (f", temperature {config.temperature:g}" if engine is None else "")
+        name = options.player + (f", temperature {config.temperature:g}" if player is None else "")
         with autocast:
-            _play(console, source, tasks, config, engine, show, player)
+            _play(console, source, tasks, config, player, show, name)
     except Quit:
         console.print("left")
     except KeyboardInterrupt:
@@ -146,14 +146,10 @@ def _value(module: AgentModule, fabric: Fabric) -> Callable[[Step], float] | Non
     return value
 
 
-def _engine(player: str, console: Console, source: EnvSource) -> Engine | None:
+def _player(name: str, console: Console, source: EnvSource) -> Player | None:
     """Who chooses the actions, if not the policy."""
-    choosers: dict[str, Callable[[Request], str]] = {
-        "expert": expert_action,
-        "random": random_action,
-        "human": Human(console),
-    }
-    return ScriptedEngine(choosers[player], source.context.encode_action) if player in choosers else None
+    choosers: dict[str, Choose] = {"expert": expert_action, "random": random_action, "human": Human(console)}
+    return ScriptedPlayer(choosers[name], source.context.encode_action) if name in choosers else None
 
 
 def _play(
@@ -161,15 +157,15 @@ def _play(
     source: EnvSource,
     tasks: Sequence[Task],
     config: RolloutConfig,
-    engine: Engine | None,
+    player: Player | None,
     show: Show,
-    player: str,
+    name: str,
 ) -> None:
     statistics = EpisodeStatistics()
     error = ""
     for number, task in enumerate(tasks):
-        show.opening(task, player)
-        for (episode,) in source.collect([Group(number, task, first=number)], config, engine, show.turn):
+        show.opening(task, name)
+        for (episode,) in source.collect([Group(number, task, first=number)], config, player, show.turn):
             show.ending(episode)
             statistics.update(episode)
             error = episode.error

@@ -78,7 +78,7 @@ def _printable(text: str) -> str:
 
 
 class Quit(KeyboardInterrupt):
-    """The human has had enough. No ``Exception``: engines take those for a failed request."""
+    """The human has had enough. No ``Exception``: that would cost this episode only."""
 
 
 class Human:
@@ -87,9 +87,8 @@ class Human:
     def __init__(self, console: Console) -> None:
         self._console = console
 
-    def __call__(self, request: Request) -> str:
-        assert request.observation is not None
-        commands = request.observation.admissible_commands or ()
+    def __call__(self, observation: Observation, request: Request) -> str:
+        commands = observation.admissible_commands or ()
         while True:
             try:
                 said = self._console.input("your action: ").strip()

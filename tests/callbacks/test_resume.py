@@ -18,7 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from steppo import checkpoints
 from steppo.checkpoints import iteration_checkpoints, iterations_of
-from steppo.rollout import EnvSource
+from steppo.rollouts import EnvSource
 from tests.cli_helpers import TOY, checkpoint, evaluations, run
 from tests.toy_env import CorridorEnv
 

@@ -52,7 +52,6 @@ OPTIONS = {
         ["--model=steppo.models.TinyPolicy"],
         "model: Import path does not correspond to a subclass of AgentModule",
     ),
-    "scripted_engine": (["--data.source.engine=steppo.engines.ScriptedEngine"], "arguments are required: choose, encode"),
     # names
     "section": (["--rollouts.group_size=3"], "--rollouts.group_size=3; did you mean 'rollout.group_size'?"),
     "key_of_section": (["--rollout.groupsize=3"], "did you mean 'rollout.group_size'?"),
@@ -63,7 +62,7 @@ OPTIONS = {
     "key_of_component": ([f"--{ENV}.lenght=3"], "data.source.env: "),
     "key_of_another_class": (
         ["--data.source.top_p=0.9"],
-        "data.source: Problem with given class_path 'steppo.rollout.EnvSource'",
+        "data.source: Problem with given class_path 'steppo.rollouts.EnvSource'",
     ),
     "optimizer_of_lightning": (["--optimizer=torch.optim.SGD"], "unrecognized arguments: --optimizer"),
     # types

@@ -44,7 +44,7 @@ def stop_in_call(monkeypatch: pytest.MonkeyPatch, target: str, number: int) -> l
     ("target", "number"),
     [
         ("tests.toy_env.CorridorEnv.prepare", 1),
-        ("steppo.rollout.EnvSource.tokenizer_texts", 1),
+        ("steppo.rollouts.EnvSource.tokenizer_texts", 1),
         ("steppo.packing.PaddedPacker.pack", 20),  # in the warm start
         ("callbacks.evaluation.EvaluationCallback._evaluate", 1),
     ],
@@ -66,7 +66,7 @@ def test_before_the_first_checkpoint(
     ("target", "number"),
     [
         ("steppo.engines.HFEngine._generate", 30),
-        ("steppo.envs.pool.EnvPool.receive", 520),
+        ("steppo.envs.pool.EnvPool.answer", 520),
         ("steppo.module.AgentModule._step", 3),
         ("steppo.transcripts.TranscriptWriter.write", 4),
         ("steppo.checkpoints.CheckpointIO.save_checkpoint", 3),

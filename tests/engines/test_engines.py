@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from steppo.contexts import AppendContext, ContextPolicy, StateContext
-from steppo.engines import Engine, HFEngine, ScriptedEngine
+from steppo.engines import Engine, HFEngine
 from steppo.models import TinyPolicy
 from steppo.packing import PaddedPacker
 from steppo.types import Completion, Observation, Request, Sampling, Segment, Step
@@ -222,32 +222,3 @@ def test_tokens_come_as_often_as_they_should(sharp_policy: TinyPolicy, temperatu
 
     assert abs(standard_deviations_off(temperature)) < 4
     assert standard_deviations_off(1.2 * temperature) > 8, "the sample is too small to tell temperatures apart"
-
-
-# --- ScriptedEngine ---
-
-
-def test_scripts_answer_and_fail_like_engines(tiny_policy: TinyPolicy) -> None:
-    context = StateContext()
-    context.bind(tiny_policy.tokenizer, tiny_policy.stop_ids)
-
-    def choose(request: Request) -> str:
-        assert request.observation is not None
-        return {"cellar": "go west", "shower": "take coin"}[request.observation.text]
-
-    prompt = np.asarray([5], dtype=np.int32)
-    requests = [
-        Request(number, "", prompt, Sampling(), 0, Observation(text))
-        for number, text in enumerate(["shower", "attic", "cellar"])
-    ]
-    requests.append(Request(3, "", prompt, Sampling(), 0))
-    answers = run(ScriptedEngine(choose, context.encode_action), requests)
-    for number, text in ((0, "take coin"), (2, "go west")):
-        assert context.decode_action(answers[number].action_ids) == text
-        assert answers[number].action_ids[-1] in tiny_policy.stop_ids
-        assert answers[number].finish_reason == "stop"
-        assert answers[number].logprobs.shape == answers[number].action_ids.shape
-        assert answers[number].error == ""
-    for number, name in ((1, "KeyError"), (3, "AssertionError")):
-        assert name in answers[number].error
-        assert len(answers[number].action_ids) == len(answers[number].logprobs) == 0

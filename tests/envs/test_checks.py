@@ -31,7 +31,7 @@ from steppo.envs.checks import checked_tasks, pickled, step_reply
 from steppo.envs.pool import EnvPool
 from steppo.errors import ConfigError, RunError, WrongValue, said
 from steppo.play.command import main as play_command
-from steppo.rollout import EnvSource
+from steppo.rollouts import EnvSource
 from steppo.types import Observation, Task
 from tests.cli.test_errors import fit, refused
 from tests.cli_helpers import TOY, evaluations, run, weights

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import multiprocessing as mp
 import os
 import signal
@@ -403,3 +404,64 @@ def test_close_ends_the_workers() -> None:
         pool.receive(0)
         assert len(set(mp.active_children()) - before) == 2
     assert set(mp.active_children()) <= before
+
+
+def late_look(pool: EnvPool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """This process is stopped while it waits, and wakes up after the time is over: the answer came meanwhile."""
+    for process in pool._processes:
+        poll = process.connection.poll
+
+        def stopped(timeout: float = 0.0, poll: Callable[..., bool] = poll) -> bool:
+            if not timeout:
+                return poll()
+            time.sleep(1.0)
+            return False
+
+        monkeypatch.setattr(process.connection, "poll", stopped)
+
+    async def busy(connection: Any, seconds: float) -> None:
+        time.sleep(1.0)
+
+    monkeypatch.setattr("steppo.envs.pool._readable", busy)
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("way", ["receive", "answer"])
+@pytest.mark.parametrize("dies", [False, True], ids=["lives", "dies"])
+def test_an_answer_that_lies_there_was_in_time(
+    way: str, dies: bool, make_pool: Callable[..., EnvPool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of an episode's start, of a step, and of a worker that died after it."""
+
+    def receive(slot: int) -> EnvReply:
+        return pool.receive(slot) if way == "receive" else asyncio.run(pool.answer(slot))
+
+    pool = make_pool(SlowEnv(), num_slots=2, num_workers=1, timeout_s=0.5)
+    pool.reset(0, TASKS[0])
+    receive(0)  # it has started
+    late_look(pool, monkeypatch)
+    pool.reset(1, TASKS[1])
+    assert receive(1) == play_here(TASKS[1], [])[0]
+    pool.step(0, "right")
+    if dies:
+        time.sleep(0.3)
+        pool._processes[0].process.kill()
+    assert receive(0) == play_here(TASKS[0], ["right"])[-1]
+    assert pool.counts["env_timeouts"] == 0
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("kind", ["hang", "die"])
+def test_what_fails_is_awaited_as_it_is_received(kind: str, make_pool: Callable[..., EnvPool]) -> None:
+    def failure(receive: Callable[[EnvPool, int], EnvReply]) -> tuple[EnvReply, dict[str, int]]:
+        tasks: Any = {f"{kind}_tasks": [TASKS[0].id]}
+        pool = make_pool(FaultyEnv(**tasks), num_slots=1, num_workers=1, timeout_s=1.0)
+        pool.reset(0, TASKS[0])
+        for action in ("right", "right"):
+            receive(pool, 0)
+            pool.step(0, action)
+        return receive(pool, 0), dict(pool.counts)
+
+    awaited = failure(lambda pool, slot: asyncio.run(pool.answer(slot)))
+    assert awaited == failure(lambda pool, slot: pool.receive(slot))
+    assert awaited[0].error

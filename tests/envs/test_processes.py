@@ -13,9 +13,10 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 from unittest import mock
 
+import numpy as np
 import psutil
 import pytest
 from hypothesis import given
@@ -23,12 +24,13 @@ from hypothesis import strategies as st
 from lightning.pytorch import Callback
 
 from steppo.contexts import StateContext
-from steppo.engines import ScriptedEngine, expert_action
+from steppo.engines import Engine
 from steppo.envs.pool import EnvPool
 from steppo.errors import RunError
 from steppo.models import TinyPolicy
-from steppo.rollout import EnvSource, _halves
-from steppo.types import Completion, Observation, RolloutConfig, groups_of
+from steppo.rollouts import EnvSource
+from steppo.rollouts.scheduler import halves
+from steppo.types import Completion, Observation, Request, RolloutConfig, groups_of
 from tests.cli_helpers import TOY, run
 from tests.family_env import KINDS, FamilyEnv, LargeEnv, NoStartEnv, ParallelEnv
 from tests.toy_env import CorridorEnv
@@ -297,10 +299,10 @@ def test_an_environment_may_use_multiprocessing() -> None:
 def test_workers_share_each_half_evenly(num_slots: int, num_workers: int) -> None:
     pool = object.__new__(EnvPool)
     pool._processes = [None] * min(num_slots, num_workers)  # type: ignore[list-item]
-    halves = _halves(num_slots)
-    assert sorted(slot for half in halves for slot in half) == list(range(num_slots))
-    assert len(halves[0]) - len(halves[1]) in (0, 1)
-    for slots in (*halves, range(num_slots)):
+    both = halves(num_slots)
+    assert sorted(slot for half in both for slot in half) == list(range(num_slots))
+    assert len(both[0]) - len(both[1]) in (0, 1)
+    for slots in (*both, range(num_slots)):
         served = Counter(dict.fromkeys(range(len(pool._processes)), 0))
         served.update(pool._worker_of(slot) for slot in slots)
         assert max(served.values()) - min(served.values()) <= 1
@@ -314,20 +316,30 @@ def test_all_workers_are_busy_while_a_half_is_stepped(num_workers: int, monkeypa
     context.bind(policy.tokenizer, policy.stop_ids)
     rounds: list[set[int]] = [set()]
 
-    class Rounds(ScriptedEngine):
+    class Rounds(Engine):
+        """Says the same to everybody."""
+
+        queue: ClassVar[list[Request]] = []
+
+        def submit(self, request: Request) -> None:
+            self.queue.append(request)
+
         def poll(self) -> list[Completion]:
             rounds.append(set())
-            return super().poll()
+            said = context.encode_action("take")
+            answers = [Completion(request.id, said, np.zeros(len(said), np.float32), "stop") for request in self.queue]
+            self.queue.clear()
+            return answers
 
-    engine = Rounds(expert_action, context.encode_action)
-    source = EnvSource(CorridorEnv(), context, engine, num_slots=6, num_workers=num_workers, max_prompt_tokens=2**20)
+    env = CorridorEnv(max_steps=6)
+    source = EnvSource(env, context, Rounds(), num_slots=6, num_workers=num_workers, max_prompt_tokens=2**20)
     step = source.pool.step
     monkeypatch.setattr(
         source.pool, "step", lambda slot, action: (rounds[-1].add(source.pool._worker_of(slot)), step(slot, action))
     )
     with closing(source):
         groups = groups_of([TASKS[3]] * 6)  # all of the same length
-        assert len(list(source.collect(groups, RolloutConfig("train/0", 0, 1.0, want_expert=True)))) == 6
+        assert len(list(source.collect(groups, RolloutConfig("train/0", 0, 1.0)))) == 6
     busy = [workers for workers in rounds if workers]
     assert len(busy) >= 4
     assert busy == [set(range(num_workers))] * len(busy)

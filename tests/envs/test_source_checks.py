@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from steppo.envs.checks import MOST_REWARD, checked_episode
-from steppo.rollout import EnvSource
+from steppo.rollouts import EnvSource
 from steppo.transcripts import episode_records
 from steppo.types import Episode, RolloutConfig, StopReason
 from tests.cli_helpers import evaluations, run

@@ -13,10 +13,10 @@ import pytest
 from steppo.advantages import GRPO
 from steppo.contexts import StateContext
 from steppo.datamodule import StepDataModule
-from steppo.engines import ScriptedEngine, random_action
+from steppo.engines import HFEngine
 from steppo.errors import RunError
 from steppo.learner.credit import check_orders
-from steppo.rollout import EnvSource
+from steppo.rollouts import EnvSource, Player, ScriptedPlayer, random_action
 from steppo.transcripts import episode_records
 from steppo.types import Episode, Group, RolloutConfig, StopReason, groups_of
 from tests.cli_helpers import run
@@ -37,19 +37,25 @@ def unequal_groups(*sizes: int) -> list[Group]:
 @pytest.fixture
 def source(tiny_policy: Any) -> Iterator[EnvSource]:
     context = StateContext()
-    engine = ScriptedEngine(random_action, context.encode_action)
-    made = EnvSource(CorridorEnv(max_steps=3), context, engine, max_prompt_tokens=400, max_new_tokens=4, num_slots=4)
+    made = EnvSource(CorridorEnv(max_steps=3), context, HFEngine(), max_prompt_tokens=400, max_new_tokens=4, num_slots=4)
     made.bind(tiny_policy)
     yield made
     made.close()
 
 
+@pytest.fixture
+def player(source: EnvSource) -> Player:
+    return ScriptedPlayer(random_action, source.context.encode_action)
+
+
 @pytest.mark.parametrize("sizes", [(4, 1, 2), (1, 3), (2, 2, 2), (3, 1, 1, 4), (1, 1, 1), (5,)])
-def test_places_of_episodes_do_not_collide(sizes: tuple[int, ...], source: EnvSource, tiny_policy: Any) -> None:
+def test_places_of_episodes_do_not_collide(
+    sizes: tuple[int, ...], source: EnvSource, player: Player, tiny_policy: Any
+) -> None:
     """Of ranks neither; group by group, in the order of the groups; as ever where all have one size."""
     groups = unequal_groups(*sizes)
     config = RolloutConfig("train/0", 0)
-    shares = [[e for group in source.collect(groups[rank::2], config) for e in group] for rank in range(2)]
+    shares = [[e for group in source.collect(groups[rank::2], config, player) for e in group] for rank in range(2)]
     episodes = sorted((episode for share in shares for episode in share), key=lambda episode: episode.order)
     assert [episode.order for episode in episodes] == list(range(sum(sizes)))
     assert [episode.group_id for episode in episodes] == [number for number, size in enumerate(sizes) for _ in range(size)]

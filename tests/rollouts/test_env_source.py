@@ -12,13 +12,13 @@ import torch
 
 from steppo import types
 from steppo.contexts import AppendContext, ContextPolicy, StateContext
-from steppo.engines import Engine, HFEngine, ScriptedEngine
+from steppo.engines import Engine, HFEngine
 from steppo.envs.pool import EnvPool, EnvReply
 from steppo.errors import ConfigError
 from steppo.metrics import EpisodeStatistics
 from steppo.models import TinyPolicy
 from steppo.parsers import ActionParser, ParsedAction
-from steppo.rollout import EnvSource
+from steppo.rollouts import EnvSource, Player, ScriptedPlayer, expert_action
 from steppo.types import Completion, Episode, Group, Observation, Request, RolloutConfig, StopReason
 from tests.toy_env import CorridorEnv, FaultyEnv
 from tests.wrong_env import VerdictEnv
@@ -68,35 +68,48 @@ class ListeningEngine(Engine):
         self.released.append(session_id)
 
 
-def seen(request: Request) -> Observation:
-    assert request.observation is not None
-    return request.observation
+Choose = Callable[[Observation, Request], str]
 
 
-def expert(request: Request) -> str:
-    action = seen(request).expert_action
-    assert action is not None
-    return action
+class ListeningPlayer(ScriptedPlayer):
+    """Keeps what it was asked."""
+
+    def __init__(self, choose: Choose, encode: Callable[[str], np.ndarray]) -> None:
+        super().__init__(choose, encode)
+        self.heard: list[tuple[Request, Observation]] = []
+
+    async def act(self, request: Request, observation: Observation) -> Completion:
+        self.heard.append((request, observation))
+        return await super().act(request, observation)
 
 
-def wander(request: Request) -> str:
+class ScriptedSource(EnvSource):
+    """Played by a rule unless another player is given."""
+
+    choose: Choose
+
+    def collect(self, groups: Any, config: RolloutConfig, player: Player | None = None, *args: Any) -> Any:
+        return super().collect(groups, config, player or ScriptedPlayer(self.choose, self.context.encode_action), *args)
+
+
+def wander(observation: Observation, request: Request) -> str:
     """Walks up and down at the left end and never takes anything."""
-    commands = seen(request).admissible_commands
+    commands = observation.admissible_commands
     assert commands
     return commands[0]
 
 
-def dance(request: Request) -> str:
+def dance(observation: Observation, request: Request) -> str:
     return "dance"
 
 
-def first_dance(then: Callable[[Request], str]) -> Callable[[Request], str]:
+def first_dance(then: Choose) -> Choose:
     """One refused action in each episode, then another rule."""
     danced: set[str] = set()
 
-    def choose(request: Request) -> str:
+    def choose(observation: Observation, request: Request) -> str:
         if request.session_id in danced:
-            return then(request)
+            return then(observation, request)
         danced.add(request.session_id)
         return "dance"
 
@@ -134,17 +147,20 @@ def make_source(pool: EnvPool, sharp_policy: TinyPolicy) -> Iterator[SourceMaker
     own: list[EnvSource] = []
 
     def make(
-        choose: Callable[[Request], str] | None = None,
+        choose: Choose | None = None,
         context: ContextPolicy | None = None,
         env: CorridorEnv | None = None,
         **settings: Any,
     ) -> EnvSource:
         context = context or StateContext()
-        engine = settings.pop("engine", None) or (ScriptedEngine(choose, context.encode_action) if choose else HFEngine())
+        engine = settings.pop("engine", None) or HFEngine()
         parser = settings.pop("parser", None if choose else AnyTextParser())
         shares = env is None and "num_slots" not in settings
         settings = {"max_prompt_tokens": 512, "max_new_tokens": 3, "num_slots": 8} | settings
-        source = EnvSource(env or CorridorEnv(max_steps=ENV_LIMIT), context, engine, parser, **settings)
+        kind = ScriptedSource if choose else EnvSource
+        source = kind(env or CorridorEnv(max_steps=ENV_LIMIT), context, engine, parser, **settings)
+        if isinstance(source, ScriptedSource):
+            source.choose = choose  # type: ignore[assignment]
         if shares:
             source._pool = pool
         else:
@@ -213,7 +229,6 @@ def test_steps_are_what_the_engine_saw_and_sampled(make_source: SourceMaker, con
             np.testing.assert_array_equal(step.action_ids, completion.action_ids)
             np.testing.assert_array_equal(step.behaviour_logprobs, completion.logprobs)
             assert step.finish_reason == completion.finish_reason
-            assert step.observation == seen(request).text
             assert step.temperature == request.sampling.temperature == 0.7
             assert request.sampling.max_new_tokens == 3
             assert step.policy_version == 7
@@ -223,7 +238,7 @@ def test_steps_are_what_the_engine_saw_and_sampled(make_source: SourceMaker, con
 
 
 def test_the_winning_step_is_recorded_once_with_its_reward(make_source: SourceMaker) -> None:
-    for task, episode in zip(TASKS, play(make_source(expert), groups_of(1), DEMONSTRATE), strict=True):
+    for task, episode in zip(TASKS, play(make_source(expert_action), groups_of(1), DEMONSTRATE), strict=True):
         way = abs(task.data["goal"] - task.data["start"])
         assert [step.action for step in episode.steps[:way]] == [episode.steps[0].action] * way
         assert episode.steps[0].action in ("left", "right")
@@ -260,21 +275,21 @@ def test_the_limit_of_the_rollout_truncates(make_source: SourceMaker) -> None:
 
 
 def test_winning_with_the_last_step_terminates(make_source: SourceMaker) -> None:
-    steps = len(play_one(make_source(expert), DEMONSTRATE).steps)
-    episode = play_one(make_source(expert, max_steps=steps), DEMONSTRATE)
+    steps = len(play_one(make_source(expert_action), DEMONSTRATE).steps)
+    episode = play_one(make_source(expert_action, max_steps=steps), DEMONSTRATE)
     assert (episode.stop_reason, episode.success) == (StopReason.TERMINATED, True)
     assert episode.final_prompt_ids is None
     assert not episode.steps[-1].truncated
 
 
 def test_an_environment_may_truncate(make_source: SourceMaker, pool: EnvPool, monkeypatch: pytest.MonkeyPatch) -> None:
-    receive, received = pool.receive, []
+    answer, received = pool.answer, []
 
-    def cut_the_third(slot: int) -> EnvReply:
-        received.append(receive(slot))
+    async def cut_the_third(slot: int) -> EnvReply:
+        received.append(await answer(slot))
         return replace(received[-1], truncated=len(received) == 3)  # the first answers the reset
 
-    monkeypatch.setattr(pool, "receive", cut_the_third)
+    monkeypatch.setattr(pool, "answer", cut_the_third)
     cut = play_one(make_source(wander))
     monkeypatch.undo()
     assert cut.stop_reason == StopReason.STEP_LIMIT
@@ -314,7 +329,7 @@ def test_a_first_prompt_that_overflows_gives_no_step(make_source: SourceMaker) -
 
 
 def test_refused_actions_cost_and_are_explained(make_source: SourceMaker) -> None:
-    source = make_source(first_dance(expert), invalid_penalty=0.25)
+    source = make_source(first_dance(expert_action), invalid_penalty=0.25)
     why = "'dance' is not possible here."
     for episode in play(source, groups_of(1), DEMONSTRATE):
         refused, *others = episode.steps
@@ -338,7 +353,7 @@ def test_a_refused_action_may_end_the_episode(make_source: SourceMaker) -> None:
         assert (step.terminated, step.truncated) == (True, False)
         assert (episode.stop_reason, episode.success) == (StopReason.TERMINATED, False)
         assert episode.final_prompt_ids is None
-    assert all(episode.success for episode in play(make_source(expert, on_invalid="end"), groups_of(1), DEMONSTRATE))
+    assert all(episode.success for episode in play(make_source(expert_action, on_invalid="end"), groups_of(1), DEMONSTRATE))
 
 
 @pytest.mark.parametrize("on_invalid", ["continue", "end"])
@@ -346,15 +361,15 @@ def test_an_environment_may_call_an_action_invalid(
     on_invalid: str, make_source: SourceMaker, pool: EnvPool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where commands are hidden the parser cannot know."""
-    receive = pool.receive
+    answer = pool.answer
 
-    def unknown(slot: int) -> EnvReply:
-        reply = receive(slot)
+    async def unknown(slot: int) -> EnvReply:
+        reply = await answer(slot)
         invalid = reply.observation is not None and reply.observation.text == "There is no coin here."
         return replace(reply, action_valid=not invalid)
 
-    monkeypatch.setattr(pool, "receive", unknown)
-    source = make_source(lambda request: "take", invalid_penalty=0.25, on_invalid=on_invalid)
+    monkeypatch.setattr(pool, "answer", unknown)
+    source = make_source(lambda observation, request: "take", invalid_penalty=0.25, on_invalid=on_invalid)
     episode = play_one(source)
     assert len(episode.steps) == (1 if on_invalid == "end" else ENV_LIMIT)
     assert [(step.action_valid, step.reward) for step in episode.steps] == [(False, -0.25)] * len(episode.steps)
@@ -362,9 +377,7 @@ def test_an_environment_may_call_an_action_invalid(
 
 
 @pytest.mark.parametrize(("choose", "refused"), [(dance, ENV_LIMIT), (first_dance(wander), 1)], ids=["all", "one"])
-def test_refused_actions_use_up_the_limit_of_the_task(
-    make_source: SourceMaker, choose: Callable[[Request], str], refused: int
-) -> None:
+def test_refused_actions_use_up_the_limit_of_the_task(make_source: SourceMaker, choose: Choose, refused: int) -> None:
     episode = play_one(make_source(choose, invalid_penalty=0.25))
     assert [step.action_valid for step in episode.steps] == [False] * refused + [True] * (ENV_LIMIT - refused)
     assert [step.terminated for step in episode.steps] == [False] * (ENV_LIMIT - 1) + [True]
@@ -468,16 +481,16 @@ def test_environments_that_break_cost_their_own_episodes_only(make_source: Sourc
     assert (statistics.compute()["errors"], statistics.compute()["episodes"]) == (4, len(episodes) - 4)
 
 
-def test_engine_errors_cost_their_own_episode_only(make_source: SourceMaker) -> None:
+def test_a_player_that_raises_costs_its_own_episode_only(make_source: SourceMaker) -> None:
     groups = groups_of(3)
     healthy = play(make_source(wander), groups)
     victim = healthy[4]
     third_prompt = victim.steps[2].prompt_ids.tolist()
 
-    def choose(request: Request) -> str:
+    def choose(observation: Observation, request: Request) -> str:
         if request.session_id == victim.id and request.prompt_ids.tolist() == third_prompt:
             raise MemoryError("no room for the cache")
-        return wander(request)
+        return wander(observation, request)
 
     episodes = play(make_source(choose), groups)
     failed = episodes.pop(4)
@@ -490,36 +503,36 @@ def test_engine_errors_cost_their_own_episode_only(make_source: SourceMaker) -> 
     assert_same(episodes, healthy)
 
 
-class BrokenEngine(ScriptedEngine):
-    """Wanders, but raises in some polls (counted from 0), or from some poll on, and keeps what it was asked."""
+class BrokenEngine(HFEngine):
+    """Raises in some polls, counted from 0, and keeps what it answers too late."""
 
-    def __init__(self, source: EnvSource, raises: Callable[[int], bool], error: BaseException) -> None:
-        super().__init__(wander, source.context.encode_action)
+    def __init__(self, *raises: int) -> None:
+        super().__init__()
         self.raises = raises
-        self.error = error
         self.polls = 0
         self.late: list[int] = []
         self._lost: list[int] = []
 
     def poll(self) -> list[Completion]:
         self.polls += 1
-        if self.raises(self.polls - 1):
+        if self.polls - 1 in self.raises:
             self._lost += [request.id for request in self._queue]
-            raise self.error
+            raise ConnectionError("the server went away")
         completions = super().poll()
         self.late += [completion.request_id for completion in completions if completion.request_id in self._lost]
         return completions
 
+    def release(self, session_id: str) -> None:
+        """Forgets nothing."""
+
 
 def test_an_engine_that_raises_costs_the_episodes_that_waited(make_source: SourceMaker) -> None:
     """What it answers later, to requests of episodes that are over, is no answer to a new one."""
-    source = make_source(wander)
     groups = groups_of(3)
-    healthy = play(source, groups)
-    engine = BrokenEngine(source, lambda poll: poll in (3, 8), ConnectionError("the server went away"))
-    episodes = sorted(
-        (episode for group in source.collect(groups, PLAN, engine) for episode in group), key=lambda episode: episode.order
-    )
+    healthy = play(make_source(), groups)
+    engine = BrokenEngine(3, 8)
+    source = make_source(engine=engine)
+    episodes = play(source, groups)
     failed = [episode for episode in episodes if episode.stop_reason.failed]
     assert len(engine.late) == len(failed) == 8, "half the slots, twice"
     for episode in failed:
@@ -536,7 +549,7 @@ def test_an_engine_that_raises_costs_the_episodes_that_waited(make_source: Sourc
 def test_an_engine_that_always_fails_comes_to_an_end(
     fault: str, make_source: SourceMaker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    source = make_source(wander)
+    source = make_source()
 
     def broken(*args: Any) -> Any:
         raise ValueError("no engine")
@@ -554,7 +567,7 @@ def test_an_engine_that_always_fails_comes_to_an_end(
 def test_mistakes_and_interrupts_end_the_run(
     error: BaseException, where: str, make_source: SourceMaker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    source = make_source(wander, num_slots=1)
+    source = make_source(num_slots=1)
 
     def stop(*args: Any) -> Any:
         raise error
@@ -565,7 +578,7 @@ def test_mistakes_and_interrupts_end_the_run(
 
 
 def test_a_session_that_cannot_be_released_costs_nothing(make_source: SourceMaker, monkeypatch: pytest.MonkeyPatch) -> None:
-    source = make_source(wander)
+    source = make_source()
     expected = play(source, groups_of(1))
 
     def broken(session_id: str) -> None:
@@ -679,7 +692,7 @@ def test_an_action_that_is_none_costs_its_episode(
 @pytest.mark.parametrize("on_invalid", ["continue", "end"])
 @pytest.mark.parametrize("choose", [dance, first_dance(wander), wander], ids=["all refused", "one refused", "none refused"])
 def test_a_refused_action_does_not_overrule_the_environment(
-    on_invalid: str, choose: Callable[[Request], str], make_source: SourceMaker
+    on_invalid: str, choose: Choose, make_source: SourceMaker
 ) -> None:
     env = VerdictEnv()
     tasks = env.tasks("train")
@@ -738,16 +751,24 @@ def test_prompt_and_action_must_fit_the_model(tiny_policy: TinyPolicy) -> None:
 # --- demonstrations and texts ---
 
 
-def test_demonstrations_are_played_by_another_engine(make_source: SourceMaker) -> None:
-    """Prompts are those of play without an expert, whose advice no prompt shows."""
-    source = make_source(parser=None)
+def test_demonstrations_are_played_by_another_player(make_source: SourceMaker) -> None:
+    """Prompts are those of play without an expert, whose advice no prompt shows. No engine hears of them."""
+    engine = ListeningEngine(HFEngine())
+    source = make_source(parser=None, engine=engine)
     played = {}
     for want_expert in (True, False):
-        engine = ListeningEngine(ScriptedEngine(expert if want_expert else wander, source.context.encode_action))
+        player = ListeningPlayer(expert_action if want_expert else wander, source.context.encode_action)
         plan = replace(PLAN, want_expert=want_expert)
-        played[want_expert] = [group[0] for group in source.collect(groups_of(1), plan, engine)]
-        requests = [request for heard in engine.heard.values() for request, _ in heard]
-        assert {seen(request).expert_action is not None for request in requests} == {want_expert}
+        played[want_expert] = [group[0] for group in source.collect(groups_of(1), plan, player)]
+        assert {observation.expert_action is not None for _, observation in player.heard} == {want_expert}
+        steps = [step for episode in played[want_expert] for step in episode.steps]
+        assert {(r.session_id, tuple(r.prompt_ids), o.text) for r, o in player.heard} == {
+            (episode.id, tuple(step.prompt_ids), step.observation)
+            for episode in played[want_expert]
+            for step in episode.steps
+        }
+        assert len(player.heard) == len(steps)
+    assert (engine.heard, engine.released) == ({}, [])
     assert all(episode.success for episode in played[True])
     assert all(episode.episode_return == 1.0 for episode in played[True])
     first_prompts = [

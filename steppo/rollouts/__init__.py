@@ -1,0 +1,17 @@
+"""Episodes: one coroutine each, played by a scheduler; the source that a config names."""
+
+from steppo.rollouts.base import EpisodeSource
+from steppo.rollouts.env_source import EnvSource
+from steppo.rollouts.place import request_seed
+from steppo.rollouts.players import Player, PolicyPlayer, ScriptedPlayer, expert_action, random_action
+
+__all__ = [
+    "EnvSource",
+    "EpisodeSource",
+    "Player",
+    "PolicyPlayer",
+    "ScriptedPlayer",
+    "expert_action",
+    "random_action",
+    "request_seed",
+]

@@ -1,0 +1,209 @@
+"""Where episodes come from: an environment in worker processes, a context, an engine, a parser."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
+from contextlib import closing
+from typing import TYPE_CHECKING, Any, Literal
+
+from steppo.contexts import ContextPolicy
+from steppo.engines import Engine
+from steppo.envs import Env
+from steppo.envs.checks import MOST_REWARD, checked_tasks, pickled, step_limit
+from steppo.envs.pool import COUNTS, EnvPool
+from steppo.errors import ConfigError, blamed_on
+from steppo.parsers import ActionParser, CommandParser
+from steppo.rollouts.base import EpisodeSource
+from steppo.rollouts.episode import OnStep, play_episode
+from steppo.rollouts.place import Place
+from steppo.rollouts.players import Player, PolicyPlayer
+from steppo.rollouts.rules import Rules
+from steppo.rollouts.scheduler import Scheduler, Seat
+from steppo.rollouts.texts import tokenizer_texts
+from steppo.types import Episode, Group, RolloutConfig, Sampling, Task
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from steppo.models.policy import Policy
+
+
+class EnvSource(EpisodeSource):
+    """Plays an environment with the engine's policy.
+
+    Slots hold one episode each and are refilled as episodes end. What is played does not depend on slots or workers.
+
+    Args:
+        env: The environment.
+        context: History -> prompt.
+        engine: Samples the actions.
+        parser: Action text -> command.
+        max_steps: Steps after which an episode is truncated; not needed where the environment has a limit of its own
+            (there the episode is over: terminated, not truncated).
+        max_prompt_tokens: An episode whose prompt grows past this ends (context_overflow).
+        max_new_tokens: Most tokens in one action.
+        invalid_penalty: Taken off the reward of an action that does not parse or cannot be carried out.
+        on_invalid: Go on after such an action, with feedback in the next prompt, or end the episode as failed. Invalid
+            actions that cost nothing are an invitation to do nothing.
+        num_slots: Episodes played at the same time.
+        num_workers: Processes that step environments.
+        env_timeout: Seconds that one environment step may take before its episode is given up.
+        worker_memory_mib: A process that holds more MiB after a step is replaced and its episodes are played again up to
+            there: for environments that leak. No limit unless given.
+    """
+
+    def __init__(
+        self,
+        env: Env,
+        context: ContextPolicy,
+        engine: Engine,
+        parser: ActionParser | None = None,
+        max_steps: int | None = None,
+        max_prompt_tokens: int = 4096,
+        max_new_tokens: int = 16,
+        invalid_penalty: float = 0.1,
+        on_invalid: Literal["continue", "end"] = "continue",
+        num_slots: int = 32,
+        num_workers: int = 1,
+        env_timeout: float = 60.0,
+        worker_memory_mib: int | None = None,
+    ) -> None:
+        for name, value in (
+            ("max_prompt_tokens", max_prompt_tokens),
+            ("max_new_tokens", max_new_tokens),
+            ("num_slots", num_slots),
+            ("num_workers", num_workers),
+        ):
+            if value < 1:
+                raise ConfigError(f"EnvSource: {name} must be at least 1, not {value}")
+        task_limit = step_limit(env)
+        if max_steps is None and task_limit is None:
+            raise ConfigError(f"EnvSource: {type(env).__name__} has no step limit, so max_steps must be given")
+        if max_steps is not None and max_steps < 1:
+            raise ConfigError(f"EnvSource: max_steps must be at least 1, not {max_steps}")
+        if not env_timeout > 0:
+            raise ConfigError(f"EnvSource: env_timeout must be above 0 seconds, not {env_timeout}")
+        if not 0 <= invalid_penalty <= MOST_REWARD:
+            raise ConfigError(f"EnvSource: invalid_penalty must be from 0 to {MOST_REWARD:g}, not {invalid_penalty}")
+        if worker_memory_mib is not None and worker_memory_mib < 1:
+            raise ConfigError(f"EnvSource: worker_memory_mib must be at least 1, not {worker_memory_mib}")
+        pickled(env)  # before models are built: workers get a copy
+        self.env = env
+        self.task_limit = task_limit
+        self.context = context
+        self.engine = engine
+        self.parser = parser or CommandParser()
+        self.max_steps = max_steps
+        self.max_prompt_tokens = max_prompt_tokens
+        self.max_new_tokens = max_new_tokens
+        self.invalid_penalty = invalid_penalty
+        self.on_invalid = on_invalid
+        self.num_slots = num_slots
+        self.num_workers = num_workers
+        self.env_timeout = env_timeout
+        self.worker_memory_mib = worker_memory_mib
+        self._pool: EnvPool | None = None
+        self._counts = Counter(dict.fromkeys(COUNTS, 0))
+        self._request_ids = itertools.count()
+        self._vocab_size: int | None = None
+
+    @property
+    def pool(self) -> EnvPool:
+        """The worker processes, started when first needed."""
+        if self._pool is None:
+            sizes = self.num_slots, self.num_workers
+            self._pool = EnvPool(self.env, *sizes, self.env_timeout, self.worker_memory_mib)
+        return self._pool
+
+    def tasks(self, split: str) -> list[Task]:
+        where = f"{type(self.env).__name__}.tasks({split!r})"
+        with blamed_on(where):
+            return checked_tasks(where, self.env.tasks(split))
+
+    def prepare(self, tasks: Sequence[Task], progress: Callable[[int, int], None]) -> None:
+        with blamed_on(f"{type(self.env).__name__}.prepare"):
+            self.env.prepare(tasks, progress)
+
+    def bind(self, policy: Policy) -> None:
+        longest = self.max_prompt_tokens + self.max_new_tokens
+        if longest > policy.max_positions:
+            raise ConfigError(
+                f"max_prompt_tokens + max_new_tokens = {longest} is more than the model's {policy.max_positions} positions"
+            )
+        self._vocab_size = policy.vocab_size
+        self.context.bind(policy.tokenizer, policy.stop_ids)
+        self.engine.bind(policy)
+
+    @property
+    def logprob_tolerance(self) -> float:
+        return self.engine.logprob_tolerance
+
+    @property
+    def longest_episode(self) -> int:
+        return min(limit for limit in (self.max_steps, self.task_limit) if limit is not None)
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
+        self.engine.load_weights(weights, version)
+
+    def counts(self) -> Counter[str]:
+        """What became of the worker processes, by the names of ``EnvPool.counts``."""
+        counts = self._counts.copy()
+        if self._pool is not None:
+            counts.update(self._pool.counts)
+        return counts
+
+    def close(self) -> None:
+        self._close_pool()
+        self.engine.close()
+
+    def _close_pool(self) -> None:
+        if self._pool is not None:
+            self._pool.close()
+            self._counts.update(self._pool.counts)
+            self._pool = None
+
+    def tokenizer_texts(self, tasks: Sequence[Task]) -> list[str]:
+        return tokenizer_texts(self.pool, self.context, tasks, self.num_slots, self.longest_episode)
+
+    def collect(
+        self,
+        groups: Sequence[Group],
+        config: RolloutConfig,
+        player: Player | None = None,
+        on_step: OnStep | None = None,
+    ) -> Iterator[list[Episode]]:
+        """Plays the groups, by another player than the policy if one is given.
+
+        ``on_step`` is called with each step (none at the start of an episode) and the observation after it.
+        """
+        rules = Rules(
+            self.context,
+            self.parser,
+            Sampling(config.temperature, self.max_new_tokens),
+            self.max_steps,
+            self.task_limit,
+            self.max_prompt_tokens,
+            self.invalid_penalty,
+            self.on_invalid,
+            self._vocab_size,
+        )
+
+        def play(place: Place, seat: Seat) -> Coroutine[Any, Any, Episode]:
+            return play_episode(rules, place, seat, player or PolicyPlayer(seat), on_step)
+
+        scheduler = Scheduler(self.pool, self.engine, self._request_ids, self.num_slots, play)
+        unfinished: dict[int, list[Episode]] = {group.id: [] for group in groups}
+        sizes = {group.id: group.size for group in groups}
+        places = (Place(config, group, sample) for group in groups for sample in range(group.size))
+        try:
+            with closing(scheduler.episodes(places)) as episodes:
+                for episode in episodes:
+                    done = unfinished[episode.group_id]
+                    done.append(episode)
+                    if len(done) == sizes[episode.group_id]:
+                        yield sorted(done, key=lambda episode: episode.order)
+        finally:
+            if scheduler.is_playing:  # left early: answers that are still to come belong to nobody
+                self._close_pool()

@@ -1,0 +1,123 @@
+"""One episode, from top to bottom. Who plays it decides when its questions are answered (``scheduler.py``)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Protocol
+
+import numpy as np
+
+from steppo.envs.checks import EnvReply
+from steppo.errors import SteppoError, said
+from steppo.rollouts.place import Place
+from steppo.rollouts.players import Player
+from steppo.rollouts.rules import Rules
+from steppo.types import Episode, Observation, Request, Step, StopReason, Task
+
+OnStep = Callable[[Step | None, Observation], None]
+
+
+class AwaitedEnv(Protocol):
+    """An environment that is waited for."""
+
+    async def reset(self, task: Task, want_expert: bool) -> EnvReply: ...
+
+    async def step(self, command: str) -> EnvReply: ...
+
+
+class _Broken(Exception):
+    """The episode cannot go on."""
+
+    def __init__(self, reason: StopReason, error: str) -> None:
+        self.reason = reason
+        self.error = error
+
+
+@contextmanager
+def _costs_the_episode(reason: StopReason) -> Iterator[None]:
+    """What raises in here does not cost the run; only a ``SteppoError`` still ends it."""
+    try:
+        yield
+    except SteppoError:
+        raise
+    except Exception as error:
+        raise _Broken(reason, said(error)) from error
+
+
+async def play_episode(rules: Rules, place: Place, env: AwaitedEnv, player: Player, on_step: OnStep | None) -> Episode:
+    """Plays one episode. ``on_step`` is called with each step (none at the start) and the observation after it."""
+    config, task = place.config, place.group.task
+    observations: list[Observation] = []
+    steps: list[Step] = []
+    success: bool | None = None
+
+    def ended(reason: StopReason, final_prompt_ids: np.ndarray | None = None, error: str = "") -> Episode:
+        if steps and reason != StopReason.TERMINATED:
+            steps[-1] = replace(steps[-1], truncated=True)
+        names = place.id, place.order, place.group.id, task.id
+        return Episode(*names, tuple(steps), reason, final_prompt_ids, success, error)
+
+    try:
+        observation, reply = _answered(await env.reset(task, config.want_expert))
+        while True:
+            success = success if reply.success is None else reply.success
+            if on_step is not None:
+                on_step(steps[-1] if steps else None, observation)
+            if reply.terminated:
+                return ended(StopReason.TERMINATED)
+
+            # the state
+            observations.append(observation)
+            with _costs_the_episode(StopReason.ABORTED):
+                prompt_ids = rules.prompt(observations, steps)
+            fits = len(prompt_ids) <= rules.max_prompt_tokens
+            if reply.truncated or len(steps) == rules.max_steps:
+                return ended(StopReason.STEP_LIMIT, prompt_ids if fits else None)
+            if not fits:
+                return ended(StopReason.CONTEXT_OVERFLOW)
+
+            # the action
+            request = Request(0, place.id, prompt_ids, rules.sampling, place.seed(len(steps)))
+            with _costs_the_episode(StopReason.ENGINE_ERROR):
+                completion = await player.act(request, observation)
+            if completion.error or not len(completion.action_ids):
+                error = completion.error or "the engine gave an action without a token"
+                raise _Broken(StopReason.ENGINE_ERROR, error)
+            with _costs_the_episode(StopReason.ABORTED):
+                text = rules.context.decode_action(completion.action_ids)
+                parsed = rules.parsed(text, observation)
+
+            # what it brings; after one that is refused the environment stays as it is, solved or not
+            if parsed.command is None:
+                reply = EnvReply(replace(observation, feedback=parsed.feedback), action_valid=False)
+            else:
+                reply = await env.step(parsed.command)
+            before, (observation, reply) = observation, _answered(reply)
+            reply = rules.judged(reply, len(steps) + 1)
+            steps.append(
+                Step(
+                    prompt_ids,
+                    completion.action_ids,
+                    completion.logprobs,
+                    reply.reward,
+                    len(steps),
+                    completion.finish_reason,
+                    reply.terminated,
+                    truncated=False,
+                    action_valid=reply.action_valid,
+                    observation=before.text,
+                    action=text.strip() if parsed.command is None else parsed.command,
+                    temperature=config.temperature,
+                    policy_version=config.version,
+                )
+            )
+    except _Broken as broken:
+        return ended(broken.reason, error=broken.error)
+
+
+def _answered(reply: EnvReply) -> tuple[Observation, EnvReply]:
+    if reply.observation is None:
+        raise _Broken(StopReason.ENV_ERROR, reply.error)
+    return reply.observation, reply

@@ -1,0 +1,65 @@
+"""What an episode is held to, and what is checked where a context or a parser hands something over."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+
+from steppo.contexts import ContextPolicy
+from steppo.envs.checks import EnvReply, plain_text, shown
+from steppo.errors import WrongValue
+from steppo.parsers import ActionParser, ParsedAction
+from steppo.types import Observation, Sampling, Step
+
+
+@dataclass(frozen=True)
+class Rules:
+    """How a round of episodes is played: the settings of ``EnvSource``, by the same names.
+
+    Attributes:
+        task_limit: Steps that the task itself allows, if it has a limit.
+        vocab_size: Token ids that the model knows, if there is a model.
+    """
+
+    context: ContextPolicy
+    parser: ActionParser
+    sampling: Sampling
+    max_steps: int | None
+    task_limit: int | None
+    max_prompt_tokens: int
+    invalid_penalty: float
+    on_invalid: Literal["continue", "end"]
+    vocab_size: int | None
+
+    def prompt(self, observations: list[Observation], steps: list[Step]) -> np.ndarray:
+        """Token ids of the next prompt. Of an empty one the value would be read at another row's position."""
+        ids: Any = self.context.prompt_ids(observations, steps)
+        call = f"{type(self.context).__name__}.prompt_ids"
+        if not isinstance(ids, np.ndarray) or ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer):
+            given = f"shape {ids.shape} of {ids.dtype}" if isinstance(ids, np.ndarray) else shown(ids)
+            raise WrongValue(f"{call} must give a one-dimensional array of integers, not {given}")
+        if not ids.size:
+            raise WrongValue(f"{call} gave an empty prompt")
+        lowest, highest = int(ids.min()), int(ids.max())
+        if lowest < 0 or (self.vocab_size is not None and highest >= self.vocab_size):
+            wrong = lowest if lowest < 0 else highest
+            raise WrongValue(f"{call} gave the token id {wrong}, which is none of the model's {self.vocab_size}")
+        return ids.astype(np.int32, copy=False)
+
+    def parsed(self, text: str, observation: Observation) -> ParsedAction:
+        """The command of an answer, or why there is none."""
+        parsed: Any = self.parser.parse(text, observation)
+        call = f"{type(self.parser).__name__}.parse"
+        if not isinstance(parsed, ParsedAction):
+            raise WrongValue(f"{call} must give a ParsedAction, not {shown(parsed)}")
+        command = None if parsed.command is None else plain_text(f"the command of {call}", parsed.command)
+        return ParsedAction(command, plain_text(f"the feedback of {call}", parsed.feedback))
+
+    def judged(self, reply: EnvReply, number: int) -> EnvReply:
+        """What the ``number``-th step (from 1) brought: less for an invalid action, and the end at the task's limit."""
+        if not reply.action_valid:
+            ends = reply.terminated or self.on_invalid == "end"
+            reply = replace(reply, reward=reply.reward - self.invalid_penalty, terminated=ends)
+        return replace(reply, terminated=True) if number == self.task_limit else reply
