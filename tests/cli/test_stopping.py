@@ -66,7 +66,7 @@ def test_before_the_first_checkpoint(
     ("target", "number"),
     [
         ("steppo.engines.HFEngine._generate", 30),
-        ("steppo.envs.pool.EnvPool.answer", 520),
+        ("steppo.envs.pool.EnvPool.answer", 455),
         ("steppo.module.AgentModule._step", 3),
         ("steppo.transcripts.TranscriptWriter.write", 4),
         ("steppo.checkpoints.CheckpointIO.save_checkpoint", 3),
