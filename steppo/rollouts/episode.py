@@ -28,11 +28,7 @@ class AwaitedEnv(Protocol):
 
 
 class _Broken(Exception):
-    """The episode cannot go on."""
-
-    def __init__(self, reason: StopReason, error: str) -> None:
-        self.reason = reason
-        self.error = error
+    """The episode cannot go on: stop reason, error."""
 
 
 @contextmanager
@@ -53,7 +49,7 @@ async def play_episode(rules: Rules, place: Place, env: AwaitedEnv, player: Play
     steps: list[Step] = []
     success: bool | None = None
 
-    def ended(reason: StopReason, final_prompt_ids: np.ndarray | None = None, error: str = "") -> Episode:
+    def ended(reason: StopReason, error: str = "", final_prompt_ids: np.ndarray | None = None) -> Episode:
         if steps and reason != StopReason.TERMINATED:
             steps[-1] = replace(steps[-1], truncated=True)
         names = place.id, place.order, place.group.id, task.id
@@ -74,7 +70,7 @@ async def play_episode(rules: Rules, place: Place, env: AwaitedEnv, player: Play
                 prompt_ids = rules.prompt(observations, steps)
             fits = len(prompt_ids) <= rules.max_prompt_tokens
             if reply.truncated or len(steps) == rules.max_steps:
-                return ended(StopReason.STEP_LIMIT, prompt_ids if fits else None)
+                return ended(StopReason.STEP_LIMIT, final_prompt_ids=prompt_ids if fits else None)
             if not fits:
                 return ended(StopReason.CONTEXT_OVERFLOW)
 
@@ -114,7 +110,7 @@ async def play_episode(rules: Rules, place: Place, env: AwaitedEnv, player: Play
                 )
             )
     except _Broken as broken:
-        return ended(broken.reason, error=broken.error)
+        return ended(*broken.args)
 
 
 def _answered(reply: EnvReply) -> tuple[Observation, EnvReply]:
