@@ -328,7 +328,7 @@ class CreditBatch:
     observation_N: list[str] | None = None
 
 
-@dataclass
+@dataclass(frozen=True, eq=False)
 class Credit:
     """What credit assignment gives: an advantage by step or by action token, and the critic's targets of the same kind."""
 

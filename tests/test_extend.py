@@ -1,10 +1,12 @@
-"""A user's own environment, credit, context and packer: one file each, named by class path, nothing else edited."""
+"""A user's own parts, of every kind: one file each, named by class path, nothing else edited."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 import textwrap
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -64,6 +66,83 @@ FILES = {
         class OneByOne(PaddedPacker):
             def pack(self, segments, max_tokens):
                 return [(np.array([n]), super(OneByOne, self).pack([s], max_tokens)[0][1]) for n, s in enumerate(segments)]
+        """,
+    "my_loss": """
+        from steppo.losses import LossOutput, PolicyLoss
+
+        class Squared(PolicyLoss):
+            def __init__(self, scale: float = 1.0):
+                self.scale = scale
+
+            def __call__(self, inputs):
+                ratio_A = (inputs.logprobs_A - inputs.old_logprobs_A).exp()
+                loss_A = self.scale * ((ratio_A - 1) ** 2 - inputs.advantage_A * ratio_A)
+                return LossOutput(loss_A, ratio_A.detach(), (ratio_A > 2).detach())
+        """,
+    "my_correction": """
+        import torch
+        from steppo.learner import Correction
+        from steppo.learner.correction import Weights
+
+        class FirstTokens(Correction):
+            def __init__(self, count: int = 1):
+                self.count = count
+
+            def __call__(self, behaviour_logprobs_A, old_logprobs_A, step_of_A, num_steps):
+                place_A = torch.arange(len(step_of_A)) - torch.searchsorted(step_of_A, step_of_A)
+                return Weights(torch.full_like(old_logprobs_A, 0.5), place_A < self.count)
+        """,
+    "my_policy": """
+        import torch
+        from transformers import GPT2Config, GPT2LMHeadModel
+        from steppo.models import TinyPolicy
+
+        class GPT2(TinyPolicy):
+            def __init__(self, width: int = 32):
+                super().__init__(hidden_size=width, num_heads=2, vocab_size=320)
+                self.shape = GPT2Config(
+                    vocab_size=320, n_positions=512, n_embd=width, n_layer=1, n_head=2, bos_token_id=None, eos_token_id=1,
+                    attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0,
+                )
+
+            def build(self, tokenizer_texts):
+                super().build(tokenizer_texts)
+                self.model = GPT2LMHeadModel(self.shape)
+        """,
+    "my_critic": """
+        from torch import nn
+        from steppo.models import Critic
+        from steppo.models.critic import ValueHead
+
+        class BagOfWords(Critic):
+            def __init__(self, width: int = 8):
+                super().__init__()
+                self.width = width
+
+            def build(self, policy):
+                self.words = nn.EmbeddingBag(policy.vocab_size, self.width, mode="mean")
+                self.head = ValueHead(self.width)
+
+            def states(self, batch, policy_hidden):
+                rows, width = batch.input_ids_BT.shape
+                return self.words(batch.input_ids_BT).repeat_interleave(width, 0)
+        """,
+    "my_listener": """
+        from steppo.listeners import Listener
+
+        class Notes(Listener):
+            def __init__(self, name: str = "notes"):
+                self.name = name
+                self.heard = []
+
+            def on_iteration_start(self, trainer, pl_module):
+                self.heard.append(("start", trainer.current_epoch))
+
+            def on_experience(self, trainer, pl_module, experience, replay):
+                self.heard.append(("experience", experience, replay))
+
+            def on_evaluation(self, trainer, pl_module, evaluation):
+                self.heard.append(("evaluation", evaluation))
         """,
     "my_team": """
         from steppo.engines import HFEngine
@@ -127,7 +206,7 @@ class ReturnOnly(Advantage):
 
 
 @pytest.fixture
-def user_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def user_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     folder = tmp_path / "mine"
     folder.mkdir()
     for name, code in FILES.items():
@@ -156,6 +235,63 @@ def test_own_components_train_without_touching_steppo(user_files: Path, tmp_path
     assert cli.trainer.global_step == 4
     assert [record["episodes"] for record in evaluations(tmp_path / "run")] == [6, 6, 6]
     assert all(torch.isfinite(weight).all() for weight in weights(tmp_path / "run").values())
+
+
+def test_own_models_loss_correction_and_listener(user_files: Path, tmp_path: Path) -> None:
+    cli = run(
+        tmp_path / "run",
+        "--model.policy=my_policy.GPT2",
+        "--model.policy.width=16",
+        "--model.critic=my_critic.BagOfWords",
+        "--model.critic.width=6",
+        "--model.loss=my_loss.Squared",
+        "--model.loss.scale=2.0",
+        "--model.correction=my_correction.FirstTokens",
+        "--model.correction.count=2",
+        "--trainer.callbacks+=my_listener.Notes",
+        "--trainer.callbacks.name=mine",
+        "--rollout.episodes_per_iteration=4",
+        "--data.eval_tasks=4",
+    )
+    mine = {"policy": "GPT2", "critic": "BagOfWords", "loss": "Squared", "correction": "FirstTokens"}
+    assert {name: type(getattr(cli.model, name)).__name__ for name in mine} == mine
+    held = weights(tmp_path / "run")
+    assert held["critic.words.weight"].shape == (cli.model.policy.vocab_size, 6)
+    assert all(torch.isfinite(weight).all() for weight in held.values())
+    assert held["critic.head.weight"].any()
+
+    [notes] = [callback for callback in cli.trainer.callbacks if type(callback).__name__ == "Notes"]
+    assert notes.name == "mine"
+    kinds = ["evaluation", *["start", "experience", "evaluation"] * 2]
+    assert [kind for kind, *_ in notes.heard] == kinds
+    evaluated = [heard for kind, *heard in notes.heard if kind == "evaluation"]
+    assert [evaluation.record for [evaluation] in evaluated] == evaluations(tmp_path / "run")
+    assert all(len(evaluation.episodes) == 4 and evaluation.split == "valid" for [evaluation] in evaluated)
+    learned = [heard for kind, *heard in notes.heard if kind == "experience"]
+    for experience, replay in learned:
+        assert len(experience.episodes) == 4
+        assert experience.num_steps == len(experience.steps) == len(replay.ratio_N)
+        assert experience.weights.weight_A.unique().tolist() == [0.5]
+        kept_N = torch.bincount(experience.steps.step_of_A, experience.weights.keep_A.long())
+        assert kept_N.tolist() == [min(length, 2) for length in experience.steps.lengths_N.tolist()]
+    assert learned[0][0] is not learned[1][0]
+
+    for heard in (*learned[0], evaluated[0][0]):
+        assert set(frozen_parts(heard)) >= {type(heard).__name__}
+    assert set(frozen_parts(learned[0][0])) >= {"Experience", "StepTable", "Scores", "Weights", "Credit", "Episode", "Step"}
+
+
+def frozen_parts(part: object) -> Iterator[str]:
+    """Names of the records in a record, itself among them; none of which lets a field be set."""
+    names = [f.name for f in dataclasses.fields(part)] if dataclasses.is_dataclass(part) else getattr(part, "_fields", ())
+    for name in names:
+        with pytest.raises(AttributeError):
+            setattr(part, name, None)
+        value = getattr(part, name)
+        for inner in value[:1] if isinstance(value, tuple) and not hasattr(value, "_fields") else [value]:
+            yield from frozen_parts(inner)
+    if names:
+        yield type(part).__name__
 
 
 TEAM = ["planner", "worker", "worker", "planner"]
