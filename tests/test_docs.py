@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import sys
 from pathlib import Path
 
@@ -74,3 +75,25 @@ def test_the_test_of_an_example_passes(page: str, name: str, module, tmp_path: P
     test = tmp_path / f"test_{name}.py"
     test.write_text(code(page, "python", "## A test to write"))
     assert pytest.main(["-q", "-p", "no:cacheprovider", "--rootdir", str(tmp_path), str(test)]) == 0
+
+
+def test_other_parts_train_by_the_line_that_names_them(module, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page = "docs/add_a_part.md"
+    command = code(page, "bash", "All four examples at once")
+    options = shlex.split(command.replace("\\\n", "").partition("quickstart.yaml")[2])
+    assert len(options) == 8
+    for name in {option.partition(".")[0] for option in options[1::2]}:
+        module(name, code(page, "python", f"`{name}.py`"))
+    cli = run(tmp_path / "run", "--trainer.max_epochs=1", "--data.train_tasks=8", *options)
+    packer = type(cli.datamodule.buffer.packer)
+    parts = [type(cli.model.correction), packer, type(cli.model.critic), *map(type, cli.trainer.callbacks)]
+    assert {f"{part.__module__}.{part.__name__}" for part in parts} >= set(options[1::2])
+    assert re.search(r"corridor/train/\d: \d steps, ratios up to \d.*\nvalid: ", capsys.readouterr().out)
+
+
+def test_the_loop_of_ones_own_runs(module, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    module("echo", code("README.md", "python", "Your own environment"))
+    exec(code("docs/add_a_part.md", "python", "As `loop.py`"), {"__name__": "__main__"})
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert [iteration for iteration, _ in lines] == ["0", "1", "2"]
+    assert all(-0.1 <= float(mean) <= 1 for _, mean in lines)
