@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,17 @@ from steppo.checkpoints import iteration_checkpoints
 from steppo.cli import SteppoCLI, main
 
 TOY = Path(__file__).parent / "toy.yaml"
+_WARM_STARTS = tempfile.TemporaryDirectory(prefix="steppo-tests-")  # one cache for all runs, as a user has it
 
 
 def run(folder: Path, *args: str, command: str = "fit", config: Path = TOY) -> SteppoCLI:
-    """Runs ``config`` with its results and caches under ``folder``."""
-    where = [f"--trainer.logger.init_args.save_dir={folder}", f"--warm_start.cache_dir={folder}/cache"]
-    return main([command, "--config", str(config), *where, *args])
+    """Runs ``config`` with its results under ``folder``."""
+    return main([command, "--config", str(config), *places(folder), *args])
+
+
+def places(folder: Path) -> list[str]:
+    """Options that say where a run of the toy config writes."""
+    return [f"--trainer.logger.init_args.save_dir={folder}", f"--warm_start.cache_dir={_WARM_STARTS.name}"]
 
 
 def evaluations(folder: Path) -> list[dict[str, Any]]:

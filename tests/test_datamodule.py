@@ -110,7 +110,7 @@ def test_failed_episodes_are_on_the_terminal(quiet: bool, tmp_path: Path, capsys
     tasks = [f"corridor/{split}/{number}" for split in ("train", "valid") for number in (1, 4, 6)]
     faulty = [f"--data.source.env={__name__}.Multiline", f"--data.source.env.fail_tasks=[{','.join(tasks)}]"]
     options = ["--data.source.parser=tests.rollouts.test_failures.AnyTextParser", f"--progress.enabled={not quiet}"]
-    run(tmp_path, *SHORT, *faulty, *options)
+    run(tmp_path, *SHORT, "--trainer.max_epochs=1", *faulty, *options)
     lines = capsys.readouterr().out.splitlines()
     said = [line for line in lines if "episodes failed (RuntimeError: broken on purpose and so on" in line]
     assert all(len(line) < 400 and line.endswith(" ...)") for line in said)

@@ -25,7 +25,6 @@ ODD = ["--quantization.lora_rank=3", "--quantization.lora_alpha=17.5", "--quanti
 INSTRUCTIONS = ["--data.source.context.instructions=Answer with one command.", "--data.source.max_prompt_tokens=450"]
 # Options of the run; whether the merged model computes with the very same numbers.
 RUNS = {
-    "4-bit": ([*LORA, "--quantization.bits=4"], True),
     "8-bit": ([*LORA, "--quantization.bits=8"], True),
     "4-bit, some layers, odd alpha": ([*LORA, *ODD, "--quantization.bits=4", *INSTRUCTIONS], True),
     "float64": ([*LORA, "--quantization.lora_alpha=1", "--trainer.precision=64-true"], True),

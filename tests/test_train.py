@@ -104,6 +104,7 @@ class KeepWeights(Callback):
 
 
 KEEP = ["--trainer.callbacks+=tests.test_train.KeepWeights"]
+NO_PANEL = "--trainer.limit_val_batches=0"
 
 
 def kept(cli: Any) -> list[dict[str, torch.Tensor]]:
@@ -154,6 +155,8 @@ def test_it_learns(tmp_path: Path) -> None:
         "--rollout.episodes_per_iteration=64",
         "--warm_start.updates=200",
         "--trainer.max_epochs=17",
+        "--trainer.check_val_every_n_epoch=17",
+        "--checkpoint.every_n_iterations=17",
     )
     assert evaluations(tmp_path)[-1]["success_rate"] == 1
     rollouts = [value for _, value in scalars(tmp_path)["rollout/success_rate"]]
@@ -163,7 +166,7 @@ def test_it_learns(tmp_path: Path) -> None:
 
 def test_same_seed_same_weights(tmp_path: Path) -> None:
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        run(tmp_path / name, f"--seed_everything={seed}")
+        run(tmp_path / name, f"--seed_everything={seed}", f"--warm_start.cache_dir={tmp_path}/cache-{name}")
     assert same(weights(tmp_path / "a"), weights(tmp_path / "b"))
     assert not same(weights(tmp_path / "a"), weights(tmp_path / "c"))
 
@@ -198,7 +201,7 @@ def test_validate_repeats_the_recorded_evaluation(tmp_path: Path, capsys: pytest
     ],
 )
 def test_components_are_swapped_by_options(tmp_path: Path, options: list[str]) -> None:
-    cli = run(tmp_path, "--trainer.max_epochs=1", "--warm_start.updates=5", *options, *KEEP)
+    cli = run(tmp_path, "--trainer.max_epochs=1", "--warm_start.updates=5", NO_PANEL, *options, *KEEP)
     first, *_, last = kept(cli)
     assert not same(first, last)
     assert all(torch.isfinite(weight).all() for weight in last.values())
@@ -218,7 +221,7 @@ LINES = {
 def test_an_overlay_is_a_method(tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str) -> None:
     """It learns, says which parts are at work, and has no critic that nobody asks."""
     similar = ["--model.advantage.similarity=0.9"] if name == "gigpo" else []
-    overlay = ["--config", str(ALGORITHMS / f"{name}.yaml"), "--model.critic=steppo.models.SharedCritic", *similar]
+    overlay = ["--config", str(ALGORITHMS / f"{name}.yaml"), "--model.critic=steppo.models.SharedCritic", *similar, NO_PANEL]
     cli = run(
         tmp_path, *overlay, "--trainer.max_epochs=1", "--warm_start.updates=5", "--rollout.episodes_per_iteration=64", *KEEP
     )
@@ -265,13 +268,13 @@ def test_demonstrations_are_said_as_the_parser_reads_them(tmp_path: Path, monkey
 
     monkeypatch.setattr(WarmStartCallback, "_train", clone)
     parser = ["--data.source.parser=steppo.parsers.ToolCallParser", "--data.source.max_new_tokens=80"]
-    run(tmp_path, *parser, "--trainer.max_epochs=1", "--warm_start.updates=1")
+    run(tmp_path, *parser, "--trainer.max_epochs=1", "--warm_start.updates=1", f"--warm_start.cache_dir={tmp_path}/cache")
     assert said
     assert all(text.startswith('<tool_call>\n{"name": "act", "arguments": {"command": "') for text in said)
 
 
 def test_microbatch_size_does_not_matter(tmp_path: Path) -> None:
-    options = ["--trainer.max_epochs=1", "--warm_start.updates=5", "--trainer.precision=64-true"]
+    options = ["--trainer.max_epochs=1", "--warm_start.updates=5", "--trainer.precision=64-true", NO_PANEL]
     for size in (100, 100_000):
         run(tmp_path / str(size), f"--data.max_tokens_per_microbatch={size}", *options)
     small, large = weights(tmp_path / "100"), weights(tmp_path / "100000")
@@ -279,7 +282,7 @@ def test_microbatch_size_does_not_matter(tmp_path: Path) -> None:
 
 
 def test_critic_warms_up_alone(tmp_path: Path) -> None:
-    first, *after = kept(run(tmp_path, "--model.critic_warmup_updates=2", "--trainer.max_epochs=1", *KEEP))
+    first, *after = kept(run(tmp_path, "--model.critic_warmup_updates=2", "--trainer.max_epochs=1", NO_PANEL, *KEEP))
     policy = [name for name in first if name.startswith("policy.")]
     for state in after[:2]:
         assert all(torch.equal(state[name], first[name]) for name in policy)
@@ -287,9 +290,9 @@ def test_critic_warms_up_alone(tmp_path: Path) -> None:
 
 
 def test_runs_of_any_seed_can_begin_alike(tmp_path: Path) -> None:
-    alike = ["--model.policy.seed=5", "--warm_start.seed=5", "--trainer.max_epochs=1", "--warm_start.updates=5", *KEEP]
+    alike = ["--model.policy.seed=5", "--warm_start.seed=5", "--trainer.max_epochs=1", "--warm_start.updates=5", NO_PANEL]
     (first, *_, trained), (other, *_, differently) = (
-        kept(run(tmp_path / str(seed), f"--seed_everything={seed}", *alike)) for seed in (1, 2)
+        kept(run(tmp_path / str(seed), f"--seed_everything={seed}", *alike, *KEEP)) for seed in (1, 2)
     )
     assert same(first, other)
     assert not same(trained, differently)
@@ -297,10 +300,10 @@ def test_runs_of_any_seed_can_begin_alike(tmp_path: Path) -> None:
 
 def test_warm_start_is_cached_by_what_it_depends_on(tmp_path: Path) -> None:
     found = []
-    cache = f"--warm_start.cache_dir={tmp_path}/cache"
+    short = [f"--warm_start.cache_dir={tmp_path}/cache", "--trainer.max_epochs=1", NO_PANEL]
     for number, options in enumerate(([], [], ["--warm_start.updates=31"], ["--warm_start.actions=expert"])):
         folder = tmp_path / str(number)
-        start = kept(run(folder, cache, "--trainer.max_epochs=1", "--warm_start.updates=30", *options, *KEEP))[0]
+        start = kept(run(folder, *short, "--warm_start.updates=30", *options, *KEEP))[0]
         found.append((start, len(list((tmp_path / "cache").iterdir()))))
     assert [count for _, count in found] == [1, 1, 2, 3]
     assert same(found[0][0], found[1][0])
@@ -310,7 +313,7 @@ def test_warm_start_is_cached_by_what_it_depends_on(tmp_path: Path) -> None:
 def test_updates_that_are_not_finite_are_skipped_then_stop_the_run(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    options = ["--model.advantage=tests.test_train.NaNAdvantage", "--warm_start.updates=0"]
+    options = ["--model.advantage=tests.test_train.NaNAdvantage", "--warm_start.updates=0", NO_PANEL]
     first, *after = kept(run(tmp_path / "skip", *options, "--trainer.max_epochs=2", "--model.max_skipped_updates=9", *KEEP))
     assert all(same(first, state) for state in after)
     assert scalars(tmp_path / "skip")["train/skipped_updates"][-1][1] == 4

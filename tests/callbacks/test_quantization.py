@@ -10,7 +10,7 @@ import torch
 
 from steppo.models import TinyPolicy
 from tests.cli_helpers import checkpoint, evaluations, run, same, weights
-from tests.test_train import KEEP, kept, scalars
+from tests.test_train import KEEP, NO_PANEL, kept, scalars
 
 
 @pytest.fixture
@@ -46,7 +46,7 @@ BASES = {
 
 @pytest.mark.parametrize(("options", "tolerance"), BASES.values(), ids=BASES)
 def test_adapters_learn_on_a_frozen_base(options: list[str], tolerance: float, folder: str, tmp_path: Path) -> None:
-    options = [*options, "--model.objective.kl=loss", "--quantization.gradient_checkpointing=true"]
+    options = [*options, "--model.objective.kl=loss", "--quantization.gradient_checkpointing=true", NO_PANEL]
     first, *_, last = kept(fit(tmp_path / "run", folder, *options, *KEEP))
     # By bytes: 4-bit codes are stored as floats, some of which read as NaN.
     changed = {name for name in first if not torch.equal(first[name].view(torch.uint8), last[name].view(torch.uint8))}
@@ -81,7 +81,7 @@ def test_a_checkpoint_of_adapters_evaluates_and_resumes_exactly(folder: str, tmp
 
 def test_it_says_what_is_trained(folder: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO"):
-        cli = fit(tmp_path / "run", folder, "--quantization.bits=4")
+        cli = fit(tmp_path / "run", folder, "--quantization.bits=4", "--rollout.max_environment_steps=0", NO_PANEL)
     trained = sum(p.numel() for group in cli.trainer.optimizers[0].param_groups for p in group["params"])
     assert f"LoRA of rank 4 on a 4-bit base: {trained:,} of " in caplog.text
 

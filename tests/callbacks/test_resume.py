@@ -19,7 +19,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from steppo import checkpoints
 from steppo.checkpoints import iteration_checkpoints, iterations_of
 from steppo.rollouts import EnvSource
-from tests.cli_helpers import TOY, checkpoint, evaluations, run
+from tests.cli_helpers import TOY, checkpoint, evaluations, places, run
 from tests.toy_env import CorridorEnv
 
 ROOT = Path(__file__).parents[2]
@@ -119,10 +119,15 @@ def assert_same_run(folder: Path, whole: Path) -> None:
 def stopped_run(folder: Path, *args: str) -> subprocess.CompletedProcess[str]:
     """A run in a process of its own, which KillAt ends."""
     command = [sys.executable, "train.py", "fit", "--config", str(TOY), *OPTIONS]
-    where = [f"--trainer.logger.init_args.save_dir={folder}", f"--warm_start.cache_dir={folder}/cache"]
     kill = ["--trainer.callbacks+=tests.kill.KillAt", *args]
     return subprocess.run(
-        [*command, *where, *kill], cwd=ROOT, capture_output=True, text=True, timeout=280, check=False, start_new_session=True
+        [*command, *places(folder), *kill],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+        start_new_session=True,
     )
 
 
@@ -195,7 +200,7 @@ def refused(folder: Path, capsys: pytest.CaptureFixture[str], *args: str) -> str
 def test_only_the_newest_checkpoint_continues_a_run_folder(
     tmp_path: Path, whole: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    args = [*OPTIONS, *NUMBERED, f"--warm_start.cache_dir={whole}/cache"]
+    args = [*OPTIONS, *NUMBERED]
     assert "there is no checkpoint to continue from" in refused(tmp_path, capsys, *NUMBERED, "--ckpt_path=last")
     assert not list(tmp_path.iterdir())
 

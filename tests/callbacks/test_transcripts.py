@@ -20,16 +20,23 @@ from torch.utils.tensorboard._utils import figure_to_image
 
 from callbacks.transcript import as_figure, as_text, shown_orders
 from steppo.advantages import StepGAE
+from steppo.cli import SteppoCLI
 from steppo.datamodule import run_seed
 from steppo.learner import Experience, ReplayStatistics
 from steppo.listeners import Listener
 from steppo.models import TinyPolicy
 from steppo.transcripts import TranscriptWriter, episode_records, page_blocks
 from steppo.types import Episode, Step, StopReason
-from tests.cli_helpers import run, same, weights
+from tests import cli_helpers
+from tests.cli_helpers import same, weights
 
 NASTY = "</script><script>alert(1)</script> <!-- \"quoted\" 'too' \\ & \u2028 é 漢字 🙂 \x00\x07\r\n\t$x_1$ ``` **bold**"
 SHORT = ["--trainer.max_epochs=1", "--warm_start.updates=5", "--evaluation.before_training=false"]
+
+
+def run(folder: Path, *args: str) -> SteppoCLI:
+    """A run that shows an episode of each evaluation, as runs of users do."""
+    return cli_helpers.run(folder, "--transcripts.num_shown=1", *args)
 
 
 class Page(HTMLParser):

@@ -23,7 +23,8 @@ from tests.cli_helpers import run
 from tests.conftest import corridor_texts
 from tests.learner.fakes import ScrambledPacker
 
-SHORT = ["--trainer.max_epochs=1", "--warm_start.updates=1", "--rollout.episodes_per_iteration=4"]
+# The warm start, and nothing after it.
+SHORT = ["--warm_start.updates=1", "--rollout.max_environment_steps=0", "--trainer.limit_val_batches=0"]
 SEGMENTS = [Segment(np.arange(4, dtype=np.int32), np.arange(2, dtype=np.int32))]
 
 
@@ -114,7 +115,8 @@ def test_a_run_makes_anew_what_is_damaged(tmp_path: Path) -> None:
 
 def test_a_run_goes_on_without_its_cache(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
-    run(tmp_path / "run", *SHORT, f"--warm_start.cache_dir={tmp_path}/file/x")
+    cli = run(tmp_path / "run", *SHORT, "--rollout.max_environment_steps=1", f"--warm_start.cache_dir={tmp_path}/file/x")
+    assert cli.model.counters.iterations == 1
 
 
 def test_demonstrations_that_the_policy_cannot_say_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,7 +16,7 @@ from lightning.pytorch.callbacks import Callback
 from steppo.checkpoints import iteration_checkpoints
 from steppo.cli.stopping import STOPPED
 from tests.callbacks.test_resume import OPTIONS, ROOT, assert_same_run, whole
-from tests.cli_helpers import TOY, run
+from tests.cli_helpers import TOY, places, run
 from tests.toy_env import CorridorEnv
 
 __all__ = ["whole"]  # a fixture
@@ -55,7 +55,7 @@ def test_before_the_first_checkpoint(
     before = signal.getsignal(signal.SIGTERM), signal.set_wakeup_fd(-1)
     calls = stop_in_call(monkeypatch, target, number)
     with pytest.raises(SystemExit) as stopped:
-        run(tmp_path, *OPTIONS)
+        run(tmp_path, *OPTIONS, f"--warm_start.cache_dir={tmp_path}/cache")
     assert (stopped.value.code, calls) == (STOPPED, [number])
     assert capsys.readouterr().err.splitlines()[-1] == "stopped by SIGTERM"
     assert not (tmp_path / "checkpoints").exists()
@@ -128,8 +128,7 @@ class Stuck(Callback):
 
 def stopped_from_outside(folder: Path, marker: Path, *args: str) -> tuple[int, list[str]]:
     """Status and last lines of a run that is told to end when the file ``marker`` is there; its processes are gone."""
-    where = [f"--trainer.logger.init_args.save_dir={folder}", f"--warm_start.cache_dir={folder}/cache"]
-    command = [sys.executable, "train.py", "fit", "--config", str(TOY), *OPTIONS, *where, *args]
+    command = [sys.executable, "train.py", "fit", "--config", str(TOY), *OPTIONS, *places(folder), *args]
     environment = {**os.environ, "MASTER_ADDR": "127.0.0.1"}
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True, env=environment)
     try:
