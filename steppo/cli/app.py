@@ -5,10 +5,9 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-import signal
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
@@ -17,16 +16,13 @@ from typing import Any, NoReturn, TextIO, TypeVar, cast
 import torch
 import yaml
 from jsonargparse import ArgumentError, Namespace
-from jsonargparse.typing import PositiveInt
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher, _SubprocessScriptLauncher
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
-from omegaconf.errors import OmegaConfBaseException
 
 from callbacks import (
     EvaluationCallback,
@@ -38,13 +34,39 @@ from callbacks import (
     WarmStartCallback,
 )
 from steppo.checkpoints import CheckpointIO, iteration_checkpoints, read
-from steppo.cli.config_errors import check_config, check_config_files, explain, in_one_line, keep_values_whole, refusal
-from steppo.cli.stopping import STOPPED, ends_on_sigterm
+from steppo.cli.config import complete, merged_config
+from steppo.cli.config_errors import check_config, explain, in_one_line, refusal
+from steppo.cli.config_files import read_command_line
+from steppo.cli.config_types import Settings
+from steppo.cli.stopping import STOPPED, ends_on_sigterm, ranks
 from steppo.datamodule import StepDataModule
 from steppo.distributed import require_equal
 from steppo.errors import ConfigError, SteppoError
 from steppo.module import AgentModule
 from steppo.run_folder import RunTrainer, held, numbered_folders
+
+CALLBACKS: dict[str, Any] = {
+    "warm_start": WarmStartCallback,
+    "evaluation": EvaluationCallback,
+    "checkpoint": IterationCheckpoint,
+    "rollout": RolloutCallback,
+    "quantization": QuantizationCallback,
+    "transcripts": TranscriptCallback,
+    "progress": StepProgressBar,
+}
+SECTIONS = Settings(
+    {
+        "seed_everything": bool | int,
+        "num_threads": int | None,
+        "ckpt_path": str | None,
+        "verbose": Any,
+        "weights_only": Any,
+        "trainer": Settings(RunTrainer),
+        "model": AgentModule,
+        "data": StepDataModule,
+        **{name: Settings(callback) for name, callback in CALLBACKS.items()},
+    }
+)
 
 _CLI = TypeVar("_CLI", bound="SteppoCLI")
 
@@ -66,54 +88,71 @@ class SteppoCLI(LightningCLI):
     by its path, it continues in the same folder; any other checkpoint starts a new one.
     """
 
+    commands: tuple[str, ...] = ("fit", "validate", "test")
     trainer: RunTrainer
+    _ckpt_path: str | None = None  # held back from Lightning, which would read hyper-parameters from it
     _checkpoint: Path | None = None
     _numbered: Path | None = None
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument(
             "--num_threads",
-            type=PositiveInt | None,
+            type=int | None,
             default=None,
             help="CPU threads of torch; part of what makes a run repeatable.",
         )
-        parser.add_lightning_class_args(WarmStartCallback, "warm_start")
-        parser.add_lightning_class_args(EvaluationCallback, "evaluation")
-        parser.add_lightning_class_args(IterationCheckpoint, "checkpoint")
-        parser.add_lightning_class_args(RolloutCallback, "rollout")
-        parser.add_lightning_class_args(QuantizationCallback, "quantization")
-        parser.add_lightning_class_args(TranscriptCallback, "transcripts")
-        parser.add_lightning_class_args(StepProgressBar, "progress")
+        for name, callback in CALLBACKS.items():
+            parser.add_lightning_class_args(callback, name)
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        """``fit``, ``validate`` and ``test``: nothing predicts. Checkpoints are always read as weights only."""
-        return {name: skip | {"weights_only"} for name, skip in LightningCLI.subcommands().items() if name != "predict"}
+        """Nothing predicts. Checkpoints are always read as weights only."""
+        known = LightningCLI.subcommands()
+        return {name: known[name] | {"weights_only"} for name in SteppoCLI.commands}
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """As Lightning's; what is wrong is said in one line."""
-        check_config_files(sys.argv[1:] if args is None else args)
-        parsers = [self.parser, *getattr(self, "_subcommand_parsers", {}).values()]
+        """As Lightning's, of the one config that files and options make; what is wrong is said in one line."""
+        line = read_command_line(sys.argv[1:] if args is None else args, self.commands)
+        words = [line.command] if line.command else []
+        if not any("help" in flag or flag == "-h" for flag in line.flags):
+            config = merged_config(line.layers, SECTIONS)
+            check_config(config)
+            config = complete({name: value for name, value in config.items() if name not in ("verbose", "weights_only")})
+            if not line.flags:
+                self._ckpt_path = config.pop("ckpt_path", None)
+            trainer = config.setdefault("trainer", {})
+            if trainer.get("logger", True) in (None, True):
+                place = {"save_dir": trainer.get("default_root_dir") or "."}
+                trainer["logger"] = {"class_path": "lightning.pytorch.loggers.TensorBoardLogger", "init_args": place}
+            words += ["--config", yaml.safe_dump(config, sort_keys=False)]
         try:
-            super().parse_arguments(parser, args)
+            super().parse_arguments(parser, [*words, *line.flags])
         except ArgumentError as error:
-            options = {action.dest for known in parsers for action in known._actions}
-            raise ConfigError(explain(error, options)) from None
-        chosen = self.config.get("subcommand")
-        check_config(self.config[chosen] if chosen else self.config, self._parser(chosen)._actions)
+            raise ConfigError(explain(error)) from None
 
-    def _run_subcommand(self, subcommand: str) -> None:
+    def fit(self, **kwargs: Any) -> None:
+        """Lightning calls this in place of the trainer's."""
+        self._run(self.trainer.fit, kwargs)
+
+    def validate(self, **kwargs: Any) -> None:
+        """As ``fit``."""
+        self._run(self.trainer.validate, kwargs)
+
+    def test(self, **kwargs: Any) -> None:
+        """As ``fit``."""
+        self._run(self.trainer.test, kwargs)
+
+    def _run(self, command: Callable[..., Any], kwargs: dict[str, Any]) -> None:
         folder = self.trainer.own_log_dir() if cast(Any, rank_zero_only).rank == 0 else None
         with ends_on_sigterm(self.trainer, self._say_stopped):
             try:
                 with held(None if folder is None else Path(folder)):
-                    super()._run_subcommand(subcommand)
+                    command(**kwargs)
             except SIGTERMException:
                 raise
             except BaseException as error:
-                launcher = self.trainer.strategy.launcher
-                if isinstance(launcher, _SubprocessScriptLauncher):
-                    launcher.kill(signal.SIGKILL)  # the others would wait for this process in a collective
+                for process in ranks(self.trainer):
+                    process.kill()  # it would wait for this process in a collective
                 if isinstance(error, RuntimeError | ValueError | OSError):
                     raise in_one_line(error) from error
                 raise
@@ -124,15 +163,13 @@ class SteppoCLI(LightningCLI):
         advice = f"; a fit continues with --ckpt_path {newest[0]}" if newest else ""
         _say(f"stopped by SIGTERM{advice}", sys.stderr)
 
-    def _parse_ckpt_path(self) -> None:
-        """Lightning would take hyper-parameters from the checkpoint here; steppo's hold none."""
-
     @property
     def _options(self) -> Namespace:
         return self.config[self.subcommand] if self.subcommand else self.config
 
     def before_instantiate_classes(self) -> None:
         config = self._options
+        config.ckpt_path = self._ckpt_path
         if config.num_threads is not None:
             torch.set_num_threads(config.num_threads)
         if config.trainer.enable_progress_bar is False:
@@ -159,8 +196,6 @@ class SteppoCLI(LightningCLI):
                 super().instantiate_classes()
         except Exception as error:
             raise refusal(error) from None
-        if self.trainer and isinstance(self.trainer.strategy.launcher, _MultiProcessingLauncher):
-            raise ConfigError("trainer.strategy must start processes by their command line: use ddp, not spawn or fork")
         if self._checkpoint is not None:
             self.config_init[self.subcommand].ckpt_path = str(self._checkpoint)
             self.trainer.begins_from = self._checkpoint
@@ -216,16 +251,12 @@ class PartsCLI(SteppoCLI):
         resolved: The merged config.
     """
 
+    commands = ()
     resolved: dict[str, Any]
-
-    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        super().add_arguments_to_parser(parser)
-        for name in ("ckpt_path", "weights_only", "verbose"):  # of the subcommands; a run's config.yaml holds them
-            parser.add_argument(f"--{name}", type=Any, default=None)
 
     def before_instantiate_classes(self) -> None:
         self.resolved = yaml.safe_load(self.parser.dump(self.config, skip_none=False, format="yaml"))
-        self.config.ckpt_path = None
+        self._ckpt_path = None
         self.config.trainer.logger = self.config.trainer.callbacks = None
         super().before_instantiate_classes()
 
@@ -235,7 +266,7 @@ class PartsCLI(SteppoCLI):
     @property
     def quantization(self) -> QuantizationCallback:
         """To be applied to the model before it is built."""
-        return self._get(self.config_init, "quantization")
+        return self.config_init.quantization
 
 
 class OwnOptions(argparse.ArgumentParser):
@@ -297,7 +328,6 @@ def errors_in_one_line() -> Iterator[None]:
         SteppoError,
         ArgumentError,
         MisconfigurationException,
-        OmegaConfBaseException,
         yaml.YAMLError,
         UnpicklingError,
     ) as error:
@@ -318,10 +348,7 @@ def main(args: Sequence[str] | None = None) -> SteppoCLI:
 
 
 def _make(kind: type[_CLI], args: Sequence[str] | None, run: bool) -> _CLI:
-    # An abbreviated option would be taken for another. omegaconf+ resolves ${...} when all files and options are merged, so
-    # that an override reaches every copy of a value.
-    keep_values_whole()
-    strict = {"parser_mode": "omegaconf+", "allow_abbrev": False, "exit_on_error": False}
+    strict = {"allow_abbrev": False, "exit_on_error": False}
     return kind(
         AgentModule,
         StepDataModule,
@@ -332,7 +359,7 @@ def _make(kind: type[_CLI], args: Sequence[str] | None, run: bool) -> _CLI:
         seed_everything_default=0,
         save_config_callback=SaveConfig,
         save_config_kwargs={"overwrite": True},
-        parser_kwargs={**strict, **dict.fromkeys(SteppoCLI.subcommands(), strict)},
+        parser_kwargs={**strict, **dict.fromkeys(SteppoCLI.commands, strict)},
         trainer_defaults={"num_sanity_val_steps": 0, "enable_model_summary": False},
         args=list(args) if args is not None else None,
         run=run,
@@ -365,7 +392,7 @@ def _run_folders(config: Namespace) -> list[Path]:
     arguments = _logger_arguments(config)
     if arguments is None:
         logger = _first_logger(config)
-        if logger in (None, True) or (isinstance(logger, Namespace) and logger.class_path.endswith(".CSVLogger")):
+        if isinstance(logger, Namespace) and logger.class_path.endswith(".CSVLogger"):
             return []  # it begins its files anew
         return [path for _, path in numbered_folders(Path(config.trainer.default_root_dir or ".") / "runs")]
     root = Path(os.path.expandvars(arguments.save_dir)).expanduser() / (arguments.name or "")
