@@ -38,12 +38,13 @@ from steppo.cli.config import complete, merged_config
 from steppo.cli.config_errors import check_config, explain, in_one_line, refusal
 from steppo.cli.config_files import read_command_line
 from steppo.cli.config_types import Settings
+from steppo.cli.resuming import find_checkpoint, goes_on, logger_arguments
 from steppo.cli.stopping import STOPPED, ends_on_sigterm, ranks
 from steppo.datamodule import StepDataModule
 from steppo.distributed import require_equal
 from steppo.errors import ConfigError, SteppoError
 from steppo.module import AgentModule
-from steppo.run_folder import RunTrainer, held, numbered_folders
+from steppo.run_folder import RunTrainer, held
 
 CALLBACKS: dict[str, Any] = {
     "warm_start": WarmStartCallback,
@@ -185,7 +186,7 @@ class SteppoCLI(LightningCLI):
             ]
             config.trainer.max_time = None
         if config.ckpt_path is not None:
-            self._checkpoint = _find_checkpoint(config)
+            self._checkpoint = find_checkpoint(config)
             if self._checkpoint.is_file():
                 read(self._checkpoint, mmap=True)  # before games are made and models are built
 
@@ -204,14 +205,14 @@ class SteppoCLI(LightningCLI):
     def _in_its_run_folder(self) -> Iterator[None]:
         """Has the logger continue the checkpoint's run folder, if the run goes on there. The config stays as it was."""
         config, path = self._options, self._checkpoint
-        if path is None or self.subcommand != "fit" or not _goes_on(path, config):
+        if path is None or self.subcommand != "fit" or not goes_on(path, config):
             if path is not None:
                 _say(f"Checkpoint: {path}")
             yield
             return
         folder = path.resolve().parent.parent
         _say(f"Continuing {folder} from {path.name}")
-        arguments = _logger_arguments(config)
+        arguments = logger_arguments(config)
         if arguments is None:
             self._numbered = folder
             yield
@@ -364,52 +365,6 @@ def _make(kind: type[_CLI], args: Sequence[str] | None, run: bool) -> _CLI:
         args=list(args) if args is not None else None,
         run=run,
     )
-
-
-def _find_checkpoint(config: Namespace) -> Path:
-    """The file that ``ckpt_path`` means."""
-    if config.ckpt_path != "last":
-        path = Path(config.ckpt_path)
-        if not path.exists():
-            raise ConfigError(f"there is no checkpoint {path}")
-        return path
-    folders = _run_folders(config)
-    found = [path for folder in folders for path in reversed(iteration_checkpoints(folder / "checkpoints"))]
-    if not found:
-        raise ConfigError("there is no checkpoint to continue from: none in the run folders of trainer.logger")
-    return found[0]
-
-
-def _goes_on(path: Path, config: Namespace) -> bool:
-    """Whether a checkpoint is the newest of a run folder of the configured logger, and the logger can add to that."""
-    folder = path.resolve().parent.parent
-    newest = iteration_checkpoints(folder / "checkpoints")[-1:]
-    return newest == [path.resolve()] and folder in [other.resolve() for other in _run_folders(config)]
-
-
-def _run_folders(config: Namespace) -> list[Path]:
-    """Folders that the configured runs can go on in, the newest first: see ``RunTrainer``."""
-    arguments = _logger_arguments(config)
-    if arguments is None:
-        logger = _first_logger(config)
-        if isinstance(logger, Namespace) and logger.class_path.endswith(".CSVLogger"):
-            return []  # it begins its files anew
-        return [path for _, path in numbered_folders(Path(config.trainer.default_root_dir or ".") / "runs")]
-    root = Path(os.path.expandvars(arguments.save_dir)).expanduser() / (arguments.name or "")
-    if arguments.version is not None:
-        return [root / (arguments.version if isinstance(arguments.version, str) else f"version_{arguments.version}")]
-    return [path for _, path in numbered_folders(root)]
-
-
-def _logger_arguments(config: Namespace) -> Namespace | None:
-    """Of the first logger, if it is TensorBoard's."""
-    logger = _first_logger(config)
-    return logger.init_args if isinstance(logger, Namespace) and logger.class_path.endswith(".TensorBoardLogger") else None
-
-
-def _first_logger(config: Namespace) -> Any:
-    logger = config.trainer.logger
-    return next(iter(logger), False) if isinstance(logger, list) else logger
 
 
 @rank_zero_only

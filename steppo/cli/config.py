@@ -223,7 +223,8 @@ def _merge_component(base: Any, new: str | dict[Any, Any], kind: Kind, at: _Plac
     options = set(old.options) if old is not None else set()
     given: dict[Any, Any] = {}
     if isinstance(new, dict):
-        for key, value in new.items():
+        for key, item in new.items():
+            value = item.read() if key == "init_args" and isinstance(item, Word) else item
             if key == "init_args" and isinstance(value, dict):
                 given |= value
             elif key != "class_path" and (key, value) != ("init_args", None):

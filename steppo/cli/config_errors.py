@@ -10,7 +10,9 @@ from typing import Any
 
 from jsonargparse import ArgumentError
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.strategies import ModelParallelStrategy
 
+from steppo.cli.config import Component
 from steppo.errors import ConfigError, SteppoError, located
 
 _LONGEST_ERROR = 500
@@ -59,9 +61,12 @@ def check_config(config: Mapping[str, Any]) -> None:
     if trainer.get("check_val_every_n_epoch") == 0:
         raise ConfigError("trainer.check_val_every_n_epoch must be at least 1; trainer.limit_val_batches 0 turns it off")
     strategy = trainer.get("strategy", "auto")
-    start = strategy.get("start_method", "popen") if isinstance(strategy, Mapping) else strategy
+    start = strategy.get("start_method", "popen") if isinstance(strategy, Component) else strategy
     if re.search("spawn|fork|notebook", str(start)):
         raise ConfigError("trainer.strategy must start processes by their command line: use ddp, not spawn or fork")
+    if isinstance(strategy, Component) and strategy.owner is ModelParallelStrategy:
+        if strategy.get("save_distributed_checkpoint", True):
+            raise ConfigError("trainer.strategy: set save_distributed_checkpoint to false (one file per checkpoint)")
 
 
 # ---- errors of the parser ----
