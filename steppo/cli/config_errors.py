@@ -64,9 +64,9 @@ def check_config(config: Mapping[str, Any]) -> None:
     start = strategy.get("start_method", "popen") if isinstance(strategy, Component) else strategy
     if re.search("spawn|fork|notebook", str(start)):
         raise ConfigError("trainer.strategy must start processes by their command line: use ddp, not spawn or fork")
-    if isinstance(strategy, Component) and strategy.owner is ModelParallelStrategy:
-        if strategy.get("save_distributed_checkpoint", True):
-            raise ConfigError("trainer.strategy: set save_distributed_checkpoint to false (one file per checkpoint)")
+    sharded = isinstance(strategy, Component) and strategy.owner is ModelParallelStrategy
+    if sharded and strategy.get("save_distributed_checkpoint", True):
+        raise ConfigError("trainer.strategy: set save_distributed_checkpoint to false (one file per checkpoint)")
 
 
 # ---- errors of the parser ----
