@@ -25,7 +25,7 @@ from steppo.engines import HFEngine
 from steppo.errors import ConfigError, located
 from steppo.learner import NoCorrection
 from steppo.losses import ClippedLoss
-from steppo.rollout import EnvSource
+from steppo.rollouts import EnvSource
 
 MISSING = inspect.Parameter.empty
 # Taken where a config names no class: the first that fits. A class that can be made is taken itself.
@@ -194,6 +194,9 @@ def find_class(name: str, bases: tuple[type, ...]) -> tuple[Any, str]:
         ConfigError: There is none, or it is not one of ``bases``.
     """
     kind = " or ".join(base.__name__ for base in bases)
+    last = name.rpartition(".")[2]
+    if name.startswith("steppo.") and last in class_names(bases):  # wherever it was when the config was written
+        name = last
     if "." in name:
         owner, path = _imported(name), name
     else:

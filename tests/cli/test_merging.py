@@ -128,6 +128,7 @@ FORMS = [  # of the same settings
     "model: {class_path: AgentModule, advantage: {class_path: steppo.advantages.GRPO, init_args: {scale_by_std: false}}}",
     "model: {class_path: steppo.module.AgentModule, init_args: {advantage: {class_path: GRPO, scale_by_std: false}}}",
     "model: {advantage: {class_path: steppo.advantages.grpo.GRPO, scale_by_std: 'false'}}",
+    "model: {advantage: {class_path: steppo.where_it_was.GRPO, scale_by_std: false}}",
 ]
 
 
@@ -153,7 +154,7 @@ def test_where_there_is_one_choice_no_class_is_named() -> None:
     config = merged("--config", PLAIN, "--data.source.engine.max_batch_size=3", "--trainer.logger.save_dir=x")
     assert config["model"]["class_path"] == "steppo.module.AgentModule"
     assert config["data"]["class_path"] == "steppo.datamodule.StepDataModule"
-    assert at(config, "data.source")["class_path"] == "steppo.rollout.EnvSource"
+    assert at(config, "data.source")["class_path"] == "steppo.rollouts.EnvSource"
     assert shape(at(config, "data.source.engine")) == ("HFEngine", {"max_batch_size": 3})
     assert shape(config["trainer"]["logger"]) == ("TensorBoardLogger", {"save_dir": "x"})
     assert shape(at(merged("--config", PLAIN), "data.source.engine")) == ("HFEngine", {})
