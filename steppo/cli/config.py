@@ -206,8 +206,8 @@ def _merge_component(base: Any, new: str | dict[Any, Any], kind: Kind, at: _Plac
     if name is None:
         owner = old.owner if old is not None else only_choice(kind.bases)
         if owner is None:
-            names = ", ".join(class_names(kind.bases))
-            raise at.error(f" needs a class_path, such as {names or 'module.Class'}")
+            names = class_names(kind.bases)
+            raise at.error(f" needs a class_path, such as {', '.join(names[:6]) or 'module.Class'}")
         path = old.path if old is not None else import_path(owner)
     else:
         try:
@@ -225,9 +225,11 @@ def _merge_component(base: Any, new: str | dict[Any, Any], kind: Kind, at: _Plac
     if isinstance(new, dict):
         for key, item in new.items():
             value = item.read() if key == "init_args" and isinstance(item, Word) else item
-            if key == "init_args" and isinstance(value, dict):
-                given |= value
-            elif key != "class_path" and (key, value) != ("init_args", None):
+            if key == "init_args":
+                if not isinstance(value, dict | None):
+                    raise at.error(f" must have a mapping of settings as init_args, not {_shown(value)}")
+                given |= value or {}
+            elif key != "class_path":
                 given[key] = value
         if given and isinstance(at.layer.value, Dotted):
             options.add(f"--{'.'.join(_keys(at.layer.value))}")

@@ -192,7 +192,8 @@ def _lines(node: yaml.Node, above: Keys) -> Iterator[tuple[Keys, int]]:
     elif isinstance(node, yaml.SequenceNode):
         below = [((*above, str(number)), value, value) for number, value in enumerate(node.value)]
     for keys, key, value in below:
-        yield keys, key.start_mark.line + 1
+        if keys != above:
+            yield keys, key.start_mark.line + 1
         yield from _lines(value, keys)
 
 

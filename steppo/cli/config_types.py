@@ -202,8 +202,7 @@ def find_class(name: str, bases: tuple[type, ...]) -> tuple[Any, str]:
     else:
         found = list(dict.fromkeys(owner for owner in _subclasses(bases) if owner.__name__ == name))
         if not found:
-            names = class_names(bases)
-            near = did_you_mean(name, names) or f"; there are {', '.join(names)}"
+            near = did_you_mean(name, class_names(bases)) or _or(bases)
             raise ConfigError(f"there is no {kind} called {name!r}{near} (a class of your own: module.Class)")
         if len(found) > 1:
             raise ConfigError(f"{name!r} may be {' or '.join(sorted(map(import_path, found)))}: give the whole path")
@@ -218,7 +217,8 @@ def find_class(name: str, bases: tuple[type, ...]) -> tuple[Any, str]:
 
 def _or(bases: tuple[type, ...]) -> str:
     names = class_names(bases)
-    return f"; there are {', '.join(names)}" if 0 < len(names) < 20 else ""
+    shown = names if len(names) < 20 else [*names[:12], "..."]
+    return f"; there are {', '.join(shown)}" if names else ""
 
 
 def import_path(owner: type) -> str:

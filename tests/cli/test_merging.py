@@ -247,6 +247,9 @@ def test_what_cannot_be_extended(text: str, problem: str, tmp_path: Path) -> Non
         (["trainer:", "  callbacks:", "    - class_path: Timer", "      time: 1"], 4, "callbacks.0.time is no setting"),
         (["# old", "rollout:", "  min_healthy: 0.5"], 3, "rollout.min_healthy is now rollout.min_valid_fraction"),
         (["model:", "  advantage:", "    init_args:", "      even_episodes: true"], 4, "whiten_over: episodes"),
+        (["model:", "  advantage:", "    init_args: 3"], 2, "must have a mapping of settings as init_args, not 3"),
+        (["trainer:", "  strategy:", "    timeout: 3"], 2, "trainer.strategy needs a class_path, such as DDPStrategy"),
+        (["rollout:", "  group_size+: 3"], 2, "rollout.group_size is no list"),
         (["warm_start:", "  lr: null"], 2, "warm_start.lr must be a number, not null"),
     ],
 )
