@@ -119,8 +119,7 @@ class SteppoCLI(LightningCLI):
             config = merged_config(line.layers, SECTIONS)
             check_config(config)
             config = complete({name: value for name, value in config.items() if name not in ("verbose", "weights_only")})
-            if not line.flags:
-                self._ckpt_path = config.pop("ckpt_path", None)
+            self._ckpt_path = config.pop("ckpt_path", None)
             trainer = config.setdefault("trainer", {})
             if trainer.get("logger", True) in (None, True):
                 place = {"save_dir": trainer.get("default_root_dir") or "."}
@@ -170,7 +169,6 @@ class SteppoCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         config = self._options
-        config.ckpt_path = self._ckpt_path
         if config.num_threads is not None:
             torch.set_num_threads(config.num_threads)
         if config.trainer.enable_progress_bar is False:
@@ -185,7 +183,8 @@ class SteppoCLI(LightningCLI):
                 Namespace(class_path="lightning.pytorch.callbacks.Timer", init_args=timer),
             ]
             config.trainer.max_time = None
-        if config.ckpt_path is not None:
+        if self._ckpt_path is not None:
+            config.ckpt_path = self._ckpt_path
             self._checkpoint = find_checkpoint(config)
             if self._checkpoint.is_file():
                 read(self._checkpoint, mmap=True)  # before games are made and models are built
