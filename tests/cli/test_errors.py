@@ -104,7 +104,7 @@ OPTIONS = {
     ),
     "number_for_settings": (
         ["--model.loss=3"],
-        "model.loss: there is no PolicyLoss called '3'; there are CISPO, ClippedLoss, DPPOTV (a class",
+        "model.loss: there is no PolicyLoss called '3'; there are CISPO, ClippedLoss, DPPOTV",
     ),
     "choice": (["--model.loss.ratio=word"], "--model.loss.ratio must be step or token, not word"),
     "choice_of_section": (["--warm_start.actions=none"], "--warm_start.actions must be random or expert, not none"),
