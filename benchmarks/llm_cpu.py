@@ -50,13 +50,12 @@ RUNS = {
 }
 
 
-def run(overlay: str, options: list[str], model: str) -> dict[str, Any]:
+def run(experiment: str, options: list[str], model: str) -> dict[str, Any]:
     """One short run; its peak memory is summed over its processes."""
     with tempfile.TemporaryDirectory() as folder:
         command = [
-            *(sys.executable, "train.py", "fit", "--config", "configs/textworld.yaml"),
-            *("--config", f"configs/model/{overlay}.yaml", f"--model.policy.name_or_path={model}"),
-            *(f"--trainer.logger.init_args.save_dir={folder}", *SHORT, *options),
+            *(sys.executable, "train.py", "fit", "--config", f"configs/textworld/{experiment}.yaml"),
+            *(f"--model.policy.name_or_path={model}", f"--trainer.logger.save_dir={folder}", *SHORT, *options),
         ]
         start, peak = time.perf_counter(), 0
         with open(Path(folder) / "log.txt", "w") as log:

@@ -87,13 +87,8 @@ class QuantizationCallback(pl.Callback):
             raise ConfigError(
                 f"trainer.strategy {name} is not supported; use auto, ddp, or configs/trainer/fsdp.yaml (FSDP2)"
             )
-        if isinstance(strategy, ModelParallelStrategy):
-            if strategy._save_distributed_checkpoint:
-                raise ConfigError(
-                    "ModelParallelStrategy: set save_distributed_checkpoint to false (one file per checkpoint)"
-                )
-            if self.bits == 8:
-                raise ConfigError("8-bit weights cannot be sharded: set quantization.bits to 4, or trainer.strategy to ddp")
+        if isinstance(strategy, ModelParallelStrategy) and self.bits == 8:
+            raise ConfigError("8-bit weights cannot be sharded: set quantization.bits to 4, or trainer.strategy to ddp")
         if self.lora_rank and module.policy.base_model() is None:
             raise ConfigError(f"{policy} is made from scratch, there is no base to freeze; use steppo.models.HFPolicy")
         if self.bits is not None and trainer.precision == "64-true":

@@ -130,6 +130,42 @@ def test_environments_load_without_torch_and_without_a_game() -> None:
     assert not loaded & {"torch", "transformers", "lightning", "textworld", "jericho"}
 
 
+def private_uses(source: str) -> list[str]:
+    """Names with a leading underscore that are imported from Lightning or jsonargparse, or taken from a trainer."""
+    tree, found = ast.parse(source), []
+    for name in imports_of(source, "steppo"):
+        origin, *rest = name.split(".")
+        if origin in ("lightning", "jsonargparse") and any(part.startswith("_") for part in rest):
+            found.append(name)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and node.attr.startswith("_") and not node.attr.startswith("__"):
+            owner = ast.unparse(node.value)
+            if owner.split(".")[-1] in ("trainer", "_trainer", "pl", "jsonargparse", "parser", "launcher", "strategy"):
+                found.append(f"{owner}.{node.attr}")
+    return found
+
+
+def test_nothing_private_of_lightning_or_its_parser() -> None:
+    paths = [*(ROOT / "steppo").rglob("*.py"), *(ROOT / "callbacks").rglob("*.py")]
+    used = {str(path.relative_to(ROOT)): private_uses(path.read_text(encoding="utf-8")) for path in paths}
+    assert {path: names for path, names in used.items() if names} == {}
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher",
+        "from jsonargparse import Namespace, _typehints",
+        "from jsonargparse._typehints import ActionTypeHint",
+        "def f(trainer): return trainer._signal_connector.received_sigterm",
+        "class A:\n    def f(self): self._trainer._teardown()",
+        "class A:\n    def f(self): return self.parser._actions",
+    ],
+)
+def test_private_uses_are_found(source: str) -> None:
+    assert len(private_uses(source)) == 1
+
+
 @pytest.mark.parametrize(
     ("source", "found"),
     [

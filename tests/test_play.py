@@ -166,7 +166,7 @@ MISTAKES = {
     "episodes": (["--episodes=0"], "--episodes must be at least 1"),
     "number": (["--episodes=many"], "argument --episodes"),
     "checkpoint": (["--ckpt_path=nowhere.ckpt"], "there is no checkpoint nowhere.ckpt"),
-    "option": (["--player=expert", "--data.source.env.lenght=3"], "did you mean 'length'?"),
+    "option": (["--player=expert", "--data.source.env.lenght=3"], "did you mean data.source.env.length?"),
     "broken": (
         [
             "--player=expert",

@@ -5,10 +5,9 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-import signal
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
@@ -17,16 +16,13 @@ from typing import Any, NoReturn, TextIO, TypeVar, cast
 import torch
 import yaml
 from jsonargparse import ArgumentError, Namespace
-from jsonargparse.typing import PositiveInt
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher, _SubprocessScriptLauncher
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
-from omegaconf.errors import OmegaConfBaseException
 
 from callbacks import (
     EvaluationCallback,
@@ -38,13 +34,40 @@ from callbacks import (
     WarmStartCallback,
 )
 from steppo.checkpoints import CheckpointIO, iteration_checkpoints, read
-from steppo.cli.config_errors import check_config, check_config_files, explain, in_one_line, keep_values_whole, refusal
-from steppo.cli.stopping import STOPPED, ends_on_sigterm
+from steppo.cli.config import complete, merged_config
+from steppo.cli.config_errors import check_config, explain, in_one_line, refusal
+from steppo.cli.config_files import read_command_line
+from steppo.cli.config_types import Settings
+from steppo.cli.resuming import find_checkpoint, goes_on, logger_arguments
+from steppo.cli.stopping import STOPPED, ends_on_sigterm, ranks
 from steppo.datamodule import StepDataModule
 from steppo.distributed import require_equal
 from steppo.errors import ConfigError, SteppoError
 from steppo.module import AgentModule
-from steppo.run_folder import RunTrainer, held, numbered_folders
+from steppo.run_folder import RunTrainer, held
+
+CALLBACKS: dict[str, Any] = {
+    "warm_start": WarmStartCallback,
+    "evaluation": EvaluationCallback,
+    "checkpoint": IterationCheckpoint,
+    "rollout": RolloutCallback,
+    "quantization": QuantizationCallback,
+    "transcripts": TranscriptCallback,
+    "progress": StepProgressBar,
+}
+SECTIONS = Settings(
+    {
+        "seed_everything": bool | int,
+        "num_threads": int | None,
+        "ckpt_path": str | None,
+        "verbose": Any,
+        "weights_only": Any,
+        "trainer": Settings(RunTrainer),
+        "model": AgentModule,
+        "data": StepDataModule,
+        **{name: Settings(callback) for name, callback in CALLBACKS.items()},
+    }
+)
 
 _CLI = TypeVar("_CLI", bound="SteppoCLI")
 
@@ -66,54 +89,70 @@ class SteppoCLI(LightningCLI):
     by its path, it continues in the same folder; any other checkpoint starts a new one.
     """
 
+    commands: tuple[str, ...] = ("fit", "validate", "test")
     trainer: RunTrainer
+    _ckpt_path: str | None = None  # held back from Lightning, which would read hyper-parameters from it
     _checkpoint: Path | None = None
     _numbered: Path | None = None
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument(
             "--num_threads",
-            type=PositiveInt | None,
+            type=int | None,
             default=None,
             help="CPU threads of torch; part of what makes a run repeatable.",
         )
-        parser.add_lightning_class_args(WarmStartCallback, "warm_start")
-        parser.add_lightning_class_args(EvaluationCallback, "evaluation")
-        parser.add_lightning_class_args(IterationCheckpoint, "checkpoint")
-        parser.add_lightning_class_args(RolloutCallback, "rollout")
-        parser.add_lightning_class_args(QuantizationCallback, "quantization")
-        parser.add_lightning_class_args(TranscriptCallback, "transcripts")
-        parser.add_lightning_class_args(StepProgressBar, "progress")
+        for name, callback in CALLBACKS.items():
+            parser.add_lightning_class_args(callback, name)
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        """``fit``, ``validate`` and ``test``: nothing predicts. Checkpoints are always read as weights only."""
-        return {name: skip | {"weights_only"} for name, skip in LightningCLI.subcommands().items() if name != "predict"}
+        """Nothing predicts. Checkpoints are always read as weights only."""
+        known = LightningCLI.subcommands()
+        return {name: known[name] | {"weights_only"} for name in SteppoCLI.commands}
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """As Lightning's; what is wrong is said in one line."""
-        check_config_files(sys.argv[1:] if args is None else args)
-        parsers = [self.parser, *getattr(self, "_subcommand_parsers", {}).values()]
+        """As Lightning's, of the one config that files and options make; what is wrong is said in one line."""
+        line = read_command_line(sys.argv[1:] if args is None else args, self.commands)
+        words = [line.command] if line.command else []
+        if not any("help" in flag or flag == "-h" for flag in line.flags):
+            config = merged_config(line.layers, SECTIONS)
+            check_config(config)
+            config = complete({name: value for name, value in config.items() if name not in ("verbose", "weights_only")})
+            self._ckpt_path = config.pop("ckpt_path", None)
+            trainer = config.setdefault("trainer", {})
+            if trainer.get("logger", True) in (None, True):
+                place = {"save_dir": trainer.get("default_root_dir") or "."}
+                trainer["logger"] = {"class_path": "lightning.pytorch.loggers.TensorBoardLogger", "init_args": place}
+            words += ["--config", yaml.safe_dump(config, sort_keys=False)]
         try:
-            super().parse_arguments(parser, args)
+            super().parse_arguments(parser, [*words, *line.flags])
         except ArgumentError as error:
-            options = {action.dest for known in parsers for action in known._actions}
-            raise ConfigError(explain(error, options)) from None
-        chosen = self.config.get("subcommand")
-        check_config(self.config[chosen] if chosen else self.config, self._parser(chosen)._actions)
+            raise ConfigError(explain(error)) from None
 
-    def _run_subcommand(self, subcommand: str) -> None:
+    def fit(self, **kwargs: Any) -> None:
+        """Lightning calls this in place of the trainer's."""
+        self._run(self.trainer.fit, kwargs)
+
+    def validate(self, **kwargs: Any) -> None:
+        """As ``fit``."""
+        self._run(self.trainer.validate, kwargs)
+
+    def test(self, **kwargs: Any) -> None:
+        """As ``fit``."""
+        self._run(self.trainer.test, kwargs)
+
+    def _run(self, command: Callable[..., Any], kwargs: dict[str, Any]) -> None:
         folder = self.trainer.own_log_dir() if cast(Any, rank_zero_only).rank == 0 else None
         with ends_on_sigterm(self.trainer, self._say_stopped):
             try:
                 with held(None if folder is None else Path(folder)):
-                    super()._run_subcommand(subcommand)
+                    command(**kwargs)
             except SIGTERMException:
                 raise
             except BaseException as error:
-                launcher = self.trainer.strategy.launcher
-                if isinstance(launcher, _SubprocessScriptLauncher):
-                    launcher.kill(signal.SIGKILL)  # the others would wait for this process in a collective
+                for process in ranks(self.trainer):
+                    process.kill()  # it would wait for this process in a collective
                 if isinstance(error, RuntimeError | ValueError | OSError):
                     raise in_one_line(error) from error
                 raise
@@ -123,9 +162,6 @@ class SteppoCLI(LightningCLI):
         newest = iteration_checkpoints(Path(folder) / "checkpoints")[-1:] if folder is not None else []
         advice = f"; a fit continues with --ckpt_path {newest[0]}" if newest else ""
         _say(f"stopped by SIGTERM{advice}", sys.stderr)
-
-    def _parse_ckpt_path(self) -> None:
-        """Lightning would take hyper-parameters from the checkpoint here; steppo's hold none."""
 
     @property
     def _options(self) -> Namespace:
@@ -147,8 +183,9 @@ class SteppoCLI(LightningCLI):
                 Namespace(class_path="lightning.pytorch.callbacks.Timer", init_args=timer),
             ]
             config.trainer.max_time = None
-        if config.ckpt_path is not None:
-            self._checkpoint = _find_checkpoint(config)
+        if self._ckpt_path is not None:
+            config.ckpt_path = self._ckpt_path
+            self._checkpoint = find_checkpoint(config)
             if self._checkpoint.is_file():
                 read(self._checkpoint, mmap=True)  # before games are made and models are built
 
@@ -159,8 +196,6 @@ class SteppoCLI(LightningCLI):
                 super().instantiate_classes()
         except Exception as error:
             raise refusal(error) from None
-        if self.trainer and isinstance(self.trainer.strategy.launcher, _MultiProcessingLauncher):
-            raise ConfigError("trainer.strategy must start processes by their command line: use ddp, not spawn or fork")
         if self._checkpoint is not None:
             self.config_init[self.subcommand].ckpt_path = str(self._checkpoint)
             self.trainer.begins_from = self._checkpoint
@@ -169,14 +204,14 @@ class SteppoCLI(LightningCLI):
     def _in_its_run_folder(self) -> Iterator[None]:
         """Has the logger continue the checkpoint's run folder, if the run goes on there. The config stays as it was."""
         config, path = self._options, self._checkpoint
-        if path is None or self.subcommand != "fit" or not _goes_on(path, config):
+        if path is None or self.subcommand != "fit" or not goes_on(path, config):
             if path is not None:
                 _say(f"Checkpoint: {path}")
             yield
             return
         folder = path.resolve().parent.parent
         _say(f"Continuing {folder} from {path.name}")
-        arguments = _logger_arguments(config)
+        arguments = logger_arguments(config)
         if arguments is None:
             self._numbered = folder
             yield
@@ -216,16 +251,12 @@ class PartsCLI(SteppoCLI):
         resolved: The merged config.
     """
 
+    commands = ()
     resolved: dict[str, Any]
-
-    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        super().add_arguments_to_parser(parser)
-        for name in ("ckpt_path", "weights_only", "verbose"):  # of the subcommands; a run's config.yaml holds them
-            parser.add_argument(f"--{name}", type=Any, default=None)
 
     def before_instantiate_classes(self) -> None:
         self.resolved = yaml.safe_load(self.parser.dump(self.config, skip_none=False, format="yaml"))
-        self.config.ckpt_path = None
+        self._ckpt_path = None
         self.config.trainer.logger = self.config.trainer.callbacks = None
         super().before_instantiate_classes()
 
@@ -235,7 +266,7 @@ class PartsCLI(SteppoCLI):
     @property
     def quantization(self) -> QuantizationCallback:
         """To be applied to the model before it is built."""
-        return self._get(self.config_init, "quantization")
+        return self.config_init.quantization
 
 
 class OwnOptions(argparse.ArgumentParser):
@@ -297,7 +328,6 @@ def errors_in_one_line() -> Iterator[None]:
         SteppoError,
         ArgumentError,
         MisconfigurationException,
-        OmegaConfBaseException,
         yaml.YAMLError,
         UnpicklingError,
     ) as error:
@@ -318,10 +348,7 @@ def main(args: Sequence[str] | None = None) -> SteppoCLI:
 
 
 def _make(kind: type[_CLI], args: Sequence[str] | None, run: bool) -> _CLI:
-    # An abbreviated option would be taken for another. omegaconf+ resolves ${...} when all files and options are merged, so
-    # that an override reaches every copy of a value.
-    keep_values_whole()
-    strict = {"parser_mode": "omegaconf+", "allow_abbrev": False, "exit_on_error": False}
+    strict = {"allow_abbrev": False, "exit_on_error": False}
     return kind(
         AgentModule,
         StepDataModule,
@@ -332,57 +359,11 @@ def _make(kind: type[_CLI], args: Sequence[str] | None, run: bool) -> _CLI:
         seed_everything_default=0,
         save_config_callback=SaveConfig,
         save_config_kwargs={"overwrite": True},
-        parser_kwargs={**strict, **dict.fromkeys(SteppoCLI.subcommands(), strict)},
+        parser_kwargs={**strict, **dict.fromkeys(SteppoCLI.commands, strict)},
         trainer_defaults={"num_sanity_val_steps": 0, "enable_model_summary": False},
         args=list(args) if args is not None else None,
         run=run,
     )
-
-
-def _find_checkpoint(config: Namespace) -> Path:
-    """The file that ``ckpt_path`` means."""
-    if config.ckpt_path != "last":
-        path = Path(config.ckpt_path)
-        if not path.exists():
-            raise ConfigError(f"there is no checkpoint {path}")
-        return path
-    folders = _run_folders(config)
-    found = [path for folder in folders for path in reversed(iteration_checkpoints(folder / "checkpoints"))]
-    if not found:
-        raise ConfigError("there is no checkpoint to continue from: none in the run folders of trainer.logger")
-    return found[0]
-
-
-def _goes_on(path: Path, config: Namespace) -> bool:
-    """Whether a checkpoint is the newest of a run folder of the configured logger, and the logger can add to that."""
-    folder = path.resolve().parent.parent
-    newest = iteration_checkpoints(folder / "checkpoints")[-1:]
-    return newest == [path.resolve()] and folder in [other.resolve() for other in _run_folders(config)]
-
-
-def _run_folders(config: Namespace) -> list[Path]:
-    """Folders that the configured runs can go on in, the newest first: see ``RunTrainer``."""
-    arguments = _logger_arguments(config)
-    if arguments is None:
-        logger = _first_logger(config)
-        if logger in (None, True) or (isinstance(logger, Namespace) and logger.class_path.endswith(".CSVLogger")):
-            return []  # it begins its files anew
-        return [path for _, path in numbered_folders(Path(config.trainer.default_root_dir or ".") / "runs")]
-    root = Path(os.path.expandvars(arguments.save_dir)).expanduser() / (arguments.name or "")
-    if arguments.version is not None:
-        return [root / (arguments.version if isinstance(arguments.version, str) else f"version_{arguments.version}")]
-    return [path for _, path in numbered_folders(root)]
-
-
-def _logger_arguments(config: Namespace) -> Namespace | None:
-    """Of the first logger, if it is TensorBoard's."""
-    logger = _first_logger(config)
-    return logger.init_args if isinstance(logger, Namespace) and logger.class_path.endswith(".TensorBoardLogger") else None
-
-
-def _first_logger(config: Namespace) -> Any:
-    logger = config.trainer.logger
-    return next(iter(logger), False) if isinstance(logger, list) else logger
 
 
 @rank_zero_only

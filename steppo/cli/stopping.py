@@ -10,10 +10,9 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import Any, cast
 
 import lightning.pytorch as pl
-from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 STOPPED = 128 + signal.SIGTERM  # the exit status
@@ -31,9 +30,8 @@ def ends_on_sigterm(trainer: pl.Trainer, say: Callable[[], None]) -> Iterator[No
         yield
         return
     stop = _Stop(trainer, say)
-    # Lightning's own reaction would only take note, and wait for the other ranks within the signal handler.
-    vars(trainer._signal_connector)["_sigterm_notifier_fn"] = lambda *_: None
     handler = signal.signal(signal.SIGTERM, stop.interrupt)
+    cast(Any, trainer).callbacks.insert(0, _TakesBack(stop.interrupt))
     wakeup = signal.set_wakeup_fd(stop.writer, warn_on_full_buffer=False)
     stop.start()
     try:
@@ -43,9 +41,34 @@ def ends_on_sigterm(trainer: pl.Trainer, say: Callable[[], None]) -> Iterator[No
         say()
         raise SystemExit(STOPPED) from None
     finally:
+        cast(Any, trainer).callbacks.pop(0)
         signal.set_wakeup_fd(wakeup)
         signal.signal(signal.SIGTERM, handler)
         stop.end()
+
+
+def ranks(trainer: pl.Trainer) -> list[subprocess.Popen]:
+    """Processes that the trainer's launcher started: the other ranks of this machine."""
+    return getattr(trainer.strategy.launcher, "procs", [])
+
+
+class _TakesBack(pl.Callback):
+    """Undoes Lightning's own reaction to SIGTERM, which would only take note, and wait for other ranks in the handler.
+
+    It is put in place after everything has been set up, just before these hooks.
+    """
+
+    def __init__(self, handler: Callable[[int, Any], None]) -> None:
+        self._handler = handler
+
+    def on_train_start(self, *args: Any) -> None:
+        signal.signal(signal.SIGTERM, self._handler)
+
+    def on_validation_start(self, *args: Any) -> None:
+        self.on_train_start()
+
+    def on_test_start(self, *args: Any) -> None:
+        self.on_train_start()
 
 
 class _Stop(threading.Thread):
@@ -66,7 +89,6 @@ class _Stop(threading.Thread):
         """In the main thread; what comes after the first signal does not disturb the end."""
         if not self._interrupted:
             self._interrupted, self._deadline = True, time.monotonic() + _PATIENCE_S
-            self._trainer._signal_connector.received_sigterm = True
             raise SIGTERMException
 
     def run(self) -> None:
@@ -95,10 +117,9 @@ class _Stop(threading.Thread):
 
     def _ranks(self) -> list[subprocess.Popen]:
         """Ranks started from here. Lightning, which would kill this process when one of them ends, forgets them."""
-        launcher = self._trainer.strategy.launcher
-        if isinstance(launcher, _SubprocessScriptLauncher):
-            self._children += launcher.procs
-            launcher.procs.clear()
+        started = ranks(self._trainer)
+        self._children += started
+        started.clear()
         return self._children
 
     def _kill(self) -> None:

@@ -24,8 +24,7 @@ def folder(tiny_policy: TinyPolicy, tmp_path: Path) -> str:
 def fit(where: Path, folder: str, *options: str, command: str = "fit") -> Any:
     return run(
         where,
-        "--model.policy=steppo.models.HFPolicy",
-        f"--model.policy.name_or_path={folder}",
+        f"--config={{model: {{policy: {{class_path: HFPolicy, name_or_path: {folder}}}}}}}",
         "--model.critic=steppo.models.AdapterCritic",
         "--quantization.lora_rank=4",
         "--warm_start.updates=3",

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from lightning.pytorch.cli import LightningCLI
 
 from steppo.advantages import GRPO, RLOO, GiGPO, ReinforcePP, ReinforcePPBaseline, StepGAE, TokenGAE
@@ -43,8 +45,8 @@ CREDIT: dict[type, dict[str, Any]] = {
     RLOO: {},
     GiGPO: {"gamma": 0.95, "step_weight": 1.0, "scale_by_std": True, "similarity": 1.0, "needs_observations": False},
 }
-WHOLE = sorted(CONFIGS.glob("*.yaml"))
-OVERLAYS = sorted(CONFIGS.glob("*/*.yaml"))
+OVERLAYS = sorted(path for kind in ("algorithm", "model", "trainer") for path in (CONFIGS / kind).glob("*.yaml"))
+WHOLE = sorted({*CONFIGS.rglob("*.yaml")} - {*OVERLAYS})
 
 
 @pytest.fixture
@@ -57,7 +59,7 @@ def build(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
 
 @pytest.mark.parametrize("path", WHOLE, ids=lambda path: path.stem)
 def test_complete_configs_instantiate(build: Any, path: Path) -> None:
-    cli = build("--config", path)
+    cli = build("--config", path, "--trainer.accelerator=cpu")
     assert cli.datamodule.tasks()
     assert cli.model.policy is not None
 
@@ -66,6 +68,27 @@ def test_complete_configs_instantiate(build: Any, path: Path) -> None:
 def test_overlays_instantiate(build: Any, overlay: Path) -> None:
     cli = build("--config", CONFIGS / "textworld.yaml", "--config", overlay, "--trainer.accelerator=cpu")  # GPU configs too
     assert cli.config.fit.rollout.episodes_per_iteration == 64
+
+
+def depth(value: Any) -> int:
+    """Of the deepest key: 5 for ``data.source.env.settings.level``."""
+    if isinstance(value, list):
+        return max((depth(item) for item in value), default=0)
+    return 1 + max((depth(item) for item in value.values()), default=0) if isinstance(value, dict) else 0
+
+
+@pytest.mark.parametrize("path", [*WHOLE, *OVERLAYS, TOY], ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_configs_can_be_read(path: Path) -> None:
+    text = path.read_text()
+    assert depth(yaml.safe_load(text)) <= 5
+    assert "init_args" not in text
+    assert not re.search(r"\b(steppo|lightning)\.\w+\.\w+", re.sub("#.*", "", text))
+    assert len(text.splitlines()) <= 60
+
+
+def test_depth() -> None:
+    assert depth({"data": {"source": {"env": {"settings": {"level": 5}}}}}) == 5
+    assert depth({"trainer": {"callbacks": [{"a": 1}, {"a": {"b": 1}}]}}) == 4
 
 
 @pytest.mark.parametrize("path", WHOLE + OVERLAYS, ids=lambda path: path.stem)
@@ -127,6 +150,23 @@ def test_overrides_reach_every_copy_of_a_value(build: Any, tmp_path: Path) -> No
     assert cli.config.fit.rollout.group_size == 11
     assert cli.datamodule.source.num_slots == 7
     assert cli.model.critic_optimizer.lr == 0.25
+
+
+@pytest.mark.parametrize("overlay", (CONFIGS / "model").glob("*.yaml"), ids=lambda path: path.stem)
+def test_model_overlays_set_the_model_only(overlay: Path) -> None:
+    """The model, its adapters, and what its tokenizer and size ask for."""
+    allowed = {
+        "": {"extends", "model", "quantization", "data"},
+        "model": {"policy", "critic", "policy_optimizer", "critic_optimizer"},
+        "data": {"source", "max_tokens_per_microbatch"},
+        "source": {"context", "max_prompt_tokens", "max_new_tokens"},
+        "context": {"template_kwargs"},
+    }
+    config = yaml.safe_load(overlay.read_text())
+    found = {"": config, "model": config.get("model", {}), "data": config.get("data", {})}
+    found["source"] = found["data"].get("source", {})
+    found["context"] = found["source"].get("context", {})
+    assert {name: set(value) - allowed[name] for name, value in found.items()} == {name: set() for name in allowed}
 
 
 def test_critic_is_built_only_where_the_credit_wants_one(build: Any) -> None:

@@ -50,11 +50,13 @@ def test_early_stopping_and_the_best_checkpoint_by_success(tmp_path: Path) -> No
 
 
 def test_csv_logger_and_learning_rate_monitor(tmp_path: Path) -> None:
+    logger = f"{{class_path: CSVLogger, save_dir: {tmp_path}, name: '', version: ''}}"
     cli = run(
         tmp_path,
         *SHORT,
-        "--trainer.logger=lightning.pytorch.loggers.CSVLogger",
-        f"--trainer.callbacks+={CALLBACKS}.LearningRateMonitor",
+        "--trainer.logger=null",
+        f"--trainer.logger={logger}",
+        "--trainer.callbacks+=LearningRateMonitor",
         "--model.policy_optimizer.schedule=linear",
     )
     assert isinstance(cli.trainer.logger, CSVLogger)
@@ -79,6 +81,18 @@ def test_no_logger(tmp_path: Path) -> None:
     assert (folders[0] / "checkpoints" / "top.ckpt").exists()
     assert {path.name for path in folders[2].iterdir()} == {*FILES, "config.yaml"}
     assert {path.name for path in tmp_path.iterdir()} == {"runs"}
+
+
+def test_the_logger_that_lightning_takes_unless_told(tmp_path: Path) -> None:
+    """Runs go on in its folders, too; and with the config that the run saved."""
+    folder = tmp_path / "lightning_logs" / "version_0"
+    where = [f"--trainer.default_root_dir={tmp_path}", f"--warm_start.cache_dir={tmp_path}/cache"]
+    main(["fit", "--config", str(TOY), *where, *ONCE, "--trainer.logger=true"])
+    last = [*SHORT, "--ckpt_path=last"]
+    main(["fit", "--config", str(TOY), *where, *last, "--trainer.logger=null", "--trainer.max_epochs=2"])
+    main(["fit", "--config", str(folder / "config.yaml"), *last, "--trainer.max_epochs=3"])
+    assert [record["iteration"] for record in evaluations(folder)] == [1, 2, 3]
+    assert [path.name for path in folder.parent.iterdir()] == ["version_0"]
 
 
 class Elsewhere(Logger):
@@ -131,7 +145,11 @@ def test_time_limit(tmp_path: Path) -> None:
     [
         ("fit", ["--trainer.fast_dev_run=true"], 1),
         ("fit", ["--trainer.fast_dev_run=2", "--trainer.logger=false", "--trainer.callbacks+=" + BEST], 2),
-        ("fit", ["--trainer.fast_dev_run=1", "--trainer.logger=tests.cli.test_habits.Elsewhere"], 1),
+        (
+            "fit",
+            ["--trainer.fast_dev_run=1", "--trainer.logger=false", "--trainer.logger=tests.cli.test_habits.Elsewhere"],
+            1,
+        ),
         ("validate", ["--trainer.fast_dev_run=true"], 0),
         ("test", ["--trainer.fast_dev_run=3", "--trainer.enable_progress_bar=false"], 0),
     ],
