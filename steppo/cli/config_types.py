@@ -198,11 +198,7 @@ def find_class(name: str, bases: tuple[type, ...]) -> tuple[Any, str]:
     if name.startswith("steppo.") and last in class_names(bases):  # wherever it was when the config was written
         name = last
     if "." in name:
-        try:
-            owner, path = _imported(name), name
-        except ConfigError as error:  # a class of ours that has moved?
-            same = [found for found in _subclasses(bases) if name.endswith(f".{found.__name__}")]
-            raise ConfigError(f"{error}; there is {import_path(same[0])}" if same else str(error)) from None
+        owner, path = _imported(name), name
     else:
         found = list(dict.fromkeys(owner for owner in _subclasses(bases) if owner.__name__ == name))
         if not found:
