@@ -35,7 +35,6 @@ import psutil
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from steppo.contexts import StateContext
 from steppo.engines import HFEngine
 from steppo.envs import Env
 from steppo.envs.checks import MOST_REWARD, EnvReply
@@ -44,7 +43,7 @@ from steppo.envs.worker import play as play_turn
 from steppo.errors import located
 from steppo.metrics import EpisodeStatistics
 from steppo.models import TinyPolicy
-from steppo.parsers import ActionParser, ParsedAction
+from steppo.rendering import ActionParser, ParsedAction, StateContext
 from steppo.rollouts import EnvSource, ScriptedPlayer
 from steppo.types import Episode, Observation, RolloutConfig, StopReason, Task, groups_of
 

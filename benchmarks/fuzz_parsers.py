@@ -23,7 +23,7 @@ from typing import Any
 
 import psutil
 
-from steppo.parsers import ActionParser, CommandParser, ParsedAction, ToolCallParser
+from steppo.rendering import ActionParser, CommandParser, ParsedAction, ToolCallParser
 from steppo.types import Observation
 
 ROOT = Path(__file__).parent.parent

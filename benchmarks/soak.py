@@ -72,9 +72,9 @@ def play(episodes: int, folder: Path) -> dict[str, Any]:
     """All episodes, and what was held after the first and the last."""
     from rich.progress import track
 
-    from steppo.contexts import StateContext
     from steppo.engines import HFEngine
     from steppo.models import TinyPolicy
+    from steppo.rendering import StateContext
     from steppo.rollouts import EnvSource, ScriptedPlayer
     from steppo.types import RolloutConfig, StopReason, groups_of
     from tests.family_env import FamilyEnv

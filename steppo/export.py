@@ -16,11 +16,11 @@ from transformers import GenerationConfig
 
 from steppo.checkpoints import read, require_identity
 from steppo.cli import OwnOptions, PartsCLI, build_parts, errors_in_one_line
-from steppo.contexts import PLAIN_TEMPLATE
 from steppo.errors import ConfigError
 from steppo.models import Policy
 from steppo.models.adapters import LoRASettings
 from steppo.models.identity import identity
+from steppo.rendering import PLAIN_TEMPLATE
 from steppo.rollouts import EnvSource
 
 _SECRET = re.compile(r"(^|_)(token|secret|password|passwd|credentials?|api_?key)$", re.IGNORECASE)

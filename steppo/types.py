@@ -49,6 +49,22 @@ class Observation:
     expert_action: str | None = None
 
 
+@dataclass(frozen=True)
+class Message:
+    """One message of a prompt, as chat templates take it.
+
+    Attributes:
+        role: ``system``, ``user`` or ``assistant``.
+        content: The text.
+        trusted: Its text may show the markup of answers: past ones, or a parser's feedback with the form of a call. Other
+            markup of a template is taken out of all messages but the system's.
+    """
+
+    role: str
+    content: str
+    trusted: bool = False
+
+
 class StopReason(enum.StrEnum):
     """Why an episode ended. ``aborted``: it could not be rendered, or its action not read."""
 

@@ -14,9 +14,9 @@ import pytest
 import torch
 
 from steppo.cli import SteppoCLI
-from steppo.contexts import StateContext
 from steppo.envs import TextWorldEnv
 from steppo.models import TinyPolicy
+from steppo.rendering import StateContext
 from tests.cli_helpers import run
 from tests.toy_env import CorridorEnv
 

@@ -53,11 +53,11 @@ FILES = {
                 return Credit(advantage_N=self.scale * whiten(returns_E[batch.episode_N]))
         """,
     "my_context": """
-        from steppo.contexts import ContextPolicy
+        from steppo.rendering import ContextPolicy, Message
 
         class LastOnly(ContextPolicy):
-            def prompt_ids(self, observations, steps):
-                return self.first_turn("Now: " + self.render_observation(observations[-1]))
+            def messages(self, observations, steps):
+                return [Message("user", "Now: " + self.render_observation(observations[-1]))]
         """,
     "my_packer": """
         import numpy as np

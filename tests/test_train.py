@@ -134,7 +134,7 @@ def test_fit_records_what_it_did(tmp_path: Path) -> None:
 
 
 def test_append_context_samples_what_it_learns(tmp_path: Path) -> None:
-    context = "--data.source.context.class_path=steppo.contexts.AppendContext"
+    context = "--data.source.context.class_path=steppo.rendering.AppendContext"
     run(tmp_path, context, "--trainer.max_epochs=1", "--data.source.max_prompt_tokens=500")
     gaps = scalars(tmp_path)["train/logprob_mismatch"]
     assert 0 < max(gap for _, gap in gaps) < 1e-4
@@ -197,7 +197,7 @@ def test_validate_repeats_the_recorded_evaluation(tmp_path: Path, capsys: pytest
             "--model.advantage.whiten_over=episodes",
         ],
         ["--data.max_tokens_per_microbatch=100", "--model.policy_optimizer.schedule=cosine", "--data.update_epochs=2"],
-        ["--data.source.parser=steppo.parsers.CommandParser", "--data.sampler=steppo.samplers.SequentialSampler"],
+        ["--data.source.parser=steppo.rendering.CommandParser", "--data.sampler=steppo.samplers.SequentialSampler"],
     ],
 )
 def test_components_are_swapped_by_options(tmp_path: Path, options: list[str]) -> None:
@@ -267,7 +267,7 @@ def test_demonstrations_are_said_as_the_parser_reads_them(tmp_path: Path, monkey
         said.extend(module.data.source.context.decode_action(segment.action_ids) for segment in segments)
 
     monkeypatch.setattr(WarmStartCallback, "_train", clone)
-    parser = ["--data.source.parser=steppo.parsers.ToolCallParser", "--data.source.max_new_tokens=80"]
+    parser = ["--data.source.parser=ToolCallParser", "--data.source.max_new_tokens=80"]
     run(tmp_path, *parser, "--trainer.max_epochs=1", "--warm_start.updates=1", f"--warm_start.cache_dir={tmp_path}/cache")
     assert said
     assert all(text.startswith('<tool_call>\n{"name": "act", "arguments": {"command": "') for text in said)
@@ -339,7 +339,7 @@ CHAT = (
 )
 
 
-@pytest.mark.parametrize("context", ["StateContext", "AppendContext"])
+@pytest.mark.parametrize("context", ["StateContext", "AppendContext", "WindowContext"])
 def test_a_pretrained_model_of_a_folder_trains(context: str, tiny_policy: TinyPolicy, tmp_path: Path) -> None:
     folder = tmp_path / "model"
     tiny_policy.model.save_pretrained(folder)
@@ -351,7 +351,7 @@ def test_a_pretrained_model_of_a_folder_trains(context: str, tiny_policy: TinyPo
         "--model.policy=steppo.models.HFPolicy",
         f"--model.policy.name_or_path={folder}",
         "--model.critic=steppo.models.SeparateCritic",
-        f"--data.source.context=steppo.contexts.{context}",
+        f"--data.source.context=steppo.rendering.{context}",
         "--data.source.max_prompt_tokens=900",
         "--data.source.env.max_steps=4",
         "--warm_start.updates=10",

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from steppo.parsers import ActionParser, ParsedAction
+from steppo.rendering import ActionParser, ParsedAction
 from steppo.types import Observation, Task
 from tests.toy_env import CorridorEnv
 

@@ -8,13 +8,12 @@ from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
 from contextlib import closing
 from typing import TYPE_CHECKING, Any, Literal
 
-from steppo.contexts import ContextPolicy
 from steppo.engines import Engine
 from steppo.envs import Env
 from steppo.envs.checks import MOST_REWARD, checked_tasks, pickled, step_limit
 from steppo.envs.pool import COUNTS, EnvPool
 from steppo.errors import ConfigError, blamed_on
-from steppo.parsers import ActionParser, CommandParser
+from steppo.rendering import ActionParser, CommandParser, ContextPolicy
 from steppo.rollouts.base import EpisodeSource
 from steppo.rollouts.episode import OnStep, play_episode
 from steppo.rollouts.place import Place

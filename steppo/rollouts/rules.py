@@ -7,10 +7,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from steppo.contexts import ContextPolicy
 from steppo.envs.checks import EnvReply, plain_text, shown
 from steppo.errors import WrongValue
-from steppo.parsers import ActionParser, ParsedAction
+from steppo.rendering import ActionParser, ContextPolicy, ParsedAction
 from steppo.types import Observation, Sampling, Step
 
 

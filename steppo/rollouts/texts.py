@@ -5,8 +5,8 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
-from steppo.contexts import ContextPolicy
 from steppo.envs.pool import EnvPool
+from steppo.rendering import ContextPolicy
 from steppo.types import Task
 
 

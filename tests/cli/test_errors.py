@@ -155,6 +155,10 @@ OPTIONS = {
     "reward_for_nonsense": (["--data.source.invalid_penalty=-1"], "invalid_penalty must be from 0 to 1e+12, not -1.0"),
     "engine_batch": (["--data.source.engine.max_batch_size=0"], "HFEngine: max_batch_size must be at least 1, not 0"),
     "past_actions": (["--data.source.context.max_past_actions=-1"], "max_past_actions must be at least 0, not -1"),
+    "past_turns": (
+        ["--data.source.context=steppo.rendering.WindowContext", "--data.source.context.max_past_turns=-1"],
+        "WindowContext: max_past_turns must be at least 0, not -1",
+    ),
     "train_tasks": (["--data.train_tasks=0"], "StepDataModule: train_tasks must be at least 1, not 0"),
     "eval_tasks": (["--data.eval_tasks=0"], "StepDataModule: eval_tasks must be at least 1, not 0"),
     "weights": ([WEIGHTED, "--data.sampler.weights={'*': -1}"], "weight of '*' must be at least 0 and finite, not -1.0"),

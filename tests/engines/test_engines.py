@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from steppo.contexts import AppendContext, ContextPolicy, StateContext
 from steppo.engines import Engine, HFEngine
 from steppo.models import TinyPolicy
 from steppo.packing import PaddedPacker
+from steppo.rendering import AppendContext, ContextPolicy, StateContext
 from steppo.types import Completion, Observation, Request, Sampling, Segment, Step
 from tests.toy_env import CorridorEnv
 

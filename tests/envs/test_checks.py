@@ -25,12 +25,12 @@ from fuzz_environments import FIELDS, Draw, draws, make_source, play
 from hypothesis import given, settings
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from steppo.contexts import StateContext
 from steppo.engines import HFEngine
 from steppo.envs.checks import checked_tasks, pickled, step_reply
 from steppo.envs.pool import EnvPool
 from steppo.errors import ConfigError, RunError, WrongValue, said
 from steppo.play.command import main as play_command
+from steppo.rendering import StateContext
 from steppo.rollouts import EnvSource
 from steppo.types import Observation, Task
 from tests.cli.test_errors import fit, refused

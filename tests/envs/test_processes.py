@@ -23,11 +23,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from lightning.pytorch import Callback
 
-from steppo.contexts import StateContext
 from steppo.engines import Engine
 from steppo.envs.pool import EnvPool
 from steppo.errors import RunError
 from steppo.models import TinyPolicy
+from steppo.rendering import StateContext
 from steppo.rollouts import EnvSource
 from steppo.rollouts.scheduler import halves
 from steppo.types import Completion, Observation, Request, RolloutConfig, groups_of

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 
 from steppo.advantages import GRPO
-from steppo.contexts import StateContext
 from steppo.datamodule import StepDataModule
 from steppo.engines import HFEngine
 from steppo.errors import RunError
 from steppo.learner.credit import check_orders
+from steppo.rendering import StateContext
 from steppo.rollouts import EnvSource, Player, ScriptedPlayer, random_action
 from steppo.transcripts import episode_records
 from steppo.types import Episode, Group, RolloutConfig, StopReason, groups_of

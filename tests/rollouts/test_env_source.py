@@ -11,13 +11,12 @@ import pytest
 import torch
 
 from steppo import types
-from steppo.contexts import AppendContext, ContextPolicy, StateContext
 from steppo.engines import Engine, HFEngine
 from steppo.envs.pool import EnvPool, EnvReply
 from steppo.errors import ConfigError
 from steppo.metrics import EpisodeStatistics
 from steppo.models import TinyPolicy
-from steppo.parsers import ActionParser, ParsedAction
+from steppo.rendering import ActionParser, AppendContext, ContextPolicy, ParsedAction, StateContext
 from steppo.rollouts import EnvSource, Player, ScriptedPlayer, expert_action
 from steppo.types import Completion, Episode, Group, Observation, Request, RolloutConfig, StopReason
 from tests.toy_env import CorridorEnv, FaultyEnv

@@ -9,11 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from steppo.contexts import StateContext
 from steppo.envs.checks import EnvReply, reset_reply, step_reply
 from steppo.errors import ConfigError
 from steppo.models import TinyPolicy
-from steppo.parsers import CommandParser
+from steppo.rendering import CommandParser, StateContext
 from steppo.rollouts import ScriptedPlayer, request_seed
 from steppo.rollouts.episode import play_episode
 from steppo.rollouts.place import Place

@@ -18,7 +18,7 @@ from steppo.errors import ConfigError
 from steppo.learner import Experience, ReplayStatistics
 from steppo.listeners import Listener
 from steppo.models import TinyPolicy
-from steppo.parsers import ActionParser, ParsedAction
+from steppo.rendering import ActionParser, ParsedAction
 from steppo.types import Completion, Episode, Observation, Request, Sampling, StopReason
 from tests.cli_helpers import evaluations, run
 from tests.test_ddp import fit

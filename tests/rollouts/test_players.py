@@ -8,8 +8,8 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from steppo.contexts import StateContext
 from steppo.models import TinyPolicy
+from steppo.rendering import StateContext
 from steppo.rollouts import PolicyPlayer, ScriptedPlayer, expert_action, random_action
 from steppo.types import Completion, Observation, Request, Sampling
 

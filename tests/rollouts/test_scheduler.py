@@ -16,10 +16,9 @@ import numpy as np
 import pytest
 import torch
 
-from steppo.contexts import StateContext
 from steppo.engines import HFEngine
 from steppo.models import TinyPolicy
-from steppo.parsers import ActionParser, ParsedAction
+from steppo.rendering import ActionParser, ParsedAction, StateContext
 from steppo.rollouts import EnvSource, Player, ScriptedPlayer, random_action
 from steppo.types import Completion, Episode, Observation, Request, RolloutConfig, groups_of
 from tests.toy_env import CorridorEnv, FaultyEnv

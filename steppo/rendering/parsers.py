@@ -16,6 +16,7 @@ _UNSENDABLE = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")  # control charact
 
 _THINK, _END_THINK = "<think>", "</think>"
 _CALL, _END_CALL = "<tool_call>", "</tool_call>"
+ANSWER_MARKUP = (_THINK, _END_THINK, _CALL, _END_CALL)  # what a policy writes itself, so that feedback may show it
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from steppo.parsers import ActionParser, CommandParser, ToolCallParser
+from steppo.rendering import ActionParser, CommandParser, ToolCallParser
 from steppo.types import Observation
 
 OPEN = Observation("A room.")

@@ -2,145 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import pytest
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast
+from tokenizers import AddedToken, processors
 
-from steppo.contexts import AppendContext, ContextPolicy, StateContext
-from steppo.contexts.base import _MARK
 from steppo.errors import ConfigError
 from steppo.models import TinyPolicy
-from steppo.types import Observation, Step
-
-# Says something of its own where there is no system message.
-CHATML = """\
-{%- for message in messages -%}
-{%- if loop.first and message.role != 'system' -%}
-{{ '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' }}
-{%- endif -%}
-{{ '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}
-{%- endfor -%}
-{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\\n' }}{%- endif -%}"""
-
-# As Qwen3's: tools stand in the system message, the thinking of answers before the last question is dropped, and without
-# thinking the answer begins behind an empty block of it.
-THINKING = """\
-{%- if tools -%}
-{{ '<|im_start|>system\\n' }}
-{%- if messages[0].role == 'system' -%}{{ messages[0].content + '\\n\\n' }}{%- endif -%}
-{%- for tool in tools -%}{{ tool | tojson + '\\n' }}{%- endfor -%}
-{{ '<|im_end|>\\n' }}
-{%- elif messages[0].role == 'system' -%}
-{{ '<|im_start|>system\\n' + messages[0].content + '<|im_end|>\\n' }}
-{%- endif -%}
-{%- set ns = namespace(last_question=0) -%}
-{%- for message in messages -%}
-{%- if message.role == 'user' -%}{%- set ns.last_question = loop.index0 -%}{%- endif -%}
-{%- endfor -%}
-{%- for message in messages if message.role != 'system' -%}
-{%- set index = loop.index0 + (1 if messages[0].role == 'system' else 0) -%}
-{%- set content = message.content -%}
-{%- if message.role == 'assistant' and '</think>' in content -%}
-{%- set thinking = content.split('</think>')[0].split('<think>')[-1].strip('\\n') -%}
-{%- set content = content.split('</think>')[-1].lstrip('\\n') -%}
-{%- if index > ns.last_question -%}
-{%- set content = '<think>\\n' + thinking + '\\n</think>\\n\\n' + content -%}
-{%- endif -%}
-{%- endif -%}
-{{ '<|im_start|>' + message.role + '\\n' + content + '<|im_end|>\\n' }}
-{%- endfor -%}
-{%- if add_generation_prompt -%}
-{{ '<|im_start|>assistant\\n' }}
-{%- if enable_thinking is defined and enable_thinking is false -%}{{ '<think>\\n\\n</think>\\n\\n' }}{%- endif -%}
-{%- endif -%}"""
-
-# Ends an answer with a new line only.
-UNCLOSED = """\
-{%- for message in messages -%}{{ message.role + ': ' + message.content + '\\n' }}{%- endfor -%}
-{%- if add_generation_prompt -%}{{ 'assistant: ' }}{%- endif -%}"""
-
-OBSERVATIONS = [
-    Observation("You are in a cellar.", "Find the coin and take it.", ("go west", "go east")),
-    Observation("You are in a shower.\nThere is a coin.", "Find the coin and take it.", ("go east", "take coin")),
-    Observation("You are in a shower.", "Find the coin and take it.", ("take coin",), "'dance' is not possible here."),
-    Observation("Ceci n'est pas une pièce. ☂", "Find the coin and take it."),
-]
-ANSWERS = ["go west", "dance", "take  coin"]
-THOUGHTS = [f"<think>\nthought {number}\n</think>\n\n{answer}" for number, answer in enumerate(ANSWERS)]
-TOOLS = [{"type": "function", "function": {"name": "act", "parameters": {"type": "object", "properties": {}}}}]
+from steppo.rendering import AppendContext, ContextPolicy, StateContext, WindowContext
+from steppo.rendering.renderer import _MARK
+from steppo.types import Observation
+from tests.rendering.helpers import (
+    ANSWERS,
+    OBSERVATIONS,
+    THOUGHTS,
+    TOOLS,
+    bound,
+    make_step,
+    make_tokenizers,
+    play,
+    text_of,
+)
 
 
 @pytest.fixture
 def tokenizers(tiny_policy: TinyPolicy) -> dict[str, Any]:
-    """By name: the tiny policy's (no template), and one with special tokens for each template."""
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=400,
-        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
-    words = [observation.text for observation in OBSERVATIONS] + ["user assistant system\n\n<think>\n\n</think>\n\n"] * 9
-    backend.train_from_iterator(words, trainer)
-    made: dict[str, Any] = {"bare": tiny_policy.tokenizer}
-    for name, template in (("chatml", CHATML), ("thinking", THINKING), ("unclosed", UNCLOSED)):
-        made[name] = PreTrainedTokenizerFast(
-            tokenizer_object=backend, eos_token="<|im_end|>", clean_up_tokenization_spaces=False
-        )
-        made[name].chat_template = template
-    return made
-
-
-def bound(context: ContextPolicy, tokenizer: Any) -> ContextPolicy:
-    context.bind(tokenizer, {tokenizer.eos_token_id})
-    return context
-
-
-def make_step(context: ContextPolicy, prompt_ids: np.ndarray, answer: str, index: int, stopped: bool = True) -> Step:
-    ids = context.encode_action(answer)
-    return Step(
-        prompt_ids=prompt_ids,
-        action_ids=ids if stopped else ids[:-1],
-        behaviour_logprobs=np.zeros(len(ids) - (not stopped), dtype=np.float32),
-        reward=0.0,
-        index=index,
-        finish_reason="stop" if stopped else "length",
-        terminated=False,
-        truncated=False,
-        action_valid=True,
-        observation="",
-        action=answer,
-        temperature=1.0,
-        policy_version=0,
-    )
-
-
-def play(
-    context: ContextPolicy, answers: Sequence[str] = ANSWERS, stopped: bool = True
-) -> tuple[list[np.ndarray], list[Step]]:
-    """The prompts of an episode (one more than there are steps) and its steps."""
-    steps: list[Step] = []
-    prompts = [context.prompt_ids(OBSERVATIONS[:1], steps)]
-    for index, answer in enumerate(answers):
-        steps.append(make_step(context, prompts[-1], answer, index, stopped))
-        prompts.append(context.prompt_ids(OBSERVATIONS[: index + 2], steps))
-    return prompts, steps
-
-
-def text_of(tokenizer: Any, ids: np.ndarray) -> str:
-    return tokenizer.decode([int(token) for token in ids], skip_special_tokens=False)
+    """By name: the tiny policy's (no template), and one for each template."""
+    return {"bare": tiny_policy.tokenizer, **make_tokenizers()}
 
 
 # --- both ---
 
 
-@pytest.mark.parametrize("name", ["bare", "chatml", "thinking"])
+@pytest.mark.parametrize("name", ["bare", "chatml", "thinking", "smollm2", "qwen3"])
 @pytest.mark.parametrize("context", [AppendContext(), StateContext()], ids=["append", "state"])
 @pytest.mark.parametrize("text", ["go west", " take  coin ,now .", "", "☂\n\tpièce", "<think>\nhm\n</think>\n\ngo"])
 def test_actions_come_back_as_they_were(tokenizers: dict[str, Any], name: str, context: ContextPolicy, text: str) -> None:
@@ -213,7 +108,7 @@ def test_without_a_template_a_prompt_begins_as_the_tokenizer_does(tokenizers: di
 # --- append ---
 
 
-@pytest.mark.parametrize("name", ["bare", "chatml", "thinking"])
+@pytest.mark.parametrize("name", ["bare", "chatml", "thinking", "smollm2", "qwen3"])
 @pytest.mark.parametrize("stopped", [True, False], ids=["stop", "length"])
 @pytest.mark.parametrize("arguments", [{}, {"enable_thinking": False}, {"tools": TOOLS}], ids=["", "quick", "tools"])
 @pytest.mark.parametrize("answers", [ANSWERS, THOUGHTS], ids=["plain", "thoughts"])
@@ -233,7 +128,7 @@ def test_append_is_token_exact(
         assert step.action_ids[-1] == stop or not stopped
 
 
-@pytest.mark.parametrize("name", ["bare", "chatml", "thinking"])
+@pytest.mark.parametrize("name", ["bare", "chatml", "thinking", "smollm2", "qwen3"])
 def test_append_continues_a_cut_answer_like_a_whole_one(tokenizers: dict[str, Any], name: str) -> None:
     context = bound(AppendContext(), tokenizers[name])
     for cut, whole in zip(play(context, stopped=False)[0], play(context)[0], strict=True):
@@ -252,7 +147,7 @@ def test_append_keeps_what_was_sampled_even_if_it_would_be_encoded_otherwise(tok
     np.testing.assert_array_equal(following[len(prompt) : len(prompt) + len(by_byte)], by_byte)
 
 
-@pytest.mark.parametrize("name", ["chatml", "thinking"])
+@pytest.mark.parametrize("name", ["chatml", "thinking", "smollm2", "qwen3"])
 @pytest.mark.parametrize("instructions", ["Be brief.", ""])
 @pytest.mark.parametrize("arguments", [{}, {"tools": TOOLS}], ids=["", "tools"])
 def test_append_reads_like_the_whole_conversation_rendered_at_once(
@@ -266,7 +161,7 @@ def test_append_reads_like_the_whole_conversation_rendered_at_once(
         messages.append({"role": "user", "content": context.render_observation(OBSERVATIONS[turn], with_goal=turn == 0)})
         whole = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **arguments)
         assert text_of(tokenizer, prompt) == whole
-        assert ('"name": "act"' in whole) == (name == "thinking" and bool(arguments))
+        assert ('"name": "act"' in whole) == (name in ("thinking", "qwen3") and bool(arguments))
         assert prompt.tolist() == tokenizer.encode(whole, add_special_tokens=False)
         if turn < len(ANSWERS):
             messages.append({"role": "assistant", "content": ANSWERS[turn]})
@@ -305,6 +200,33 @@ def test_append_refuses_a_template_without_stop_token(tokenizers: dict[str, Any]
         step = make_step(context, prompt, "go west", 0, stopped)
         with pytest.raises(ConfigError, match="StateContext"):
             context.prompt_ids(OBSERVATIONS[:2], [step])
+
+
+# --- window ---
+
+
+def test_a_window_keeps_goal_and_instructions(tokenizers: dict[str, Any]) -> None:
+    context = bound(WindowContext(1, "Be brief."), tokenizers["bare"])
+    assert text_of(tokenizers["bare"], play(context)[0][2]) == (
+        "Be brief.\n"
+        "Find the coin and take it.\n"
+        "You are in a shower.\nThere is a coin.\n"
+        "Commands: go east, take coin\n>dance<|end|>\n"
+        "'dance' is not possible here.\n"
+        "You are in a shower.\n"
+        "Commands: take coin\n>"
+    )
+
+
+def test_a_window_keeps_thinking_as_it_was_sampled(tokenizers: dict[str, Any]) -> None:
+    text = text_of(tokenizers["qwen3"], play(bound(WindowContext(2), tokenizers["qwen3"]), THOUGHTS)[0][-1])
+    assert [f"assistant\n{answer}<|im_end|>\n" in text for answer in THOUGHTS] == [False, True, True]
+
+
+def test_a_window_of_nothing_past_works_with_any_template(tokenizers: dict[str, Any]) -> None:
+    assert len(play(bound(WindowContext(0), tokenizers["unclosed"]))[0]) == 4
+    with pytest.raises(ConfigError, match="StateContext"):
+        play(bound(WindowContext(1), tokenizers["unclosed"]))
 
 
 # --- state ---

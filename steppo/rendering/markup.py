@@ -1,0 +1,48 @@
+"""A chat template's markup, and how it is kept out of texts that others wrote."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection
+from typing import Any
+
+# What templates write to tell their parts apart: <|im_start|>, </tool_response>, [/INST], <function= (a name follows).
+_WRITTEN = re.compile(r"<[^\s<>'\"]+(?:>|=(?=['\"]))|\[/?[A-Z_]+\]")
+
+
+def markup_of(tokenizer: Any) -> set[str]:
+    """All that could pass for the template's own.
+
+    These are the special tokens, with a role (end of sequence) or without (headers of turns), other added tokens that the
+    template uses, and what stands in brackets in its source, whether that is one token or several. Words that a template
+    writes (``User:``) are not told from text.
+    """
+    template = str(tokenizer.chat_template or "")
+    added = tokenizer.added_tokens_decoder.values()
+    used = [token.content for token in added if token.special or (token.content.strip() and token.content in template)]
+    return {*tokenizer.all_special_tokens, *used, *_WRITTEN.findall(template)} - {""}
+
+
+class Markup:
+    """Takes markup out of texts.
+
+    Args:
+        markup: What is to go.
+        tokenizer: Whose normalisation may turn other characters into markup.
+    """
+
+    def __init__(self, markup: Collection[str], tokenizer: Any) -> None:
+        normalizer = getattr(getattr(tokenizer, "backend_tokenizer", None), "normalizer", None)
+        self._read = normalizer.normalize_str if normalizer else str
+        known = sorted({*markup, *map(self._read, markup)}, key=len, reverse=True)
+        self._pattern = re.compile("|".join(map(re.escape, known)))
+        self._longest = len(known[0])
+
+    def removed_from(self, text: str) -> str:
+        """The text without markup, also where what is left would be markup again."""
+        start = 0
+        while found := self._pattern.search(text, start):
+            text = text[: found.start()] + text[found.end() :]
+            start = max(0, found.start() - self._longest)
+        as_read = self._read(text)
+        return self.removed_from(as_read) if self._pattern.search(as_read) else text

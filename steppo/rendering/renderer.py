@@ -1,0 +1,102 @@
+"""Messages -> prompt token ids, as a model's chat template writes them; plain lines where its tokenizer has none."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import numpy as np
+
+from steppo.errors import ConfigError
+from steppo.rendering.markup import Markup, markup_of
+from steppo.rendering.parsers import ANSWER_MARKUP
+from steppo.types import Message, Step
+
+_MARK = "\u241estep\u241e"  # stands for an agent's answer when a template is cut behind it
+
+# How turns are written where a tokenizer has no chat template.
+PLAIN_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if message.role == 'assistant' %}{{ message.content + eos_token }}"
+    "{% else %}"
+    "{{ '\n' if not loop.first and loop.previtem.role == 'assistant' }}"
+    "{{ message.content + '\n' if message.content or loop.first or loop.previtem.role != 'system' }}"
+    "{{ '>' if message.role == 'user' }}"
+    "{% endif %}{% endfor %}"
+)
+
+
+class Renderer:
+    """Writes dialogues token by token. What was sampled is never tokenised again.
+
+    A message is text. A step among the messages stands for its answer: its ids go in as they are, and what follows is
+    written as the template writes it behind an answer. The template's markup is taken out of all messages but the system's.
+
+    Args:
+        tokenizer: The policy's.
+        stop_ids: Token ids that end an answer.
+        template_kwargs: Extra arguments of the chat template.
+    """
+
+    def __init__(self, tokenizer: Any, stop_ids: Collection[int], template_kwargs: dict[str, Any]) -> None:
+        self._tokenizer = tokenizer
+        self._stop_ids = frozenset(stop_ids)
+        self._arguments = template_kwargs if tokenizer.chat_template else {"chat_template": PLAIN_TEMPLATE}
+        markup = markup_of(tokenizer)
+        self._markup = Markup(markup, tokenizer)
+        self._turn_markup = Markup(markup.difference(ANSWER_MARKUP), tokenizer)
+
+    def render(self, messages: Sequence[Message | Step]) -> np.ndarray:
+        """Ids of a dialogue, ready for the next answer: int32."""
+        opening: list[Message] = []
+        answers: list[tuple[Step, list[Message]]] = []
+        for part in messages:
+            if isinstance(part, Step):
+                answers.append((part, []))
+            else:
+                (answers[-1][1] if answers else opening).append(part)
+        ids = self._encode(self._text(opening), begin=not self._tokenizer.chat_template)  # templates begin themselves
+        for step, new in answers:
+            ids = self.extend(ids, step, new)
+        return ids
+
+    def extend(self, ids: np.ndarray, step: Step, messages: Sequence[Message]) -> np.ndarray:
+        """The ids of a dialogue, the step's answer as it was sampled, and the messages after it, ready for the next answer.
+
+        These messages are rendered at once, as templates may join them. The history is not, so that templates that rewrite
+        earlier answers (dropping their thinking) change nothing.
+        """
+        rendered = self._text([Message("user", "?"), Message("assistant", _MARK), *messages])
+        new = self._encode(rendered.partition(_MARK)[2])
+        if new.size == 0 or int(new[0]) not in self._stop_ids:
+            raise ConfigError(
+                "the chat template does not close an answer with the model's stop token, so turns cannot be appended "
+                "token by token; use StateContext with this model"
+            )
+        return np.concatenate([ids, step.action_ids, new[1:] if step.finish_reason == "stop" else new])
+
+    def without_answers(self, text: str) -> str:
+        """A part of a trusted message that is not to be trusted. Other markup goes with the message's, as in all of them."""
+        clean = self._markup.removed_from(text)
+        return text if clean == self._turn_markup.removed_from(text) else clean
+
+    def encode_action(self, text: str) -> np.ndarray:
+        """Token ids of an answer as the policy would give it, its stop token last."""
+        return np.append(self._encode(text), np.int32(self._tokenizer.eos_token_id))
+
+    def decode_action(self, action_ids: np.ndarray) -> str:
+        """Text of an answer without its stop token."""
+        ids = [int(token) for token in action_ids if int(token) not in self._stop_ids]
+        return self._tokenizer.decode(ids, skip_special_tokens=False)
+
+    def _text(self, messages: Sequence[Message]) -> str:
+        turns = [{"role": message.role, "content": self._cleaned(message)} for message in messages]
+        return self._tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, **self._arguments)
+
+    def _cleaned(self, message: Message) -> str:
+        if message.role == "system":
+            return message.content
+        return (self._turn_markup if message.trusted else self._markup).removed_from(message.content)
+
+    def _encode(self, text: str, begin: bool = False) -> np.ndarray:
+        return np.asarray(self._tokenizer.encode(text, add_special_tokens=begin), dtype=np.int32)
