@@ -12,7 +12,7 @@ from steppo.engines import Engine
 from steppo.envs import Env
 from steppo.envs.checks import MOST_REWARD, checked_tasks, pickled, step_limit
 from steppo.envs.pool import COUNTS, EnvPool
-from steppo.errors import ConfigError, blamed_on
+from steppo.errors import ConfigError, RunError, blamed_on
 from steppo.rendering import ActionParser, CommandParser, ContextPolicy
 from steppo.rollouts.base import EpisodeSource
 from steppo.rollouts.episode import OnStep, play_episode
@@ -104,6 +104,7 @@ class EnvSource(EpisodeSource):
         self.env_timeout = env_timeout
         self.worker_memory_mib = worker_memory_mib
         self._pool: EnvPool | None = None
+        self._is_playing = False
         self._counts = Counter(dict.fromkeys(COUNTS, 0))
         self._request_ids = itertools.count()
         self._vocab_size: int | None = None
@@ -176,7 +177,14 @@ class EnvSource(EpisodeSource):
         """Plays the groups, by another player than the policy if one is given.
 
         ``on_step`` is called with each step (none at the start of an episode) and the observation after it.
+
+        Raises:
+            RunError: Other groups are under way: slots hold one episode each.
         """
+        if self._is_playing:
+            raise RunError(
+                "EnvSource plays one call of collect at a time: take all its groups before the next, or close it"
+            )
         rules = Rules(
             self.context,
             self.parser,
@@ -196,6 +204,7 @@ class EnvSource(EpisodeSource):
         unfinished: dict[int, list[Episode]] = {group.id: [] for group in groups}
         sizes = {group.id: group.size for group in groups}
         places = (Place(config, group, sample) for group in groups for sample in range(group.size))
+        self._is_playing = True
         try:
             with closing(scheduler.episodes(places)) as episodes:
                 for episode in episodes:
@@ -204,5 +213,6 @@ class EnvSource(EpisodeSource):
                     if len(done) == sizes[episode.group_id]:
                         yield sorted(done, key=lambda episode: episode.order)
         finally:
+            self._is_playing = False
             if scheduler.is_playing:  # left early: answers that are still to come belong to nobody
                 self._close_pool()

@@ -13,7 +13,7 @@ import torch
 from steppo import types
 from steppo.engines import Engine, HFEngine
 from steppo.envs.pool import EnvPool, EnvReply
-from steppo.errors import ConfigError
+from steppo.errors import ConfigError, RunError
 from steppo.metrics import EpisodeStatistics
 from steppo.models import TinyPolicy
 from steppo.rendering import ActionParser, AppendContext, ContextPolicy, ParsedAction, StateContext
@@ -453,6 +453,20 @@ def test_an_abandoned_round_leaves_nothing_behind(make_source: SourceMaker) -> N
 
 
 # --- failures are data ---
+
+
+def test_one_round_at_a_time(make_source: SourceMaker) -> None:
+    """Two would share slots, and each play other episodes than alone."""
+    source = make_source(num_slots=2)
+    alone = [episode.id for episode in play(source, groups_of(2))]
+    rounds = source.collect(groups_of(2), PLAN)
+    first = next(rounds)
+    with pytest.raises(RunError, match="one call of collect at a time"):
+        next(source.collect(groups_of(1), PLAN))
+    assert [episode.id for group in [first, *rounds] for episode in group] == alone
+    assert len(play(source, groups_of(2))) == len(alone)
+    next(source.collect(groups_of(2), PLAN))  # left
+    assert len(play(source, groups_of(2))) == len(alone)
 
 
 def test_environments_that_break_cost_their_own_episodes_only(make_source: SourceMaker) -> None:
