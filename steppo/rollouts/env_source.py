@@ -182,9 +182,7 @@ class EnvSource(EpisodeSource):
             RunError: Other groups are under way: slots hold one episode each.
         """
         if self._is_playing:
-            raise RunError(
-                "EnvSource plays one call of collect at a time: take all its groups before the next, or close it"
-            )
+            raise RunError("EnvSource plays one call of collect at a time: take all its groups before the next, or close it")
         rules = Rules(
             self.context,
             self.parser,
