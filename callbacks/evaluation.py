@@ -68,14 +68,13 @@ class EvaluationCallback(Listener):
             for logger in trainer.loggers:  # Lightning's own logging starts with the first iteration
                 logger.log_metrics({f"val/{name}": value for name, value in metrics.items()}, step=0)
 
-    def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: AgentModule) -> None:
         self._log(trainer, pl_module, "validate", "val")
 
-    def on_test_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_test_epoch_start(self, trainer: pl.Trainer, pl_module: AgentModule) -> None:
         self._log(trainer, pl_module, "test", "test")
 
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        assert isinstance(pl_module, AgentModule)
+    def on_train_end(self, trainer: pl.Trainer, pl_module: AgentModule) -> None:
         if not cast(Any, trainer).limit_val_batches:
             return
         if not self.history or self.history[-1]["iteration"] != pl_module.counters.iterations:
@@ -83,7 +82,7 @@ class EvaluationCallback(Listener):
             for logger in trainer.loggers:
                 logger.log_metrics({f"val/{name}": value for name, value in metrics.items()}, step=trainer.global_step)
 
-    def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
+    def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: AgentModule, checkpoint: dict[str, Any]) -> None:
         """Before other callbacks take their states, which are kept by what they monitor."""
         self._find_monitors(trainer, checkpoint["callbacks"].get(self.state_key, {}).get("history", []))
 
@@ -93,8 +92,7 @@ class EvaluationCallback(Listener):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.history = list(state_dict["history"])
 
-    def _log(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str, prefix: str) -> None:
-        assert isinstance(pl_module, AgentModule)
+    def _log(self, trainer: pl.Trainer, pl_module: AgentModule, stage: str, prefix: str) -> None:
         metrics = self._evaluate(trainer, pl_module, stage)
         metrics = {f"{prefix}/{name}": value for name, value in metrics.items()}
         metrics["step"] = float(pl_module.counters.updates)  # the loggers' x axis

@@ -61,8 +61,7 @@ class RolloutCallback(Listener):
         self.min_valid_fraction = min_valid_fraction
         self.max_environment_steps = max_environment_steps
 
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        assert isinstance(pl_module, AgentModule)
+    def setup(self, trainer: pl.Trainer, pl_module: AgentModule, stage: str) -> None:
         if self.max_environment_steps is not None:
             pl_module.end_after(self.max_environment_steps)
         if stage == "fit" and pl_module.advantage.needs_groups and self.group_size < 2:
@@ -81,9 +80,8 @@ class RolloutCallback(Listener):
                 f"small for data.num_minibatches, {data.num_minibatches}"
             )
 
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: AgentModule) -> None:
         """Says which parts of the method are at work."""
-        assert isinstance(pl_module, AgentModule)
         if self.max_environment_steps == 0:
             rank_zero_info("no training: rollout.max_environment_steps is 0")
             return
@@ -94,14 +92,13 @@ class RolloutCallback(Listener):
             f"{self.group_size}"
         )
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_start(self, trainer: pl.Trainer, pl_module: AgentModule) -> None:
         self._check_budget(trainer, pl_module)
 
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: AgentModule) -> None:
         self._check_budget(trainer, pl_module)
 
-    def _check_budget(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        assert isinstance(pl_module, AgentModule)
+    def _check_budget(self, trainer: pl.Trainer, pl_module: AgentModule) -> None:
         budget = self.max_environment_steps
         if budget is not None and pl_module.counters.environment_steps >= budget:
             trainer.should_stop = True
