@@ -46,6 +46,7 @@ USE_LIGHTNING = {
     "run_folder",
     "callbacks",
     "cli",
+    "export",
     "play",
 }
 

@@ -16,6 +16,7 @@ from typing import Any, NoReturn, TextIO, TypeVar, cast
 import torch
 import yaml
 from jsonargparse import ArgumentError, Namespace
+from lightning.fabric import Fabric
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
@@ -97,10 +98,7 @@ class SteppoCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument(
-            "--num_threads",
-            type=int | None,
-            default=None,
-            help="CPU threads of torch; part of what makes a run repeatable.",
+            "--num_threads", type=int | None, default=None, help="CPU threads of torch; part of what makes a run repeatable."
         )
         for name, callback in CALLBACKS.items():
             parser.add_lightning_class_args(callback, name)
@@ -263,10 +261,18 @@ class PartsCLI(SteppoCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         """Nothing is run."""
 
-    @property
-    def quantization(self) -> QuantizationCallback:
-        """To be applied to the model before it is built."""
-        return self.config_init.quantization
+    def build_models(
+        self, fabric: Fabric, checkpoint: dict[str, Any] | None, tokenizer_texts: Callable[[], list[str]] = list
+    ) -> None:
+        """Makes the weights, to be asked and not trained: those of a checkpoint, if there is one."""
+        module: AgentModule = self.model
+        self.config_init.quantization.apply(module, fabric.device, checkpoint)
+        module.gradient_checkpointing = False  # it would forbid the engine's cache
+        module.build_models(tokenizer_texts if checkpoint is None else list)  # that has its tokenizer
+        fabric.strategy.precision.convert_module(module)
+        if checkpoint is not None:
+            module.take(checkpoint)
+        module.to(fabric.device).eval()
 
 
 class OwnOptions(argparse.ArgumentParser):
@@ -324,13 +330,7 @@ def errors_in_one_line() -> Iterator[None]:
     )
     try:
         yield
-    except (
-        SteppoError,
-        ArgumentError,
-        MisconfigurationException,
-        yaml.YAMLError,
-        UnpicklingError,
-    ) as error:
+    except (SteppoError, ArgumentError, MisconfigurationException, yaml.YAMLError, UnpicklingError) as error:
         print(f"error: {explain(error)}", file=sys.stderr)
         raise SystemExit(2) from None
 

@@ -12,7 +12,7 @@ import torch
 from lightning.fabric import Fabric
 from rich.console import Console
 
-from steppo.checkpoints import read, require_identity
+from steppo.checkpoints import read
 from steppo.cli import OwnOptions, PartsCLI, build_parts, errors_in_one_line
 from steppo.datamodule import run_seed
 from steppo.errors import ConfigError, RunError
@@ -104,29 +104,17 @@ def _prepare(console: Console, source: EnvSource, tasks: Sequence[Task]) -> None
 
 def _load(console: Console, parts: PartsCLI, checkpoint: dict[str, Any] | None, fabric: Fabric) -> None:
     """Builds the run's models, as they are in the checkpoint if there is one, and hands the policy to the source."""
-    module, data, source = parts.model, parts.datamodule, parts.datamodule.source
+    data, source = parts.datamodule, parts.datamodule.source
 
     def tokenizer_texts() -> list[str]:
         _prepare(console, source, data.tasks())
         return data.tokenizer_texts()
 
-    precision = fabric.strategy.precision
-    parts.quantization.apply(module, fabric.device, checkpoint)
-    module.gradient_checkpointing = False  # it would forbid the engine's cache
     if checkpoint is None:
         console.print("untrained: there is no --ckpt_path", style="yellow")
-        module.build_models(tokenizer_texts)
-        precision.convert_module(module)
-    else:
-        module.build_models(list)  # a tokenizer that was trained is in the checkpoint
-        require_identity(checkpoint, module.identity)
-        precision.convert_module(module)
-        module.load_state_dict(checkpoint["state_dict"], strict=module.strict_loading)
-        if checkpoint["steppo"]["tokenizer"]:
-            module.policy.load_tokenizer_state(checkpoint["steppo"]["tokenizer"])
-    module.to(fabric.device).eval()
-    source.bind(module.policy)
-    source.load_weights(module.policy.inference_weights(), 0)
+    parts.build_models(fabric, checkpoint, tokenizer_texts)
+    source.bind(parts.model.policy)
+    source.load_weights(parts.model.policy.inference_weights(), 0)
 
 
 def _value(module: AgentModule, fabric: Fabric) -> Callable[[Step], float] | None:
