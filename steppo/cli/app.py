@@ -20,7 +20,7 @@ from lightning.fabric import Fabric
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.callbacks import Checkpoint, Timer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
@@ -111,10 +111,10 @@ class SteppoCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """As Lightning's, of the one config that files and options make; what is wrong is said in one line."""
-        line = read_command_line(sys.argv[1:] if args is None else args, self.commands)
-        words = [line.command] if line.command else []
-        if not any("help" in flag or flag == "-h" for flag in line.flags):
-            config = merged_config(line.layers, SECTIONS)
+        command, layers, flags = read_command_line(sys.argv[1:] if args is None else args, self.commands)
+        words = [command] if command else []
+        if not any("help" in flag or flag == "-h" for flag in flags):
+            config = merged_config(layers, SECTIONS)
             check_config(config)
             config = complete({name: value for name, value in config.items() if name not in ("verbose", "weights_only")})
             self._ckpt_path = config.pop("ckpt_path", None)
@@ -124,7 +124,7 @@ class SteppoCLI(LightningCLI):
                 trainer["logger"] = {"class_path": "lightning.pytorch.loggers.TensorBoardLogger", "init_args": place}
             words += ["--config", yaml.safe_dump(config, sort_keys=False)]
         try:
-            super().parse_arguments(parser, [*words, *line.flags])
+            super().parse_arguments(parser, [*words, *flags])
         except ArgumentError as error:
             raise ConfigError(explain(error)) from None
 
@@ -173,14 +173,6 @@ class SteppoCLI(LightningCLI):
             config.trainer.enable_progress_bar, config.progress.enabled = None, False
         if "verbose" in config:
             config.verbose = False  # the progress bar prints the table
-        if config.trainer.max_time is not None:  # Lightning's own timer would stop within an iteration
-            timer = Namespace(duration=config.trainer.max_time, interval="epoch")
-            callbacks = config.trainer.callbacks or []
-            config.trainer.callbacks = [
-                *(callbacks if isinstance(callbacks, list) else [callbacks]),
-                Namespace(class_path="lightning.pytorch.callbacks.Timer", init_args=timer),
-            ]
-            config.trainer.max_time = None
         if self._ckpt_path is not None:
             config.ckpt_path = self._ckpt_path
             self._checkpoint = find_checkpoint(config)
@@ -229,12 +221,13 @@ class SteppoCLI(LightningCLI):
         config.callbacks = [callback for callback in given or [] if wanted or not isinstance(callback, Checkpoint)]
         if not any(isinstance(callback, Checkpoint) for callback in config.callbacks):
             kwargs["enable_checkpointing"] = False
+        if config.max_time is not None:  # Lightning's own timer would stop within an iteration
+            config.callbacks.append(Timer(config.max_time, interval="epoch"))
+            config.max_time = None
+        self.config_init[self.subcommand].checkpoint.enabled = wanted
         trainer = super().instantiate_trainer(**kwargs)
         assert isinstance(trainer, RunTrainer)
         trainer.numbered = self._numbered
-        for callback in cast(Any, trainer).callbacks:
-            if isinstance(callback, IterationCheckpoint):
-                callback.enabled = wanted
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = CheckpointIO()
         return trainer

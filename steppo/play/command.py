@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -69,12 +68,12 @@ def main(args: Sequence[str] | None = None) -> None:
             bytewise.build(list)
             source.context.bind(bytewise.tokenizer, bytewise.stop_ids)
             source.max_prompt_tokens = _NO_LIMIT
-        show = Show(console, lambda step: source.context.decode_action(step.action_ids), value)
         player = _player(options.player, console, source)
         config = RolloutConfig("play", run_seed(), options.temperature, want_expert=options.player == "expert")
         name = options.player + (f", temperature {config.temperature:g}" if player is None else "")
+        show = Show(console, name, lambda step: source.context.decode_action(step.action_ids), value)
         with autocast:
-            _play(console, source, tasks, config, player, show, name)
+            _play(source, tasks, config, player, show)
     except Quit:
         console.print("left")
     except KeyboardInterrupt:
@@ -140,19 +139,11 @@ def _player(name: str, console: Console, source: EnvSource) -> Player | None:
     return ScriptedPlayer(choosers[name], source.context.encode_action) if name in choosers else None
 
 
-def _play(
-    console: Console,
-    source: EnvSource,
-    tasks: Sequence[Task],
-    config: RolloutConfig,
-    player: Player | None,
-    show: Show,
-    name: str,
-) -> None:
+def _play(source: EnvSource, tasks: Sequence[Task], config: RolloutConfig, player: Player | None, show: Show) -> None:
     statistics = EpisodeStatistics()
     error = ""
     for number, task in enumerate(tasks):
-        show.opening(task, name)
+        show.opening(task)
         for (episode,) in source.collect([Group(number, task, first=number)], config, player, show.turn):
             show.ending(episode)
             statistics.update(episode)
@@ -161,10 +152,4 @@ def _play(
     if figures["episodes"] == 0:
         raise RunError(f"no episode could be played: {error}")
     if len(tasks) > 1:
-        rate = figures["success_rate"]
-        success = "" if math.isnan(rate) else f"success {rate:.2f}, "
-        console.print(
-            f"{figures['episodes']:.0f} episodes: {success}"
-            f"return {figures['return_mean']:.3g}, steps {figures['steps_mean']:.1f}",
-            style="bold",
-        )
+        show.summary(figures)
