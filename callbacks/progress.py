@@ -92,17 +92,16 @@ class StepProgressBar(ProgressBar, Listener):
 
     # ---- Lightning's phases ----
 
-    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: AgentModule, batch: Any, batch_idx: int) -> None:
         if batch_idx == 0:
             self.start_phase("updates", int(self.total_train_batches))
 
     def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: pl.Trainer, pl_module: AgentModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self.advance_phase(batch_idx + 1, int(self.total_train_batches))
 
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        assert isinstance(pl_module, AgentModule)
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: AgentModule) -> None:
         if not self._enabled:
             return
         parts = [("policy", pl_module.policy), ("critic", pl_module.critic)]
@@ -119,9 +118,8 @@ class StepProgressBar(ProgressBar, Listener):
         if pl_module.latest.get("rollout/failed_episodes"):  # over all ranks
             self._failure = common_failure(experience.episodes)
 
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: AgentModule) -> None:
         self.end_phase()
-        assert isinstance(pl_module, AgentModule)
         if not self._enabled or (trainer.current_epoch + 1) % self.every_n_iterations:
             return
         latest = pl_module.latest
@@ -132,7 +130,7 @@ class StepProgressBar(ProgressBar, Listener):
             figures.append(_failed(int(failed), int(played), self._failure))
         self._console.print(f"iteration {trainer.current_epoch + 1:>4}  " + "  ".join(figures), soft_wrap=True)
 
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: AgentModule) -> None:
         self.end_phase()
         if trainer.state.fn != TrainerFn.FITTING:
             self.on_test_end(trainer, pl_module)
@@ -141,8 +139,7 @@ class StepProgressBar(ProgressBar, Listener):
         if self._enabled and trainer.state.fn == TrainerFn.FITTING:
             self._console.print(_in_one_line(evaluation.record), soft_wrap=True)
 
-    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        assert isinstance(pl_module, AgentModule)
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: AgentModule) -> None:
         history = _evaluations(trainer)
         self._finish(trainer, history[:1] + history[1:][-1:])
         if self._enabled:
@@ -152,14 +149,14 @@ class StepProgressBar(ProgressBar, Listener):
             if self._enabled and isinstance(logger, TensorBoardLogger):
                 self._console.print(f"Curves:  tensorboard --logdir {logger.save_dir}", soft_wrap=True)
 
-    def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_test_end(self, trainer: pl.Trainer, pl_module: AgentModule) -> None:
         self._finish(trainer, _evaluations(trainer)[-1:])
         self._say_places(trainer)
 
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+    def on_exception(self, trainer: pl.Trainer, pl_module: AgentModule, exception: BaseException) -> None:
         self._stop()
 
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+    def teardown(self, trainer: pl.Trainer, pl_module: AgentModule, stage: str) -> None:
         self._stop()
 
     def _finish(self, trainer: pl.Trainer, records: list[dict[str, Any]]) -> None:

@@ -60,8 +60,7 @@ class QuantizationCallback(pl.Callback):
         self.base_dtype = base_dtype
         self.gradient_checkpointing = gradient_checkpointing
 
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        assert isinstance(pl_module, AgentModule)
+    def setup(self, trainer: pl.Trainer, pl_module: AgentModule, stage: str) -> None:
         self._check(trainer, pl_module)
         path = cast(RunTrainer, trainer).begins_from
         checkpoint = read(path, mmap=True) if self.lora_rank and path is not None else None
@@ -102,8 +101,7 @@ class QuantizationCallback(pl.Callback):
         if self.lora_rank == 0 and isinstance(critic, AdapterCritic):
             raise ConfigError("AdapterCritic shares a frozen base: set quantization.lora_rank, or use SeparateCritic")
 
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        assert isinstance(pl_module, AgentModule)
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: AgentModule) -> None:
         optimizer = trainer.optimizers[0]
         trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         total = sum(_numel(parameter) for parameter in pl_module.parameters())
@@ -118,9 +116,8 @@ class QuantizationCallback(pl.Callback):
         )
 
     def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: pl.Trainer, pl_module: AgentModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        assert isinstance(pl_module, AgentModule)
         if trainer.is_last_batch:
             memory = {"memory/process_mib": psutil.Process().memory_info().rss / 2**20}
             if pl_module.device.type == "cuda":

@@ -11,12 +11,10 @@ from lightning.pytorch.utilities import rank_zero_info
 from steppo.advantages.base import Returns, centred_within
 from steppo.datamodule import StepDataModule, run_seed
 from steppo.distributed import gather
-from steppo.envs.checks import checked_episode
 from steppo.errors import ConfigError, RunError
 from steppo.listeners import Listener
-from steppo.metrics import EpisodeStatistics, common_failure
+from steppo.metrics import common_failure
 from steppo.module import AgentModule
-from steppo.progress import phase
 from steppo.types import Episode, RolloutConfig
 
 
@@ -61,8 +59,7 @@ class RolloutCallback(Listener):
         self.min_valid_fraction = min_valid_fraction
         self.max_environment_steps = max_environment_steps
 
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        assert isinstance(pl_module, AgentModule)
+    def setup(self, trainer: pl.Trainer, pl_module: AgentModule, stage: str) -> None:
         if self.max_environment_steps is not None:
             pl_module.end_after(self.max_environment_steps)
         if stage == "fit" and pl_module.advantage.needs_groups and self.group_size < 2:
@@ -81,9 +78,8 @@ class RolloutCallback(Listener):
                 f"small for data.num_minibatches, {data.num_minibatches}"
             )
 
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: AgentModule) -> None:
         """Says which parts of the method are at work."""
-        assert isinstance(pl_module, AgentModule)
         if self.max_environment_steps == 0:
             rank_zero_info("no training: rollout.max_environment_steps is 0")
             return
@@ -94,14 +90,10 @@ class RolloutCallback(Listener):
             f"{self.group_size}"
         )
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._check_budget(trainer, pl_module)
+    def on_train_start(self, trainer: pl.Trainer, pl_module: AgentModule) -> None:
+        self.on_train_epoch_end(trainer, pl_module)
 
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._check_budget(trainer, pl_module)
-
-    def _check_budget(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        assert isinstance(pl_module, AgentModule)
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: AgentModule) -> None:
         budget = self.max_environment_steps
         if budget is not None and pl_module.counters.environment_steps >= budget:
             trainer.should_stop = True
@@ -113,28 +105,11 @@ class RolloutCallback(Listener):
         """This rank's episodes, and what is to be said of all."""
         data: StepDataModule = pl_module.data
         groups = data.next_groups(self.tasks_per_iteration, self.group_size)
-        config = RolloutConfig(
-            name=f"train/{trainer.current_epoch}",
-            seed=run_seed(),
-            temperature=self.temperature,
-            version=pl_module.counters.updates,
-        )
-        episodes: list[Episode] = []
-        statistics = EpisodeStatistics().to(pl_module.device)
+        version = pl_module.counters.updates
+        config = RolloutConfig(f"train/{trainer.current_epoch}", run_seed(), self.temperature, version=version)
         before = pl_module.seconds.get("rollout", 0.0)
         counts_before = data.source.counts()
-        data.source.load_weights(pl_module.policy.inference_weights(), config.version)
-        with (
-            pl_module.timed("rollout"),
-            pl_module.inference_context(),
-            phase(trainer, "rollout", len(groups) * self.group_size) as advance,
-        ):
-            for group in data.source.collect(groups, config):
-                episodes += map(checked_episode, group)
-                advance(len(episodes))
-        for episode in episodes:
-            statistics.update(episode)
-        figures = statistics.compute()
+        episodes, figures = pl_module.play("rollout", groups, config)
         self._check_health(figures["episodes"], figures["errors"], episodes)
         seconds = pl_module.seconds["rollout"] - before
         figures["degenerate_groups"] = self._degenerate_groups(episodes) if self.group_size > 1 else 0.0

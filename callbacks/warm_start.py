@@ -80,8 +80,7 @@ class WarmStartCallback(pl.Callback):
         """Of demonstrations and batches."""
         return run_seed() if self._seed is None else self._seed
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        assert isinstance(pl_module, AgentModule)
+    def on_train_start(self, trainer: pl.Trainer, pl_module: AgentModule) -> None:
         if self.updates == 0 or trainer.ckpt_path is not None:
             return
         with pl_module.timed("warm_start"):

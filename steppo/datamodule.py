@@ -107,7 +107,7 @@ class StepDataModule(pl.LightningDataModule):
         evaluating = self.trainer is not None and not self.trainer.training
         # Without a checkpoint an evaluation needs the training tasks too: a tokenizer may be made of their words.
         tasks = [] if evaluating and self._from_checkpoint else self.tasks()
-        stage = "test" if self._testing else "validate"
+        stage = "test" if self.trainer is not None and self.trainer.testing else "validate"
         panel = self.panel(stage)
         both = sorted({task.id for task in tasks} & {task.id for task in panel})
         if both and self.splits[stage] != self.splits["train"]:
@@ -133,10 +133,6 @@ class StepDataModule(pl.LightningDataModule):
     @property
     def _from_checkpoint(self) -> bool:
         return getattr(self.trainer, "begins_from", None) is not None
-
-    @property
-    def _testing(self) -> bool:
-        return self.trainer is not None and bool(self.trainer.testing)
 
     def train_dataloader(self) -> DataLoader:
         return DataLoader(_Replay(self), batch_size=None, generator=torch.Generator())  # draws nothing from the run's own

@@ -11,15 +11,14 @@ from typing import Any
 import torch
 import yaml
 from huggingface_hub import ModelCardData
+from lightning.fabric import Fabric
 from rich.console import Console
 from transformers import GenerationConfig
 
-from steppo.checkpoints import read, require_identity
+from steppo.checkpoints import read
 from steppo.cli import OwnOptions, PartsCLI, build_parts, errors_in_one_line
 from steppo.errors import ConfigError
 from steppo.models import Policy
-from steppo.models.adapters import LoRASettings
-from steppo.models.identity import identity
 from steppo.rendering import PLAIN_TEMPLATE
 from steppo.rollouts import EnvSource
 
@@ -52,11 +51,10 @@ def main(args: Sequence[str] | None = None) -> None:
         raise ConfigError(f"{out} exists already and is not an empty folder")
     console = Console(highlight=False, soft_wrap=True)
     console.print(f"reading {options.ckpt_path}")
-    checkpoint = read(options.ckpt_path)
+    checkpoint = read(options.ckpt_path, mmap=True)
     parts = build_parts(options, overrides)
     policy: Policy = parts.model.policy
-    parts.quantization.apply(parts.model, torch.device("cpu"), checkpoint)
-    _restore(policy, parts.model.lora, checkpoint, double=_precision(parts) == "64-true")
+    parts.build_models(Fabric(accelerator="cpu", devices=1, precision=parts.resolved["trainer"]["precision"]), checkpoint)
     if not policy.tokenizer.chat_template:  # contexts begin with what the tokenizer begins with
         begin = policy.tokenizer.decode(policy.tokenizer.encode("", add_special_tokens=True))
         policy.tokenizer.chat_template = begin + PLAIN_TEMPLATE
@@ -79,29 +77,6 @@ def _precision(parts: PartsCLI) -> str:
     """The run's, by its whole name."""
     given = str(parts.resolved["trainer"]["precision"])
     return {"64": "64-true", "bf16": "bf16-mixed"}.get(given, given)
-
-
-def _restore(policy: Policy, lora: LoRASettings | None, checkpoint: dict[str, Any], double: bool) -> None:
-    """Builds a policy as it is in a checkpoint: weights and tokenizer. Raises ``ConfigError`` if they do not fit."""
-    policy.build(list)
-    if lora is not None:
-        policy.add_lora(lora)
-    if checkpoint["steppo"]["tokenizer"]:
-        policy.load_tokenizer_state(checkpoint["steppo"]["tokenizer"])
-    require_identity(checkpoint, identity(policy))
-    if double:
-        policy.model.double()
-    weights = {k.removeprefix("policy."): w for k, w in checkpoint["state_dict"].items() if k.startswith("policy.")}
-    own = policy.state_dict()
-    # The critic's and the reference's adapters sit on the same base; the base's own weights are not in the checkpoint.
-    weights = {k: w for k, w in weights.items() if k in own or policy.adapters is None or not policy.adapters.owns(k)}
-    try:
-        found = policy.load_state_dict(weights, strict=policy.adapters is None)
-        if not all(policy.is_base_weight(name) for name in found.missing_keys):
-            raise RuntimeError("it holds no adapter")
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ConfigError(f"the checkpoint does not fit the config's model: {reason}") from error
 
 
 def _generation(parts: PartsCLI) -> GenerationConfig:

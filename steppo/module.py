@@ -15,20 +15,23 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from steppo.advantages import Advantage
-from steppo.checkpoints import read, require_identity
+from steppo.checkpoints import read
 from steppo.distributed import average_gradients, rank_and_world, require_equal, shard, unsharded
+from steppo.envs.checks import checked_episode
 from steppo.errors import ConfigError, RunError
 from steppo.learner import Correction, Learner, NoCorrection, OptimizerSettings, ReplayStatistics, UpdateStatistics
 from steppo.learner.optim import Horizon, clip_and_step, learning_rate_schedule
 from steppo.listeners import announce
 from steppo.losses import ClippedLoss, ObjectiveSettings, PolicyLoss
+from steppo.metrics import EpisodeStatistics
 from steppo.models import Critic, Policy
 from steppo.models.adapters import LoRASettings
 from steppo.models.identity import fingerprint, identity
 from steppo.models.policy import AdapterView
+from steppo.progress import phase
 from steppo.run_folder import RunTrainer
 from steppo.run_module import RunModule, fill_state, take_settings
-from steppo.types import Episode, Microbatch
+from steppo.types import Episode, Group, Microbatch, RolloutConfig
 
 
 class AgentModule(RunModule):
@@ -108,9 +111,7 @@ class AgentModule(RunModule):
             if isinstance(self.trainer.strategy, ModelParallelStrategy):
                 begins_from = cast(RunTrainer, self.trainer).begins_from
                 if begins_from is not None:  # of sharded weights nobody would check whether they fit
-                    checkpoint = read(begins_from, mmap=True)
-                    require_identity(checkpoint, self.identity)
-                    self.load_state_dict(checkpoint["state_dict"], strict=self.strict_loading)
+                    self.take(read(begins_from, mmap=True))
                 blocks = self.policy.blocks
                 for module in self._models():
                     shard(module, blocks, self.trainer.strategy.root_device.type)
@@ -190,6 +191,20 @@ class AgentModule(RunModule):
     def on_train_epoch_start(self) -> None:
         self.latest, self._updates = {}, []
         announce(self.trainer, "on_iteration_start")
+
+    def play(self, name: str, groups: Sequence[Group], config: RolloutConfig) -> tuple[list[Episode], dict[str, float]]:
+        """Plays this rank's groups with the weights as they are, a phase of that name: episodes, and all ranks' figures."""
+        episodes: list[Episode] = []
+        self.data.source.load_weights(self.policy.inference_weights(), config.version)
+        total = sum(group.size for group in groups)
+        with self.timed(name), self.inference_context(), phase(self.trainer, name, total) as advance:
+            for group in self.data.source.collect(groups, config):
+                episodes += map(checked_episode, group)
+                advance(len(episodes))
+        statistics = EpisodeStatistics().to(self.device)
+        for episode in episodes:
+            statistics.update(episode)
+        return episodes, statistics.compute()
 
     def learn_from(self, episodes: Sequence[Episode]) -> None:
         """Takes this rank's episodes of an iteration; updates replay them. All ranks must ask."""

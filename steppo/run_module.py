@@ -116,6 +116,13 @@ class RunModule(pl.LightningModule):
     def _is_base_weight(self, name: str) -> bool:
         return name.startswith("policy.") and self.policy.is_base_weight(name)
 
+    def take(self, checkpoint: dict[str, Any]) -> None:
+        """Takes weights and tokenizer of a checkpoint, once the models are built; a trainer does so by itself."""
+        require_identity(checkpoint, self.identity)
+        self.load_state_dict(checkpoint["state_dict"], strict=self.strict_loading)
+        if checkpoint["steppo"]["tokenizer"]:  # else it is the base model's
+            self.policy.load_tokenizer_state(checkpoint["steppo"]["tokenizer"])
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if "steppo" in checkpoint:  # of an earlier checkpoint: this one is taken within an iteration
             return

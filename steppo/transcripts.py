@@ -16,6 +16,7 @@ import json
 import math
 import re
 from collections.abc import Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -173,24 +174,18 @@ def page_blocks(kind: str, iteration: int, records: Sequence[dict[str, Any]]) ->
     """
     chunks = [records[first : first + _EPISODES_PER_CHUNK] for first in range(0, len(records), _EPISODES_PER_CHUNK)]
     blocks = [("text/plain", "chunk", _packed(chunk)) for chunk in chunks]
-    rows = [
-        [
-            record["id"],
-            record["task"],
-            record["stop_reason"],
-            record["success"],
-            record["return"],
-            len(record["steps"]),
-            sum(not step["action_valid"] for step in record["steps"]),
-        ]
-        for record in records
-    ]
+    row = itemgetter("id", "task", "stop_reason", "success", "return")
+    rows = [[*row(record), len(record["steps"]), _invalid(record["steps"])] for record in records]
     index = {"kind": kind, "iteration": iteration, "chunks": len(chunks), "per_chunk": _EPISODES_PER_CHUNK, "rows": rows}
     # Nothing in an episode's text can end the block: "<" is written as JSON's escape.
     blocks.append(("application/json", "index", json.dumps(index, allow_nan=False).replace("<", "\\u003c").encode("ascii")))
     return b"".join(
         f'<script type="{media}" class="{name}">'.encode() + content + _BLOCK_END for media, name, content in blocks
     )
+
+
+def _invalid(steps: Sequence[dict[str, Any]]) -> int:
+    return sum(not step["action_valid"] for step in steps)
 
 
 def _packed(chunk: Sequence[dict[str, Any]]) -> bytes:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import io
 import os
 import re
-import tempfile
 import time
+import uuid
 import warnings
 import zipfile
 from collections.abc import Mapping
@@ -36,6 +36,7 @@ class WeightCache:
         """The trained weights kept for a module, if there are some; a file that is damaged or holds others is removed."""
         path = self._path(key)
         wanted = {name: (p.shape, p.dtype) for name, p in module.named_parameters() if p.requires_grad}
+        reason = ""
         try:
             weights = torch.load(path, map_location="cpu", weights_only=True)
             with zipfile.ZipFile(path) as archive:  # torch does not look at the checksums that it writes
@@ -48,8 +49,6 @@ class WeightCache:
             return None
         except Exception as error:  # there is no end to what a damaged file makes the loader raise
             reason = f" ({' '.join(str(error).split())[:60]})"
-        else:
-            reason = ""
         warnings.warn(f"{path} is damaged or holds something else{reason}; it is made anew", stacklevel=2)
         with suppress(OSError):
             path.unlink()
@@ -60,18 +59,15 @@ class WeightCache:
         path = self._path(key)
         buffer = io.BytesIO()
         torch.save(dict(weights), buffer)
+        part = self.folder / f".tmp{uuid.uuid4().hex}.part"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(dir=self.folder, prefix=".tmp", suffix=".part", delete=False) as file:
-                part = Path(file.name)
-                try:
-                    file.write(buffer.getbuffer())
-                    file.flush()
-                    os.replace(part, path)
-                finally:
-                    part.unlink(missing_ok=True)
+            part.write_bytes(buffer.getbuffer())
+            part.replace(path)
             self._prune(path)
         except OSError as error:
+            with suppress(OSError):
+                part.unlink(missing_ok=True)
             warnings.warn(f"cannot write to {self.folder}: {error.strerror or error}; the result is not kept", stacklevel=2)
 
     def _path(self, key: str) -> Path:

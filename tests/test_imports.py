@@ -33,7 +33,7 @@ LAYERS: list[set[str]] = [
         "run_folder",
     },
     {"callbacks"},
-    {"cli", "gguf"},
+    {"cli"},
     {"export", "play"},
 ]
 APART = LAYERS[1]  # these do not import each other either
@@ -46,6 +46,7 @@ USE_LIGHTNING = {
     "run_folder",
     "callbacks",
     "cli",
+    "export",
     "play",
 }
 

@@ -16,10 +16,11 @@ from typing import Any, NoReturn, TextIO, TypeVar, cast
 import torch
 import yaml
 from jsonargparse import ArgumentError, Namespace
+from lightning.fabric import Fabric
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.callbacks import Checkpoint, Timer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
@@ -97,10 +98,7 @@ class SteppoCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument(
-            "--num_threads",
-            type=int | None,
-            default=None,
-            help="CPU threads of torch; part of what makes a run repeatable.",
+            "--num_threads", type=int | None, default=None, help="CPU threads of torch; part of what makes a run repeatable."
         )
         for name, callback in CALLBACKS.items():
             parser.add_lightning_class_args(callback, name)
@@ -113,10 +111,10 @@ class SteppoCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """As Lightning's, of the one config that files and options make; what is wrong is said in one line."""
-        line = read_command_line(sys.argv[1:] if args is None else args, self.commands)
-        words = [line.command] if line.command else []
-        if not any("help" in flag or flag == "-h" for flag in line.flags):
-            config = merged_config(line.layers, SECTIONS)
+        command, layers, flags = read_command_line(sys.argv[1:] if args is None else args, self.commands)
+        words = [command] if command else []
+        if not any("help" in flag or flag == "-h" for flag in flags):
+            config = merged_config(layers, SECTIONS)
             check_config(config)
             config = complete({name: value for name, value in config.items() if name not in ("verbose", "weights_only")})
             self._ckpt_path = config.pop("ckpt_path", None)
@@ -126,7 +124,7 @@ class SteppoCLI(LightningCLI):
                 trainer["logger"] = {"class_path": "lightning.pytorch.loggers.TensorBoardLogger", "init_args": place}
             words += ["--config", yaml.safe_dump(config, sort_keys=False)]
         try:
-            super().parse_arguments(parser, [*words, *line.flags])
+            super().parse_arguments(parser, [*words, *flags])
         except ArgumentError as error:
             raise ConfigError(explain(error)) from None
 
@@ -175,14 +173,6 @@ class SteppoCLI(LightningCLI):
             config.trainer.enable_progress_bar, config.progress.enabled = None, False
         if "verbose" in config:
             config.verbose = False  # the progress bar prints the table
-        if config.trainer.max_time is not None:  # Lightning's own timer would stop within an iteration
-            timer = Namespace(duration=config.trainer.max_time, interval="epoch")
-            callbacks = config.trainer.callbacks or []
-            config.trainer.callbacks = [
-                *(callbacks if isinstance(callbacks, list) else [callbacks]),
-                Namespace(class_path="lightning.pytorch.callbacks.Timer", init_args=timer),
-            ]
-            config.trainer.max_time = None
         if self._ckpt_path is not None:
             config.ckpt_path = self._ckpt_path
             self._checkpoint = find_checkpoint(config)
@@ -231,12 +221,13 @@ class SteppoCLI(LightningCLI):
         config.callbacks = [callback for callback in given or [] if wanted or not isinstance(callback, Checkpoint)]
         if not any(isinstance(callback, Checkpoint) for callback in config.callbacks):
             kwargs["enable_checkpointing"] = False
+        if config.max_time is not None:  # Lightning's own timer would stop within an iteration
+            config.callbacks.append(Timer(config.max_time, interval="epoch"))
+            config.max_time = None
+        self.config_init[self.subcommand].checkpoint.enabled = wanted
         trainer = super().instantiate_trainer(**kwargs)
         assert isinstance(trainer, RunTrainer)
         trainer.numbered = self._numbered
-        for callback in cast(Any, trainer).callbacks:
-            if isinstance(callback, IterationCheckpoint):
-                callback.enabled = wanted
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = CheckpointIO()
         return trainer
@@ -263,10 +254,18 @@ class PartsCLI(SteppoCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         """Nothing is run."""
 
-    @property
-    def quantization(self) -> QuantizationCallback:
-        """To be applied to the model before it is built."""
-        return self.config_init.quantization
+    def build_models(
+        self, fabric: Fabric, checkpoint: dict[str, Any] | None, tokenizer_texts: Callable[[], list[str]] = list
+    ) -> None:
+        """Makes the weights, to be asked and not trained: those of a checkpoint, if there is one."""
+        module: AgentModule = self.model
+        self.config_init.quantization.apply(module, fabric.device, checkpoint)
+        module.gradient_checkpointing = False  # it would forbid the engine's cache
+        module.build_models(tokenizer_texts if checkpoint is None else list)  # that has its tokenizer
+        fabric.strategy.precision.convert_module(module)
+        if checkpoint is not None:
+            module.take(checkpoint)
+        module.to(fabric.device).eval()
 
 
 class OwnOptions(argparse.ArgumentParser):
@@ -324,13 +323,7 @@ def errors_in_one_line() -> Iterator[None]:
     )
     try:
         yield
-    except (
-        SteppoError,
-        ArgumentError,
-        MisconfigurationException,
-        yaml.YAMLError,
-        UnpicklingError,
-    ) as error:
+    except (SteppoError, ArgumentError, MisconfigurationException, yaml.YAMLError, UnpicklingError) as error:
         print(f"error: {explain(error)}", file=sys.stderr)
         raise SystemExit(2) from None
 

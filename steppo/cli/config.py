@@ -86,25 +86,16 @@ def merged_config(layers: Iterable[Layer], sections: Settings) -> dict[str, Any]
     for layer in layers:
         config = _merge(config, layer.value, sections, _Place(layer))
     if "${" in json.dumps(config, default=str):
-        written = _as_written(config)
         try:
             known = OmegaConf.to_container(OmegaConf.create(_with_defaults(config, sections.owner)), resolve=True)
         except OmegaConfBaseException as error:
             raise ConfigError(f"{error.full_key}: {str(error).splitlines()[0]}") from None
-        config = _merge({}, _resolved(written, known), sections, _Place(Layer({})))
+        config = _merge({}, _resolved(config, known), sections, _Place(Layer({})))
     return config
 
 
-def _as_written(config: Any) -> Any:
-    """Without ``init_args``."""
-    if isinstance(config, dict):
-        own = {"class_path": config.path} if isinstance(config, Component) else {}
-        return own | {key: _as_written(item) for key, item in config.items()}
-    return [_as_written(item) for item in config] if isinstance(config, list) else config
-
-
 def _with_defaults(config: Any, owner: Any) -> Any:
-    """As written, and all that ``${...}`` may name besides."""
+    """All that ``${...}`` may name."""
     if isinstance(config, list):
         return [_with_defaults(item, None) for item in config]
     if not isinstance(config, dict):
@@ -116,12 +107,14 @@ def _with_defaults(config: Any, owner: Any) -> Any:
     return plain | {key: _with_defaults(item, kind_of(hints.get(key)).settings) for key, item in config.items()}
 
 
-def _resolved(written: Any, known: Any) -> Any:
-    if isinstance(written, dict):
-        return {key: _resolved(item, known.get(key)) for key, item in written.items()}
-    if isinstance(written, list):
-        return [_resolved(item, known[number]) for number, item in enumerate(written)]
-    return known if isinstance(written, str) and "${" in written else written
+def _resolved(config: Any, known: Any) -> Any:
+    """As a file would have it, without ``init_args``."""
+    if isinstance(config, dict):
+        own = {"class_path": config.path} if isinstance(config, Component) else {}
+        return own | {key: _resolved(item, known.get(key)) for key, item in config.items()}
+    if isinstance(config, list):
+        return [_resolved(item, known[number]) for number, item in enumerate(config)]
+    return known if isinstance(config, str) and "${" in config else config
 
 
 # ---- merging ----

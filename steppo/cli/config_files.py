@@ -54,21 +54,6 @@ class Layer:
         return f"{self.name}{line}: {'.'.join(keys)}" if self.name else ".".join(keys)
 
 
-@dataclass
-class CommandLine:
-    """A command line, taken apart.
-
-    Attributes:
-        command: The subcommand.
-        layers: Configs and options, in their order.
-        flags: What asks for a text, such as ``--help``.
-    """
-
-    command: str | None
-    layers: list[Layer]
-    flags: list[str]
-
-
 class _Loader(yaml.SafeLoader):
     """Reads 1e-3 as a number, and a date as text."""
 
@@ -83,44 +68,49 @@ _Loader.add_implicit_resolver(
 )
 
 
-def read_command_line(words: Sequence[str], commands: Collection[str]) -> CommandLine:
+def read_command_line(words: Sequence[str], commands: Collection[str]) -> tuple[str | None, list[Layer], list[str]]:
     """Takes a command line apart and reads its files.
 
     Args:
         words: Of the command line.
         commands: Subcommands, one of which must come first; none: there is none.
 
+    Returns:
+        The subcommand; configs and options, in their order; what asks for a text, such as ``--help``.
+
     Raises:
         ConfigError: A word has no meaning, or a file cannot be used.
     """
-    found = CommandLine(None, [], [])
+    command: str | None = None
+    layers: list[Layer] = []
+    flags: list[str] = []
     rest = list(words)
     while rest:
         word = rest.pop(0)
         name, equals, value = word.partition("=")
         if name in ("-h", "--help", "--print_config"):
-            found.flags.append(word)
+            flags.append(word)
         elif name.startswith("--") and name.endswith(".help"):
-            found.flags += [word, *([rest.pop(0)] if not equals and rest and not rest[0].startswith("-") else [])]
+            flags += [word, *([rest.pop(0)] if not equals and rest and not rest[0].startswith("-") else [])]
         elif name.startswith("--") or name == "-c":
             if not equals and (not rest or re.match(r"-(-|[a-z])", rest[0])):
                 raise ConfigError(f"{name} needs a value")
             value = value if equals else rest.pop(0)
             if name in ("-c", "--config"):
-                found.layers += read_config(value)
+                layers += read_config(value)
             else:
                 keys = tuple(name.removeprefix("--").split("."))
-                found.layers.append(Layer(_nested(keys, Word(_absolute(value, keys)))))
-        elif found.command is None and commands:
+                layers.append(Layer(_nested(keys, Word(_absolute(value, keys)))))
+        elif command is None and commands:
             if word not in commands:
                 near = did_you_mean(word, commands) or f"; there are {', '.join(commands)}"
                 raise ConfigError(f"there is no command {word!r}{near}")
-            found.command = word
+            command = word
         else:
             raise ConfigError(f"{word!r} is neither an option (--name value) nor the value of one")
-    if commands and found.command is None and not found.flags:
+    if commands and command is None and not flags:
         raise ConfigError(f"there is no command: give one of {', '.join(commands)}")
-    return found
+    return command, layers, flags
 
 
 def _nested(keys: Keys, value: Any) -> Dotted:

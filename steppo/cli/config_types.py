@@ -95,10 +95,7 @@ def parameters(owner: Any) -> Mapping[str, tuple[Any, Any]]:
     """Type and default of what a class or function takes; ``Any`` where its annotations cannot be read."""
     hints: dict[str, Any] = {}
     for place in reversed(owner.__mro__) if inspect.isclass(owner) else (owner,):
-        try:
-            hints |= typing.get_type_hints(place.__init__ if inspect.isclass(place) else place)
-        except (NameError, TypeError, AttributeError):  # annotations that only a type checker can read
-            continue
+        hints |= _hints(place.__init__ if inspect.isclass(place) else place)
     found, passes_on = {}, False
     for name, parameter in inspect.signature(owner).parameters.items():
         passes_on |= parameter.kind is parameter.VAR_KEYWORD
@@ -110,6 +107,13 @@ def parameters(owner: Any) -> Mapping[str, tuple[Any, Any]]:
         for name in add(owner, fail_untyped=False):
             found.setdefault(name, (hints.get(name, Any), None))
     return found
+
+
+def _hints(function: Any) -> dict[str, Any]:
+    try:
+        return typing.get_type_hints(function)
+    except (NameError, TypeError, AttributeError):  # annotations that only a type checker can read
+        return {}
 
 
 def fits(value: Any, hint: Any) -> bool:
@@ -207,7 +211,7 @@ def find_class(name: str, bases: tuple[type, ...]) -> tuple[Any, str]:
         if len(found) > 1:
             raise ConfigError(f"{name!r} may be {' or '.join(sorted(map(import_path, found)))}: give the whole path")
         owner, path = found[0], import_path(found[0])
-    made = owner if inspect.isclass(owner) else _returned(owner)
+    made = owner if inspect.isclass(owner) else _hints(owner).get("return")
     if not inspect.isclass(made) or not issubclass(made, bases):
         raise ConfigError(f"{name} is no {kind}{_or(bases)}")
     if inspect.isabstract(owner):
@@ -227,13 +231,6 @@ def import_path(owner: type) -> str:
     above = (".".join(parts[:number]) for number in range(1, len(parts) + 1))
     module = next(name for name in above if getattr(sys.modules.get(name), owner.__name__, None) is owner)
     return f"{module}.{owner.__name__}"
-
-
-def _returned(function: Any) -> Any:
-    try:
-        return typing.get_type_hints(function).get("return")
-    except (NameError, TypeError, AttributeError):
-        return None
 
 
 def _imported(path: str) -> Any:

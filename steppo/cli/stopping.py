@@ -61,14 +61,10 @@ class _TakesBack(pl.Callback):
     def __init__(self, handler: Callable[[int, Any], None]) -> None:
         self._handler = handler
 
-    def on_train_start(self, *args: Any) -> None:
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         signal.signal(signal.SIGTERM, self._handler)
 
-    def on_validation_start(self, *args: Any) -> None:
-        self.on_train_start()
-
-    def on_test_start(self, *args: Any) -> None:
-        self.on_train_start()
+    on_validation_start = on_test_start = on_train_start
 
 
 class _Stop(threading.Thread):

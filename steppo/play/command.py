@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -12,7 +11,7 @@ import torch
 from lightning.fabric import Fabric
 from rich.console import Console
 
-from steppo.checkpoints import read, require_identity
+from steppo.checkpoints import read
 from steppo.cli import OwnOptions, PartsCLI, build_parts, errors_in_one_line
 from steppo.datamodule import run_seed
 from steppo.errors import ConfigError, RunError
@@ -69,12 +68,12 @@ def main(args: Sequence[str] | None = None) -> None:
             bytewise.build(list)
             source.context.bind(bytewise.tokenizer, bytewise.stop_ids)
             source.max_prompt_tokens = _NO_LIMIT
-        show = Show(console, lambda step: source.context.decode_action(step.action_ids), value)
         player = _player(options.player, console, source)
         config = RolloutConfig("play", run_seed(), options.temperature, want_expert=options.player == "expert")
         name = options.player + (f", temperature {config.temperature:g}" if player is None else "")
+        show = Show(console, name, lambda step: source.context.decode_action(step.action_ids), value)
         with autocast:
-            _play(console, source, tasks, config, player, show, name)
+            _play(source, tasks, config, player, show)
     except Quit:
         console.print("left")
     except KeyboardInterrupt:
@@ -104,29 +103,17 @@ def _prepare(console: Console, source: EnvSource, tasks: Sequence[Task]) -> None
 
 def _load(console: Console, parts: PartsCLI, checkpoint: dict[str, Any] | None, fabric: Fabric) -> None:
     """Builds the run's models, as they are in the checkpoint if there is one, and hands the policy to the source."""
-    module, data, source = parts.model, parts.datamodule, parts.datamodule.source
+    data, source = parts.datamodule, parts.datamodule.source
 
     def tokenizer_texts() -> list[str]:
         _prepare(console, source, data.tasks())
         return data.tokenizer_texts()
 
-    precision = fabric.strategy.precision
-    parts.quantization.apply(module, fabric.device, checkpoint)
-    module.gradient_checkpointing = False  # it would forbid the engine's cache
     if checkpoint is None:
         console.print("untrained: there is no --ckpt_path", style="yellow")
-        module.build_models(tokenizer_texts)
-        precision.convert_module(module)
-    else:
-        module.build_models(list)  # a tokenizer that was trained is in the checkpoint
-        require_identity(checkpoint, module.identity)
-        precision.convert_module(module)
-        module.load_state_dict(checkpoint["state_dict"], strict=module.strict_loading)
-        if checkpoint["steppo"]["tokenizer"]:
-            module.policy.load_tokenizer_state(checkpoint["steppo"]["tokenizer"])
-    module.to(fabric.device).eval()
-    source.bind(module.policy)
-    source.load_weights(module.policy.inference_weights(), 0)
+    parts.build_models(fabric, checkpoint, tokenizer_texts)
+    source.bind(parts.model.policy)
+    source.load_weights(parts.model.policy.inference_weights(), 0)
 
 
 def _value(module: AgentModule, fabric: Fabric) -> Callable[[Step], float] | None:
@@ -152,19 +139,11 @@ def _player(name: str, console: Console, source: EnvSource) -> Player | None:
     return ScriptedPlayer(choosers[name], source.context.encode_action) if name in choosers else None
 
 
-def _play(
-    console: Console,
-    source: EnvSource,
-    tasks: Sequence[Task],
-    config: RolloutConfig,
-    player: Player | None,
-    show: Show,
-    name: str,
-) -> None:
+def _play(source: EnvSource, tasks: Sequence[Task], config: RolloutConfig, player: Player | None, show: Show) -> None:
     statistics = EpisodeStatistics()
     error = ""
     for number, task in enumerate(tasks):
-        show.opening(task, name)
+        show.opening(task)
         for (episode,) in source.collect([Group(number, task, first=number)], config, player, show.turn):
             show.ending(episode)
             statistics.update(episode)
@@ -173,10 +152,4 @@ def _play(
     if figures["episodes"] == 0:
         raise RunError(f"no episode could be played: {error}")
     if len(tasks) > 1:
-        rate = figures["success_rate"]
-        success = "" if math.isnan(rate) else f"success {rate:.2f}, "
-        console.print(
-            f"{figures['episodes']:.0f} episodes: {success}"
-            f"return {figures['return_mean']:.3g}, steps {figures['steps_mean']:.1f}",
-            style="bold",
-        )
+        show.summary(figures)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 from rich.console import Console
@@ -15,18 +16,22 @@ class Show:
 
     Args:
         console: Where to.
+        player: Who plays, for people.
         decode: Step -> what was said.
         value: Step -> the critic's value of its prompt, if there is one to show.
     """
 
-    def __init__(self, console: Console, decode: Callable[[Step], str], value: Callable[[Step], float] | None) -> None:
+    def __init__(
+        self, console: Console, player: str, decode: Callable[[Step], str], value: Callable[[Step], float] | None
+    ) -> None:
         self._console = console
+        self._player = player
         self._decode = decode
         self._value = value
 
-    def opening(self, task: Task, player: str) -> None:
+    def opening(self, task: Task) -> None:
         """The headline of an episode."""
-        self._console.rule(Text(f"{task.id} · {player}", style="bold"), align="left")
+        self._console.rule(Text(f"{task.id} · {self._player}", style="bold"), align="left")
 
     def turn(self, step: Step | None, observation: Observation) -> None:
         """A step that was taken, and what is to be seen after it."""
@@ -61,12 +66,14 @@ class Show:
             return
         result = "over" if episode.success is None else "solved" if episode.success else "not solved"
         steps = f"{len(episode.steps)} step{'' if len(episode.steps) == 1 else 's'}"
-        self._line(
-            Text(
-                f"{result}: return {episode.episode_return:g} in {steps} ({episode.stop_reason})",
-                style="bold green" if episode.success else "bold",
-            )
-        )
+        line = f"{result}: return {episode.episode_return:g} in {steps} ({episode.stop_reason})"
+        self._line(Text(line, style="bold green" if episode.success else "bold"))
+
+    def summary(self, figures: dict[str, float]) -> None:
+        """How all of them went."""
+        success = "" if math.isnan(figures["success_rate"]) else f"success {figures['success_rate']:.2f}, "
+        returns = f"return {figures['return_mean']:.3g}, steps {figures['steps_mean']:.1f}"
+        self._line(Text(f"{figures['episodes']:.0f} episodes: {success}{returns}", style="bold"))
 
     def _line(self, text: Text) -> None:
         self._console.print(text, soft_wrap=True)

