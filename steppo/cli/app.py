@@ -73,6 +73,13 @@ SECTIONS = Settings(
 _CLI = TypeVar("_CLI", bound="SteppoCLI")
 
 
+class _Quoted(yaml.SafeDumper):
+    """Writes all text in quotes: the parser takes more of it for numbers than YAML does."""
+
+
+_Quoted.add_representer(str, lambda dumper, text: dumper.represent_scalar("tag:yaml.org,2002:str", text, style='"'))
+
+
 class SaveConfig(SaveConfigCallback):
     """Keeps the merged config in the run's folder, once it is known to be the same in all processes."""
 
@@ -92,7 +99,8 @@ class SteppoCLI(LightningCLI):
 
     commands: tuple[str, ...] = ("fit", "validate", "test")
     trainer: RunTrainer
-    _ckpt_path: str | None = None  # held back from Lightning, which would read hyper-parameters from it
+    # Held back from Lightning, which would read hyper-parameters from it, and from what a run keeps as its config.
+    _ckpt_path: str | None = None
     _checkpoint: Path | None = None
     _numbered: Path | None = None
 
@@ -122,7 +130,7 @@ class SteppoCLI(LightningCLI):
             if trainer.get("logger", True) in (None, True):
                 place = {"save_dir": trainer.get("default_root_dir") or "."}
                 trainer["logger"] = {"class_path": "lightning.pytorch.loggers.TensorBoardLogger", "init_args": place}
-            words += ["--config", yaml.safe_dump(config, sort_keys=False)]
+            words += ["--config", yaml.dump(config, Dumper=_Quoted, sort_keys=False)]
         try:
             super().parse_arguments(parser, [*words, *flags])
         except ArgumentError as error:
@@ -174,8 +182,7 @@ class SteppoCLI(LightningCLI):
         if "verbose" in config:
             config.verbose = False  # the progress bar prints the table
         if self._ckpt_path is not None:
-            config.ckpt_path = self._ckpt_path
-            self._checkpoint = find_checkpoint(config)
+            self._checkpoint = find_checkpoint(self._ckpt_path, config)
             if self._checkpoint.is_file():
                 read(self._checkpoint, mmap=True)  # before games are made and models are built
 

@@ -36,7 +36,7 @@ _MOVED = {
     for name in ("aggregation", "vf_coef", "value_clip", "ent_coef", "kl", "kl_coef", "kl_estimator")
 } | {
     "rollout.min_healthy": "rollout.min_valid_fraction",
-    "model.advantage.even_episodes": "model.advantage.whiten_over: episodes",
+    "model.advantage.even_episodes": "model.advantage.whiten_over (episodes in place of true)",
 }
 
 
@@ -121,6 +121,8 @@ def _resolved(config: Any, known: Any) -> Any:
 
 
 def _merge(base: Any, new: Any, hint: Any, at: _Place) -> Any:
+    if isinstance(base, str) and "${" in base and isinstance(new, dict):
+        raise at.error(f" belongs to what {base} stands for: set that, or give all of {'.'.join(at.keys)} here")
     kind = kind_of(hint)
     if isinstance(new, Word):
         read = new.read()

@@ -13,10 +13,10 @@ from steppo.errors import ConfigError
 from steppo.run_folder import numbered_folders
 
 
-def find_checkpoint(config: Namespace) -> Path:
+def find_checkpoint(ckpt_path: str, config: Namespace) -> Path:
     """The file that ``ckpt_path`` means."""
-    if config.ckpt_path != "last":
-        path = Path(config.ckpt_path)
+    if ckpt_path != "last":
+        path = Path(ckpt_path)
         if not path.exists():
             raise ConfigError(f"there is no checkpoint {path}")
         return path

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from steppo.cli import build_parts
 from steppo.cli.app import SECTIONS
 from steppo.cli.config import complete, merged_config
 from steppo.cli.config_files import read_command_line, read_config
@@ -247,7 +249,11 @@ def test_what_cannot_be_extended(text: str, problem: str, tmp_path: Path) -> Non
         (["trainer:", "  callbacks:", "    - EarlyStoping"], 3, "did you mean 'EarlyStopping'"),
         (["trainer:", "  callbacks:", "    - class_path: Timer", "      time: 1"], 4, "callbacks.0.time is no setting"),
         (["# old", "rollout:", "  min_healthy: 0.5"], 3, "rollout.min_healthy is now rollout.min_valid_fraction"),
-        (["model:", "  advantage:", "    init_args:", "      even_episodes: true"], 4, "whiten_over: episodes"),
+        (
+            ["model:", "  advantage:", "    init_args:", "      even_episodes: true"],
+            4,
+            "whiten_over (episodes in place of true)",
+        ),
         (["model:", "  advantage:", "    init_args: 3"], 2, "must have a mapping of settings as init_args, not 3"),
         (["trainer:", "  strategy:", "    timeout: 3"], 2, "trainer.strategy needs a class_path, such as DDPStrategy"),
         (["rollout:", "  group_size+: 3"], 2, "rollout.group_size is no list"),
@@ -282,3 +288,23 @@ def test_words_mean_what_they_mean_in_yaml(text: str, value: Any, tmp_path: Path
     if text != "a: [":
         (tmp_path / "a.yaml").write_text(f"x: {text}\n")
         assert read_config(str(tmp_path / "a.yaml"))[0].value == {"x": value}
+
+
+@pytest.mark.parametrize("after", ["option", "file"])
+def test_part_of_what_a_reference_stands_for_is_refused(after: str, tmp_path: Path) -> None:
+    """Else the rest of it would be lost without a word."""
+    one, two = tmp_path / "one.yaml", tmp_path / "two.yaml"
+    one.write_text("model: {critic_optimizer: '${model.policy_optimizer}'}\n")
+    two.write_text("model: {critic_optimizer: {lr: 1.0}}\n")
+    later = ["--model.critic_optimizer.lr", "1"] if after == "option" else ["--config", str(two)]
+    with pytest.raises(ConfigError, match=r"critic_optimizer\S* belongs to what \$\{model.policy_optimizer\} stands for"):
+        merged("--config", PLAIN, "--config", str(one), *later)
+
+
+@pytest.mark.parametrize("text", ["12e5", "1e3", "0x10", "1_000", "null", "yes", "2026-01-02", "1:30", "~", ".5", "[a]"])
+def test_text_stays_text(text: str, tmp_path: Path) -> None:
+    """Whatever the parser would take it for."""
+    path = tmp_path / "one.yaml"
+    path.write_text(f"data: {{source: {{context: {{instructions: {text!r}}}}}}}\n")
+    parts = build_parts(Namespace(config=[str(TOY), str(path)], ckpt_path=None), [])
+    assert parts.datamodule.source.context.instructions == text
