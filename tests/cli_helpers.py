@@ -16,9 +16,18 @@ TOY = Path(__file__).parent / "toy.yaml"
 _WARM_STARTS = tempfile.TemporaryDirectory(prefix="steppo-tests-")  # one cache for all runs, as a user has it
 
 
+_LIKE_TOY = {"env": "tests.toy_env.CorridorEnv", "context": "StateContext", "context.instructions": ""}
+_LIKE_TOY |= {"max_prompt_tokens": "400", "max_new_tokens": "4", "num_slots": "8"}
+
+
 def run(folder: Path, *args: str, command: str = "fit", config: Path = TOY) -> SteppoCLI:
     """Runs ``config`` with its results under ``folder``."""
     return main([command, "--config", str(config), *places(folder), *args])
+
+
+def source_options(class_path: str) -> list[str]:
+    """Options for another class than the toy's EnvSource with the same arguments."""
+    return [f"--data.source={class_path}", *(f"--data.source.{name}={value}" for name, value in _LIKE_TOY.items())]
 
 
 def places(folder: Path) -> list[str]:

@@ -208,6 +208,9 @@ def find_class(name: str, bases: tuple[type, ...]) -> tuple[Any, str]:
         if not found:
             near = did_you_mean(name, class_names(bases)) or _or(bases)
             raise ConfigError(f"there is no {kind} called {name!r}{near} (a class of your own: module.Class)")
+        if len(found) > 1:  # torch's, where another package has one of that name, too
+            roots = {base.__module__.partition(".")[0] for base in bases}
+            found = [owner for owner in found if owner.__module__.partition(".")[0] in roots] or found
         if len(found) > 1:
             raise ConfigError(f"{name!r} may be {' or '.join(sorted(map(import_path, found)))}: give the whole path")
         owner, path = found[0], import_path(found[0])

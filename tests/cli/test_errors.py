@@ -48,15 +48,15 @@ OPTIONS = {
         [f"--{POLICY}=TinyPoly"],
         "model.policy: there is no Policy called 'TinyPoly'; did you mean 'TinyPolicy'?",
     ),
-    "empty_class_path": (["--model.advantage="], "model.advantage: there is no Advantage called ''; there are GRPO, GiGPO,"),
+    "empty_class_path": (["--model.advantage="], "model.advantage: there is no Advantage called ''; there are "),
     "a_module": ([f"--{ENV}=steppo.envs"], "steppo.envs is no Env; there are "),
     "a_function": (
         ["--model.advantage=steppo.advantages.whiten"],
-        "steppo.advantages.whiten is no Advantage; there are GRPO",
+        "steppo.advantages.whiten is no Advantage; there are ",
     ),
     "a_critic_for_an_advantage": (
         ["--model.advantage=steppo.models.SharedCritic"],
-        "model.advantage: steppo.models.SharedCritic is no Advantage; there are GRPO, ",
+        "model.advantage: steppo.models.SharedCritic is no Advantage; there are ",
     ),
     "a_context_for_a_policy": (
         [f"--{POLICY}=StateContext"],
@@ -64,7 +64,7 @@ OPTIONS = {
     ),
     "abstract_class": (
         ["--model.advantage=steppo.advantages.Advantage"],
-        "steppo.advantages.Advantage is abstract; there are GRPO",
+        "steppo.advantages.Advantage is abstract; there are ",
     ),
     "another_model": (
         ["--model=steppo.models.TinyPolicy"],

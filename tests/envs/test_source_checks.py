@@ -17,7 +17,7 @@ from steppo.envs.checks import MOST_REWARD, checked_episode
 from steppo.rollouts import EnvSource
 from steppo.transcripts import episode_records
 from steppo.types import Episode, RolloutConfig, StopReason
-from tests.cli_helpers import evaluations, run
+from tests.cli_helpers import evaluations, run, source_options
 from tests.learner.fakes import make_episode
 
 NAN, INF = float("nan"), float("inf")
@@ -140,7 +140,7 @@ class ByAgent(EnvSource):
 
 
 def test_a_judge_that_fails_now_and_then_costs_its_episodes(tmp_path: Path) -> None:
-    cli = run(tmp_path, "--data.source=tests.envs.test_source_checks.OddJudge", "--warm_start.updates=0")
+    cli = run(tmp_path, *source_options("tests.envs.test_source_checks.OddJudge"), "--warm_start.updates=0")
     for record in evaluations(tmp_path):
         assert (record["episodes"], record["errors"]) == (7, 1)
         assert record["most_common_error"].startswith("the episode's final_reward must be finite")
@@ -152,7 +152,7 @@ def test_a_judge_that_fails_now_and_then_costs_its_episodes(tmp_path: Path) -> N
 def test_a_source_that_numbers_steps_by_agent_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--evaluation.before_training=false", "--warm_start.updates=0"]
     with pytest.raises(SystemExit) as stopped:
-        run(tmp_path, "--data.source=tests.envs.test_source_checks.ByAgent", *options)
+        run(tmp_path, *source_options("tests.envs.test_source_checks.ByAgent"), *options)
     assert stopped.value.code == 2
     [line] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert "the index of the episode's step 1 must be its place, 1, whoever acts, not 0" in line

@@ -19,7 +19,7 @@ from steppo.rendering import StateContext
 from steppo.rollouts import EnvSource, Player, ScriptedPlayer, random_action
 from steppo.transcripts import episode_records
 from steppo.types import Episode, Group, RolloutConfig, StopReason, groups_of
-from tests.cli_helpers import run
+from tests.cli_helpers import run, source_options
 from tests.learner.fakes import make_episode, scored
 from tests.test_buffer import ListedTasks
 from tests.toy_env import CorridorEnv
@@ -118,7 +118,7 @@ def test_a_source_that_mixes_up_episodes_is_one_line(
     before: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """In an evaluation and in an iteration."""
-    options = ["--data.source=tests.learner.test_orders.SharedPlaces", f"--evaluation.before_training={before}"]
+    options = [*source_options("tests.learner.test_orders.SharedPlaces"), f"--evaluation.before_training={before}"]
     with pytest.raises(SystemExit) as stopped:
         run(tmp_path, *options, "--warm_start.updates=0")
     assert stopped.value.code == 2
