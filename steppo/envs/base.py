@@ -13,7 +13,7 @@ class Env(ABC):
     """A text environment, in Gymnasium's manner.
 
     The constructor only stores settings: the object is copied into worker processes (so it must pickle), one copy for each
-    episode that is played at the same time. Acquire what is expensive in ``reset``.
+    episode that is played at the same time. Load what all of them share in ``start``; acquire an episode's own in ``reset``.
 
     Attributes:
         max_steps: Steps that the task itself allows, at least 1, if it has a limit. Refused actions use them up too.
@@ -24,6 +24,13 @@ class Env(ABC):
     @abstractmethod
     def tasks(self, split: str) -> list[Task]:
         """Tasks of ``train``, ``valid`` or ``test``, always in the same order. Raises ``ConfigError`` for others."""
+
+    def start(self) -> None:
+        """Loads what lasts (an index, a grammar): once in each worker process, before its first ``reset``.
+
+        It has a time limit of its own (``EnvSource.start_timeout``). What it assigns to attributes is not copied: all
+        episodes of the process share it. If it fails three times in a row the run ends.
+        """
 
     @abstractmethod
     def reset(self, task: Task) -> tuple[Observation, dict[str, Any]]:

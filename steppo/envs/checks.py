@@ -243,13 +243,26 @@ def pickled(env: Env) -> bytes:
         raise ConfigError(f"{kind.__name__} cannot be sent to worker processes: {culprit}") from None
 
 
-def copied(env: Env) -> Env:
-    """A slot's own copy. Raises ``WrongValue``."""
+def started(env: Env) -> dict[str, Any]:
+    """Starts it; gives the attributes that this assigned."""
+    before = dict(_attributes(env))
+    type(env).start(env)  # an older class may have a setting of that name
+    return {name: value for name, value in _attributes(env).items() if name not in before or before[name] is not value}
+
+
+def copied(env: Env, shared: Mapping[str, Any]) -> Env:
+    """A slot's own copy, with the same ``shared`` attributes. Raises ``WrongValue``."""
     try:
-        return copy.deepcopy(env)
+        own = copy.deepcopy(env, {id(value): value for value in shared.values()})
+        _attributes(own).update(shared)  # also where the class leaves them out of what is pickled
+        return own
     except Exception as error:
         culprit = _culprit(_state(env), copy.deepcopy) or said(error)
         raise WrongValue(f"the environment cannot be copied in its worker process: {culprit}") from None
+
+
+def _attributes(env: Env) -> dict[str, Any]:
+    return getattr(env, "__dict__", {})
 
 
 def _state(env: Env) -> dict[str, Any]:
