@@ -45,7 +45,8 @@ class Env(ABC):
             ``info["success"]`` says whether the task is solved, as far as one can tell now: True or False, or ``None`` (or
             nothing) where there is no verdict. The last one counts; ``reset`` may give the first.
             ``info["action_valid"]`` (true unless given) says whether the command was one that can be carried out. Other
-            entries are not looked at. A value of the wrong type ends the episode as broken (``steppo/envs/checks.py``).
+            entries are figures (numbers, booleans) and labels (short texts) for records and curves; under each name the
+            last one is the episode's. A wrong value ends the episode as broken (``steppo/envs/checks.py``).
         """
 
     def prepare(self, tasks: Sequence[Task], progress: Callable[[int, int], None]) -> None:
