@@ -58,7 +58,7 @@ class Env(ABC):
         """
 
     def expert_action(self) -> str | None:
-        """A command that an expert would give now, or ``None`` when there is no expert."""
+        """A command that an expert would give now, or ``None`` when it has none: a demonstration ends there."""
         return None
 
     def close(self) -> None:
