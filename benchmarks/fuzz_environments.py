@@ -148,6 +148,20 @@ FIELDS: dict[str, tuple[st.SearchStrategy[Any], st.SearchStrategy[Any]]] = {
     "truncated": (BOOLEAN, st.one_of(NO_BOOLEAN, st.none())),
     "success": (st.one_of(BOOLEAN, st.none()), NO_BOOLEAN),
     "action_valid": (st.one_of(BOOLEAN, st.none()), NO_BOOLEAN),
+    "other": (
+        st.one_of(
+            st.none(),
+            BOOLEAN,
+            st.integers(-(10**30), 10**30),
+            st.floats(-1e30, 1e30),
+            st.sampled_from([np.float32(0.5), np.int8(3), np.str_("look"), "", "\n", "x" * 256]),
+        ),
+        st.one_of(
+            st.sampled_from([np.nan, -np.inf, 1e31, 10**400, "x" * 257, "\ud800", b"look", np.ones(2), 1j, lambda: None]),
+            st.lists(st.integers(), max_size=2),
+            st.dictionaries(st.text(max_size=2), st.integers(), max_size=2),
+        ),
+    ),
     "info": (
         st.sampled_from([dict, collections.OrderedDict, collections.UserDict, types.MappingProxyType]),
         st.one_of(
@@ -172,6 +186,7 @@ FIELDS: dict[str, tuple[st.SearchStrategy[Any], st.SearchStrategy[Any]]] = {
 NAMES = {
     "success": 'info["success"]',
     "action_valid": 'info["action_valid"]',
+    "other": 'info["other"]',
     "expert": "expert_action",
     "answer": "{method} must return",
 }
@@ -193,7 +208,7 @@ class Draw:
             return value["answer"]
         info = value["info"]
         if "info" not in self.wrong:
-            info = info({"success": value["success"], "action_valid": value["action_valid"], "other": lambda: None})
+            info = info({"success": value["success"], "action_valid": value["action_valid"], "other": value["other"]})
         observation = value["observation"]
         if "observation" not in self.wrong:
             names = ("text", "goal", "admissible_commands", "feedback", "expert_action")
@@ -211,7 +226,7 @@ class Draw:
         if "observation" in wrong:
             wrong -= {"text", "goal", "feedback", "admissible_commands", "expert_action"}
         if "info" in wrong:
-            wrong -= {"success", "action_valid"}
+            wrong -= {"success", "action_valid", "other"}
         if not self.want_expert or (self.method == "step" and (wrong & {"terminated", "truncated"} or self._over())):
             wrong -= {"expert"}  # it is not asked for, or something else was wrong before
         return wrong

@@ -18,7 +18,7 @@ from steppo.distributed import gather, rank_and_world
 from steppo.errors import ConfigError, RunError
 from steppo.learner.credit import check_orders
 from steppo.listeners import Evaluation, Listener, announce
-from steppo.metrics import common_failure, wilson_interval
+from steppo.metrics import common_failure, info_figures, wilson_interval
 from steppo.module import AgentModule
 from steppo.run_folder import run_folder
 from steppo.types import RolloutConfig, Task, groups_of
@@ -126,6 +126,7 @@ class EvaluationCallback(Listener):
             # The environment does say: none of these was solved. What monitors the rate must find one.
             known, (low, high) = True, wilson_interval(0, figures["episodes"])
             figures |= {"success_rate": 0.0, "success_low": low, "success_high": high}
+        means, by_label = info_figures(episodes, known)
         record = {
             "iteration": module.counters.iterations,
             "updates": module.counters.updates,
@@ -141,6 +142,8 @@ class EvaluationCallback(Listener):
             "steps_mean": figures["steps_mean"],
             "invalid_action_rate": figures["invalid_action_rate"],
             "seconds": max(gather(time.perf_counter() - start)),
+            **({"info": means} if means else {}),
+            **({"by_label": by_label} if by_label else {}),
         }
         if record["errors"]:
             record["most_common_error"] = common_failure(episodes)
@@ -149,7 +152,8 @@ class EvaluationCallback(Listener):
         self._find_monitors(trainer, self.history)
         announce(trainer, "on_evaluation", Evaluation("test" if stage == "test" else "valid", tuple(episodes), record))
         names = [*(_RATE if known else ()), "return_mean", "steps_mean", "invalid_action_rate", "errors", "no_verdict"]
-        return {f"{'test' if stage == 'test' else 'val'}/{name}": figures[name] for name in names}
+        metrics = {name: figures[name] for name in names} | {f"info/{name}": mean for name, mean in means.items()}
+        return {f"{'test' if stage == 'test' else 'val'}/{name}": value for name, value in metrics.items()}
 
     @staticmethod
     def _write(trainer: pl.Trainer, records: list[dict[str, Any]], append: bool = False) -> None:

@@ -13,7 +13,7 @@ from steppo.datamodule import StepDataModule, run_seed
 from steppo.distributed import gather
 from steppo.errors import ConfigError, RunError
 from steppo.listeners import Listener
-from steppo.metrics import common_failure
+from steppo.metrics import common_failure, info_figures
 from steppo.module import AgentModule
 from steppo.types import Episode, RolloutConfig
 
@@ -123,6 +123,7 @@ class RolloutCallback(Listener):
             del figures["success_rate"]
         counts = gather({name: count - counts_before[name] for name, count in data.source.counts().items()})
         figures |= {name: float(sum(part[name] for part in counts)) for name in counts_before}
+        figures |= {f"info/{name}": mean for name, mean in info_figures(episodes)[0].items()}
         pl_module.report({f"rollout/{name}": value for name, value in figures.items()})
         return episodes
 

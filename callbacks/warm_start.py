@@ -16,6 +16,7 @@ import lightning.pytorch as pl
 import numpy as np
 import platformdirs
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from torch.distributed.tensor import DTensor
 
 import steppo
@@ -27,8 +28,8 @@ from steppo.learner.sft import SFTLearner
 from steppo.models import Policy
 from steppo.module import AgentModule
 from steppo.progress import phase
-from steppo.rollouts import EnvSource, ScriptedPlayer, expert_action, random_action
-from steppo.types import Episode, RolloutConfig, Segment, Step, groups_of
+from steppo.rollouts import EnvSource, NoAction, ScriptedPlayer, expert_action, random_action
+from steppo.types import Episode, Observation, Request, RolloutConfig, Segment, Step, groups_of
 from steppo.weight_cache import WeightCache
 
 
@@ -38,7 +39,8 @@ class WarmStartCallback(pl.Callback):
     The result is kept in a cache folder under a hash of all that shapes it: settings, model, initial weights, tokens of the
     demonstrations, machine, number of processes, versions and code. The 32 most recently used results stay, as long as they
     have less than 32 GiB together; the newest always does. A damaged file is made anew. Where nothing can be written, a
-    warning says so and the run goes on. Demonstrated actions that are longer than ``max_new_tokens`` are refused.
+    warning says so and the run goes on. Demonstrated actions that are longer than ``max_new_tokens`` are refused. Where the
+    expert has no action a demonstration ends; one line says how many did.
 
     Args:
         updates: Optimizer steps; 0 turns it off.
@@ -106,23 +108,47 @@ class WarmStartCallback(pl.Callback):
         source = module.data.source
         if not isinstance(source, EnvSource):
             raise ConfigError("warm_start needs an EnvSource: other sources cannot be played by a script")
-        choose = random_action if self.actions == "random" else expert_action
+        rule = random_action if self.actions == "random" else expert_action
+        early: set[str] = set()
+
+        def choose(observation: Observation, request: Request) -> str:
+            try:
+                return source.parser.answer(rule(observation, request))
+            except NoAction:
+                early.add(request.session_id)
+                raise
+
         tasks = module.data.tasks()
         rank, world = rank_and_world()
         groups = groups_of([tasks[index % len(tasks)] for index in range(self.episodes)])[rank::world]
         config = RolloutConfig("warm_start", self.seed, want_expert=self.actions == "expert")
-        player = ScriptedPlayer(lambda *asked: source.parser.answer(choose(*asked)), source.context.encode_action)
+        player = ScriptedPlayer(choose, source.context.encode_action)
         mine: list[Episode] = []
         with phase(trainer, "demonstrations", len(groups)) as advance:
             for group in source.collect(groups, config, player):
                 mine += group
                 advance(len(mine))
-        played = sorted((episode for share in gather(mine) for episode in share), key=lambda episode: episode.order)
-        steps = [step for episode in played if not episode.stop_reason.failed for step in episode.steps]
-        if not steps:
-            raise RunError(f"warm_start: there is no demonstration: {why_nothing(played)}")
+        shares = gather((mine, early))
+        played = sorted((episode for share, _ in shares for episode in share), key=lambda episode: episode.order)
+        ended = {episode_id for _, ids in shares for episode_id in ids}
+        steps = [step for e in played if e.id in ended or not e.stop_reason.failed for step in e.steps]
+        self._say_what_is_missing(type(source.env).__name__, played, ended, bool(steps))
         self._check_lengths(steps, source)
         return [Segment(step.prompt_ids, step.action_ids) for step in steps]
+
+    def _say_what_is_missing(self, env: str, played: Sequence[Episode], ended: set[str], any_steps: bool) -> None:
+        """One line for what ended early (its steps count), one for what failed; ``RunError`` without any step."""
+        failed = [episode for episode in played if episode.stop_reason.failed and episode.id not in ended]
+        why = f"the expert of {env} had no action" if self.actions == "expert" else f"{env} showed no admissible commands"
+        lines = []
+        if ended:
+            lines.append(f"{len(ended)} of {len(played)} demonstrations ended early: {why}")
+        if failed:
+            lines.append(f"{len(failed)} of {len(played)} demonstrations failed and are left out: {why_nothing(failed)}")
+        if not any_steps:
+            raise RunError(f"warm_start: there is no demonstration: {'; '.join(lines) or why_nothing(played)}")
+        for line in lines:
+            rank_zero_info(f"warm_start: {line}")
 
     @staticmethod
     def _check_lengths(steps: Sequence[Step], source: EnvSource) -> None:

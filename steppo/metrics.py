@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from typing import Any
 
@@ -15,6 +15,7 @@ from steppo.distributed import gather
 from steppo.types import Episode, StopReason
 
 _REASONS = tuple(StopReason)
+_MOST_VALUES = 50
 
 
 def wilson_interval(successes: float, trials: float, z: float = 1.959964) -> tuple[float, float]:
@@ -108,3 +109,40 @@ def common_failure(episodes: Iterable[Episode]) -> str:
     """The most common error of failed episodes, over all ranks, of which all must ask; empty if none failed."""
     parts = gather(Counter(episode.error for episode in episodes if episode.stop_reason.failed))
     return next((error for error, _ in sum(parts, Counter()).most_common(1)), "")
+
+
+def info_figures(episodes: Iterable[Episode], known: bool = True) -> tuple[dict[str, float], dict[str, dict[str, Any]]]:
+    """What environments said of healthy episodes beside the rewards, over all ranks, of which all must ask.
+
+    Args:
+        episodes: This rank's.
+        known: There is a success rate.
+
+    Returns:
+        The mean of each figure over the episodes that have it. For each label, by value (the 50 most common): episodes,
+        success rate (as that of all episodes: ``None`` unless ``known``) and mean return.
+    """
+    healthy = [episode for episode in episodes if not episode.stop_reason.failed]
+    mine = [(e.order, e.success is True, e.episode_return, info) for e in healthy if (info := e.info)]
+    numbers: dict[str, list[float]] = defaultdict(list)
+    labels: dict[str, dict[str, list[tuple[bool, float]]]] = defaultdict(lambda: defaultdict(list))
+    for _, success, total, info in sorted((told for part in gather(mine) for told in part), key=lambda told: told[0]):
+        for name, value in info.items():
+            if isinstance(value, str):
+                labels[name][value].append((success, total))
+            else:
+                numbers[name].append(value)
+    means = {name: math.fsum(values) / len(values) for name, values in sorted(numbers.items())}
+    by_label: dict[str, dict[str, Any]] = {}
+    for name, values in sorted(labels.items()):
+        common = sorted(values, key=lambda value: (-len(values[value]), value))[:_MOST_VALUES]
+        by_label[name] = {value: _of_label(values[value], known) for value in sorted(common)}
+    return means, by_label
+
+
+def _of_label(told: list[tuple[bool, float]], known: bool) -> dict[str, Any]:
+    return {
+        "episodes": len(told),
+        "success_rate": sum(success for success, _ in told) / len(told) if known else None,
+        "return_mean": math.fsum(total for _, total in told) / len(told),
+    }

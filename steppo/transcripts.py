@@ -2,8 +2,9 @@
 
 A record is a dict of one episode. Its ``steps`` hold texts and, as far as they are known, what the learner made of them;
 what is not known, or not finite, is ``None``. Where an episode has several agents each step names its ``agent``; where it
-has a reward of its own, that is ``final_reward``. The page is append-only, so that a run costs no more per iteration when it
-is long: a shell with the script, then blocks of data that no browser takes for markup.
+has a reward of its own, that is ``final_reward``; what the environment said beside a reward is the step's ``info``, and the
+last of each name the episode's. The page is append-only, so that a run costs no more per iteration when it is long: a shell
+with the script, then blocks of data that no browser takes for markup.
 """
 
 from __future__ import annotations
@@ -71,6 +72,7 @@ def episode_records(
                 "return": _number(episode.episode_return),
                 **({"final_reward": _number(episode.final_reward)} if episode.final_reward else {}),
                 "error": episode.error,
+                **({"info": info} if (info := episode.info) else {}),
                 "steps": [
                     {
                         **({"agent": step.agent_id} if several else {}),
@@ -81,6 +83,7 @@ def episode_records(
                         "action_valid": bool(step.action_valid),
                         "reward": _number(step.reward),
                         **figures_of_step,
+                        **({"info": dict(step.metadata)} if step.metadata else {}),
                         "finish_reason": step.finish_reason,
                         "prompt_tokens": len(step.prompt_ids),
                         "action_tokens": len(step.action_ids),

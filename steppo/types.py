@@ -101,7 +101,7 @@ class Step:
         policy_version: Number of updates that the sampling weights had seen.
         agent_id: Which agent acted. The steps of one agent in one episode, in their order, are a *chain*: a trajectory of
             its own, within which credit runs.
-        metadata: Anything else worth recording.
+        metadata: What the environment said at this step beside the reward: figures and labels by their names.
     """
 
     prompt_ids: np.ndarray
@@ -138,6 +138,7 @@ class Episode:
         error: What failed, for episodes that broke.
         final_reward: A reward of the whole episode, given when it ends, beside the steps' own. Credit by step or token adds
             it to the last step of each chain; the episode's return has it once. ``EnvSource`` leaves it 0.
+        metadata: What the environment said before the first step, or a source of the whole episode.
     """
 
     id: str
@@ -150,11 +151,20 @@ class Episode:
     success: bool | None = None
     error: str = ""
     final_reward: float = 0.0
+    metadata: Mapping[str, str | float | bool] = field(default_factory=dict)
 
     @property
     def episode_return(self) -> float:
         """Undiscounted sum of the steps' rewards, whoever took them, and of the final reward, once."""
         return float(sum(step.reward for step in self.steps) + self.final_reward)
+
+    @property
+    def info(self) -> dict[str, str | float | bool]:
+        """What was said beside the rewards: under each name the last."""
+        said = dict(self.metadata)
+        for step in self.steps:
+            said |= step.metadata
+        return said
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from typing import Any, cast
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.distributed.tensor import DTensor
 
 from callbacks import RolloutCallback
@@ -99,6 +100,7 @@ def one_and_two(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPat
         "--model.critic=steppo.models.SeparateCritic",
         "--model.objective.kl=loss",
         "--transcripts.num_shown=1",
+        "--data.source.env=tests.info_env.InfoEnv",
         *WITH_GRADIENTS,
     ]
     one, two = (tmp_path_factory.mktemp(name) for name in ("one", "two"))
@@ -130,6 +132,18 @@ def test_engines_get_whole_weights_by_their_own_names(one_and_two: tuple[Path, P
         sent, kept = torch.load(folder / "inference.pt", weights_only=True), weights(folder)
         assert "model.layers.0.self_attn.q_proj.weight" in sent
         assert all(torch.equal(weight, kept[f"policy.model.{name}"]) for name, weight in sent.items())
+
+
+def test_what_environments_say_is_told_of_all_ranks(one_and_two: tuple[Path, Path, float]) -> None:
+    """Tasks go to ranks in turn, and only every other one has names of its own."""
+    one, two, _ = one_and_two
+    for alone, shared in zip(evaluations(one), evaluations(two), strict=True):
+        assert {"distance", "odd one/s"} <= alone["info"].keys()
+        assert {"type", "kind é"} <= alone["by_label"].keys()
+        assert (alone["info"], alone["by_label"]) == (shared["info"], shared["by_label"])
+    tags = [EventAccumulator(str(folder)).Reload().Tags()["scalars"] for folder in (one, two)]
+    assert {"rollout/info/odd one/s", "val/info/odd one/s"} <= set(tags[0])
+    assert set(tags[0]) == set(tags[1])
 
 
 def test_the_panel_is_split_and_counted_once(one_and_two: tuple[Path, Path, float]) -> None:

@@ -13,7 +13,7 @@ class Env(ABC):
     """A text environment, in Gymnasium's manner.
 
     The constructor only stores settings: the object is copied into worker processes (so it must pickle), one copy for each
-    episode that is played at the same time. Acquire what is expensive in ``reset``.
+    episode that is played at the same time. Load what all of them share in ``start``; acquire an episode's own in ``reset``.
 
     Attributes:
         max_steps: Steps that the task itself allows, at least 1, if it has a limit. Refused actions use them up too.
@@ -24,6 +24,13 @@ class Env(ABC):
     @abstractmethod
     def tasks(self, split: str) -> list[Task]:
         """Tasks of ``train``, ``valid`` or ``test``, always in the same order. Raises ``ConfigError`` for others."""
+
+    def start(self) -> None:
+        """Loads what lasts (an index, a grammar): once in each worker process, before its first ``reset``.
+
+        It has a time limit of its own (``EnvSource.start_timeout``). What it assigns to attributes is not copied: all
+        episodes of the process share it. If it fails three times in a row the run ends.
+        """
 
     @abstractmethod
     def reset(self, task: Task) -> tuple[Observation, dict[str, Any]]:
@@ -38,7 +45,8 @@ class Env(ABC):
             ``info["success"]`` says whether the task is solved, as far as one can tell now: True or False, or ``None`` (or
             nothing) where there is no verdict. The last one counts; ``reset`` may give the first.
             ``info["action_valid"]`` (true unless given) says whether the command was one that can be carried out. Other
-            entries are not looked at. A value of the wrong type ends the episode as broken (``steppo/envs/checks.py``).
+            entries are figures (numbers, booleans) and labels (short texts) for records and curves; under each name the
+            last one is the episode's. A wrong value ends the episode as broken (``steppo/envs/checks.py``).
         """
 
     def prepare(self, tasks: Sequence[Task], progress: Callable[[int, int], None]) -> None:
@@ -50,7 +58,7 @@ class Env(ABC):
         """
 
     def expert_action(self) -> str | None:
-        """A command that an expert would give now, or ``None`` when there is no expert."""
+        """A command that an expert would give now, or ``None`` when it has none: a demonstration ends there."""
         return None
 
     def close(self) -> None:

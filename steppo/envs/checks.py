@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import pickle
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from numbers import Integral, Real
 from typing import Any
 
@@ -20,6 +21,10 @@ from steppo.types import Episode, Observation, Step, StopReason, Task
 # which ends at 3.4e38: a return of a thousand such rewards, 1e15, still leaves room for a hundred million terms.
 MOST_REWARD = 1e12
 
+# Of what is said beside it: float32, which curves are kept in, and sums of many have room for more.
+MOST_FIGURE = 1e30
+MOST_ENTRIES, LONGEST_NAME, LONGEST_LABEL = 32, 64, 256
+
 _LONGEST_QUOTE = 60
 
 
@@ -27,7 +32,7 @@ _LONGEST_QUOTE = 60
 class EnvReply:
     """What a slot answers to ``reset`` (reward 0, not done) and ``step``. ``error`` is set when the environment failed.
 
-    ``success`` is ``None`` where the environment does not say.
+    ``success`` is ``None`` where the environment does not say; ``info`` is what else it says.
     """
 
     observation: Observation | None = None
@@ -37,6 +42,7 @@ class EnvReply:
     success: bool | None = None
     action_valid: bool = True
     error: str = ""
+    info: Mapping[str, str | float | bool] = field(default_factory=dict)
 
 
 # ---- answers: raise WrongValue ----
@@ -45,7 +51,8 @@ class EnvReply:
 def reset_reply(answer: Any) -> EnvReply:
     """What ``reset`` returned. No action came before it, so it cannot be valid or not."""
     observation, info = _parts(answer, "reset", ("observation", "info"))
-    return EnvReply(_observation(observation), success=_info(info)[0])
+    success, _, said_beside = _info(info)
+    return EnvReply(_observation(observation), success=success, info=said_beside)
 
 
 def step_reply(answer: Any) -> EnvReply:
@@ -53,7 +60,8 @@ def step_reply(answer: Any) -> EnvReply:
     names = ("observation", "reward", "terminated", "truncated", "info")
     observation, reward, terminated, truncated, info = _parts(answer, "step", names)
     ends = _end("terminated", terminated), _end("truncated", truncated)
-    return EnvReply(_observation(observation), _reward(reward), *ends, *_info(info))
+    success, action_valid, said_beside = _info(info)
+    return EnvReply(_observation(observation), _reward(reward), *ends, success, action_valid, info=said_beside)
 
 
 def with_expert(reply: EnvReply, action: Any) -> EnvReply:
@@ -147,8 +155,8 @@ def _end(name: str, value: Any) -> bool:
         return bool(value)
 
 
-def _info(value: Any) -> tuple[bool | None, bool]:
-    """``success`` and ``action_valid``. What else it may hold is the environment's own."""
+def _info(value: Any) -> tuple[bool | None, bool, dict[str, str | float | bool]]:
+    """``success``, ``action_valid``, and what else it says."""
     with _reading("info"):
         if not isinstance(value, Mapping):
             raise _wrong("info", value, "a mapping")
@@ -156,19 +164,50 @@ def _info(value: Any) -> tuple[bool | None, bool]:
     for name, verdict in (("success", success), ("action_valid", valid)):
         if verdict is not None and not isinstance(verdict, bool | np.bool_):
             raise _wrong(f'info["{name}"]', verdict, "True, False or None")
-    return None if success is None else bool(success), valid is None or bool(valid)
+    with _reading("info"):
+        others = ((name, entry) for name, entry in value.items() if name not in ("success", "action_valid"))
+        said_beside = _entries("the environment's info", others)
+    return None if success is None else bool(success), valid is None or bool(valid), said_beside
+
+
+def _entries(what: str, entries: Iterable[tuple[Any, Any]]) -> dict[str, str | float | bool]:
+    """Figures and labels by their names, as plain values; ``None`` says nothing."""
+    first = list(itertools.islice(entries, MOST_ENTRIES + 1))
+    if len(first) > MOST_ENTRIES:
+        raise WrongValue(f"{what} may have {MOST_ENTRIES} entries, not more")
+    plain: dict[str, str | float | bool] = {}
+    for key, entry in first:
+        name = plain_text(f"a name in {what}", key)
+        # Lightning takes no metric of that name.
+        if not 0 < len(name) <= LONGEST_NAME or not name.isprintable() or "dataloader_idx_" in name:
+            raise WrongValue(f"a name in {what} must have 1 to {LONGEST_NAME} printable characters, not be {shown(name)}")
+        where = f'{what}["{name}"]'
+        if isinstance(entry, bool | np.bool_):
+            plain[name] = bool(entry)
+        elif isinstance(entry, str):
+            label = plain[name] = plain_text(where, entry)
+            if len(label) > LONGEST_LABEL:
+                raise WrongValue(f"{where} must have at most {LONGEST_LABEL} characters, not {len(label)}")
+        elif isinstance(entry, Real):
+            plain[name] = _bounded(where, entry, MOST_FIGURE)
+        elif entry is not None:
+            raise WrongValue(f"{where} must be a number, True, False, a text or None, not {shown(entry)}")
+    return plain
 
 
 # ---- episodes of any source ----
 
 
 def checked_episode(episode: Episode) -> Episode:
-    """An episode whose rewards can be learned from, and whose steps tell their place and their agent.
+    """An episode whose rewards can be learned from, whose steps tell their place and agent, and whose metadata is plain.
 
     One that is wrong has failed, and has the steps before what is wrong.
     """
     steps: list[Step] = []
+    metadata: Mapping[str, str | float | bool] = {}
     try:
+        if episode.metadata:
+            metadata = _entries("the episode's metadata", episode.metadata.items())
         for place, step in enumerate(episode.steps):
             where = f"of the episode's step {place}"
             if isinstance(step.index, bool) or not isinstance(step.index, Integral) or step.index != place:
@@ -176,13 +215,15 @@ def checked_episode(episode: Episode) -> Episode:
             # As much again may have come off for an action that was not valid.
             reward = _bounded(f"the reward {where}", step.reward, 2 * MOST_REWARD)
             agent = plain_text(f"the agent_id {where}", step.agent_id)
-            is_plain = type(step.reward) is float and type(step.agent_id) is str
-            steps.append(step if is_plain else replace(step, reward=reward, agent_id=agent))
+            said_beside = _entries(f"the metadata {where}", step.metadata.items()) if step.metadata else step.metadata
+            is_plain = type(step.reward) is float and type(step.agent_id) is str and not step.metadata
+            steps.append(step if is_plain else replace(step, reward=reward, agent_id=agent, metadata=said_beside))
         final = _bounded("the episode's final_reward", episode.final_reward, MOST_REWARD)
     except Exception as error:
         wrong: dict[str, Any] = {"stop_reason": StopReason.ENV_ERROR, "error": said(error)}
-        return replace(episode, steps=tuple(steps), final_reward=0.0, **({} if episode.stop_reason.failed else wrong))
-    return replace(episode, steps=tuple(steps), final_reward=final)
+        known: dict[str, Any] = {"steps": tuple(steps), "final_reward": 0.0, "metadata": metadata}
+        return replace(episode, **known, **({} if episode.stop_reason.failed else wrong))
+    return replace(episode, steps=tuple(steps), final_reward=final, metadata=metadata)
 
 
 # ---- what is given once: raise ConfigError ----
@@ -243,13 +284,26 @@ def pickled(env: Env) -> bytes:
         raise ConfigError(f"{kind.__name__} cannot be sent to worker processes: {culprit}") from None
 
 
-def copied(env: Env) -> Env:
-    """A slot's own copy. Raises ``WrongValue``."""
+def started(env: Env) -> dict[str, Any]:
+    """Starts it; gives the attributes that this assigned."""
+    before = dict(_attributes(env))
+    type(env).start(env)  # an older class may have a setting of that name
+    return {name: value for name, value in _attributes(env).items() if name not in before or before[name] is not value}
+
+
+def copied(env: Env, shared: Mapping[str, Any]) -> Env:
+    """A slot's own copy, with the same ``shared`` attributes. Raises ``WrongValue``."""
     try:
-        return copy.deepcopy(env)
+        own = copy.deepcopy(env, {id(value): value for value in shared.values()})
+        _attributes(own).update(shared)  # also where the class leaves them out of what is pickled
+        return own
     except Exception as error:
         culprit = _culprit(_state(env), copy.deepcopy) or said(error)
         raise WrongValue(f"the environment cannot be copied in its worker process: {culprit}") from None
+
+
+def _attributes(env: Env) -> dict[str, Any]:
+    return getattr(env, "__dict__", {})
 
 
 def _state(env: Env) -> dict[str, Any]:

@@ -61,7 +61,8 @@ class _Process:
     Attributes:
         id: Marks it and what it starts.
         waiting: What it has not answered yet, in order: slots, and whether anyone wants to hear the answer.
-        ready: It has started.
+        has_env: It has read the environment, which starts now or has started.
+        ready: That has started.
         failed_starts: How often in a row its predecessors did not.
     """
 
@@ -75,6 +76,7 @@ class _Process:
         # No daemon: those may not have children of their own.
         self.process = context.Process(target=serve, args=arguments, daemon=False)
         self.waiting: deque[tuple[int, bool]] = deque()
+        self.has_env = False
         self.ready = False
         self.failed_starts = failed_starts
         self._outbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
@@ -187,17 +189,27 @@ class EnvPool:
         timeout_s: Longest time for one reset or step, in seconds, also for each one of an episode that is played again. The
             start of a process is not part of it.
         memory_mib: Most memory of a worker, in MiB.
+        start_timeout_s: Longest time for ``Env.start``, in seconds.
 
     Attributes:
         counts: By the names of ``COUNTS``: workers replaced, those of them that gave no answer, and those that held too much
             memory.
     """
 
-    def __init__(self, env: Env, num_slots: int, num_workers: int, timeout_s: float, memory_mib: int | None = None) -> None:
+    def __init__(
+        self,
+        env: Env,
+        num_slots: int,
+        num_workers: int,
+        timeout_s: float,
+        memory_mib: int | None = None,
+        start_timeout_s: float = 600.0,
+    ) -> None:
         self._name = type(env).__name__
         self._env = pickled(env)
         self._timeout_s = timeout_s
         self._memory_mib = memory_mib
+        self._start_timeout_s = start_timeout_s
         self._slots = [_Slot() for _ in range(num_slots)]
         self._replies: dict[int, EnvReply] = {}
         self.counts = Counter(dict.fromkeys(COUNTS, 0))
@@ -276,7 +288,8 @@ class EnvPool:
         return reply
 
     def _patience_s(self, worker: int) -> float:
-        return self._timeout_s if self._processes[worker].ready else _START_S
+        process = self._processes[worker]
+        return self._timeout_s if process.ready else self._start_timeout_s if process.has_env else _START_S
 
     @contextlib.contextmanager
     def _listening(self, worker: int) -> Iterator[_Process]:
@@ -298,14 +311,7 @@ class EnvPool:
             return
         message = process.connection.recv()
         if not process.ready:
-            if isinstance(message, str):
-                raise ConfigError(
-                    f"{self._name} cannot be read in a worker process: {message}; its class must be in a module that can be "
-                    "imported, and what it holds must pickle"
-                )
-            if self._memory_mib is not None and message > self._memory_mib:
-                raise ConfigError(f"worker_memory_mib = {self._memory_mib} is too small: an idle worker holds {message:.0f}")
-            process.ready, process.failed_starts = True, 0
+            self._take_start(worker, message)
             return
         if message is None:
             return
@@ -321,12 +327,31 @@ class EnvPool:
             self.counts["recycled_workers"] += 1
             self._replace(worker)
 
+    def _take_start(self, worker: int, message: str | float | None) -> None:
+        """Takes what a process says before it serves."""
+        process = self._processes[worker]
+        if not process.has_env:
+            if isinstance(message, str):
+                raise ConfigError(
+                    f"{self._name} cannot be read in a worker process: {message}; its class must be in a module that can be "
+                    "imported, and what it holds must pickle"
+                )
+            process.has_env = True
+        elif isinstance(message, str):
+            process.end(self._guard, patience_s=1.0)
+            self._replace(worker, message)
+        elif self._memory_mib is not None and message is not None and message > self._memory_mib:
+            raise ConfigError(f"worker_memory_mib = {self._memory_mib} is too small: an idle worker holds {message:.0f}")
+        else:
+            process.ready, process.failed_starts = True, 0
+
     def _replace(self, worker: int, error: str = "") -> None:
         """Starts a worker in place of one that ended and plays its episodes again; an ``error`` fails the one it served."""
         old = self._processes[worker]
         failed_starts = old.failed_starts + (not old.ready)
         if failed_starts == _STARTS:
-            raise RunError(f"a worker process of the environment did not start, {_STARTS} times in a row: {error}")
+            culprit = f"{self._name}.start: " if old.has_env else ""
+            raise RunError(f"a worker process of the environment did not start, {_STARTS} times in a row: {culprit}{error}")
         self.counts["replaced_workers"] += 1
         wanted = {slot for slot, wanted in old.waiting if wanted}
         if error and old.ready:

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 
 from steppo.envs.base import Env
-from steppo.envs.checks import EnvReply, copied, reset_reply, step_reply, with_expert
+from steppo.envs.checks import EnvReply, copied, reset_reply, started, step_reply, with_expert
 from steppo.errors import located
 from steppo.types import Task
 
@@ -43,9 +43,10 @@ def _resident_mib() -> float:
 
 
 def serve(connection: Connection, pickled_env: bytes, memory_mib: int | None, spared_turns: int) -> None:
-    """Says how large it is, then serves slots until it is told to stop, nobody listens, or it has outgrown its memory.
+    """Starts, then serves slots until it is told to stop, nobody listens, or it has outgrown its memory.
 
-    Where it cannot read the environment it says why, and ends. An environment that raises is closed and made anew at its
+    It says ``None`` when it has read the environment, and how large it is when that has started. Where it cannot do one of
+    these it says why, and ends. An environment that raises is closed and made anew at its
     next reset. Answers come in the order of the requests; each says whether it is the last, but none of the first
     ``spared_turns`` resets and steps is. ``None`` is a sign of life within an episode that is played again.
     """
@@ -60,6 +61,12 @@ def serve(connection: Connection, pickled_env: bytes, memory_mib: int | None, sp
         except Exception as error:
             connection.send(located(error))
             return
+        connection.send(None)
+        try:
+            shared = started(prototype)
+        except BaseException as error:  # also an exit
+            connection.send(located(error))
+            return
         connection.send(_resident_mib())
         while not outgrown and (message := connection.recv()) is not None:
             slot, pickled_task, actions, want_expert = message
@@ -67,7 +74,7 @@ def serve(connection: Connection, pickled_env: bytes, memory_mib: int | None, sp
                 if slot not in envs:
                     if pickled_task is None:
                         raise RuntimeError("the episode was lost with an earlier worker process")
-                    envs[slot] = copied(prototype)
+                    envs[slot] = copied(prototype, shared)
                 task = pickle.loads(pickled_task) if pickled_task is not None else None
                 reply = pickle.dumps(play(envs[slot], task, actions, want_expert, lambda: connection.send(None)))
             except BaseException as error:  # a broken environment is data, not the end of the run

@@ -3,11 +3,12 @@
 from steppo.rollouts.base import EpisodeSource
 from steppo.rollouts.env_source import EnvSource
 from steppo.rollouts.place import request_seed
-from steppo.rollouts.players import Player, PolicyPlayer, ScriptedPlayer, expert_action, random_action
+from steppo.rollouts.players import NoAction, Player, PolicyPlayer, ScriptedPlayer, expert_action, random_action
 
 __all__ = [
     "EnvSource",
     "EpisodeSource",
+    "NoAction",
     "Player",
     "PolicyPlayer",
     "ScriptedPlayer",

@@ -49,6 +49,7 @@ class EnvSource(EpisodeSource):
         num_slots: Episodes played at the same time.
         num_workers: Processes that step environments.
         env_timeout: Seconds that one environment step may take before its episode is given up.
+        start_timeout: Seconds that the environment's ``start`` may take in a worker process.
         worker_memory_mib: A process that holds more MiB after a step is replaced and its episodes are played again up to
             there: for environments that leak. No limit unless given.
     """
@@ -68,6 +69,7 @@ class EnvSource(EpisodeSource):
         num_workers: int = 1,
         env_timeout: float = 60.0,
         worker_memory_mib: int | None = None,
+        start_timeout: float = 600.0,
     ) -> None:
         for name, value in (
             ("max_prompt_tokens", max_prompt_tokens),
@@ -82,8 +84,9 @@ class EnvSource(EpisodeSource):
             raise ConfigError(f"EnvSource: {type(env).__name__} has no step limit, so max_steps must be given")
         if max_steps is not None and max_steps < 1:
             raise ConfigError(f"EnvSource: max_steps must be at least 1, not {max_steps}")
-        if not env_timeout > 0:
-            raise ConfigError(f"EnvSource: env_timeout must be above 0 seconds, not {env_timeout}")
+        for name, seconds in (("env_timeout", env_timeout), ("start_timeout", start_timeout)):
+            if not seconds > 0:
+                raise ConfigError(f"EnvSource: {name} must be above 0 seconds, not {seconds}")
         if not 0 <= invalid_penalty <= MOST_REWARD:
             raise ConfigError(f"EnvSource: invalid_penalty must be from 0 to {MOST_REWARD:g}, not {invalid_penalty}")
         if worker_memory_mib is not None and worker_memory_mib < 1:
@@ -103,6 +106,7 @@ class EnvSource(EpisodeSource):
         self.num_workers = num_workers
         self.env_timeout = env_timeout
         self.worker_memory_mib = worker_memory_mib
+        self.start_timeout = start_timeout
         self._pool: EnvPool | None = None
         self._is_playing = False
         self._counts = Counter(dict.fromkeys(COUNTS, 0))
@@ -114,7 +118,7 @@ class EnvSource(EpisodeSource):
         """The worker processes, started when first needed."""
         if self._pool is None:
             sizes = self.num_slots, self.num_workers
-            self._pool = EnvPool(self.env, *sizes, self.env_timeout, self.worker_memory_mib)
+            self._pool = EnvPool(self.env, *sizes, self.env_timeout, self.worker_memory_mib, self.start_timeout)
         return self._pool
 
     def tasks(self, split: str) -> list[Task]:

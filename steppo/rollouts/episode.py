@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Protocol
@@ -45,18 +45,19 @@ def _costs_the_episode(reason: StopReason) -> Iterator[None]:
 async def play_episode(rules: Rules, place: Place, env: AwaitedEnv, player: Player, on_step: OnStep | None) -> Episode:
     """Plays one episode. ``on_step`` is called with each step (none at the start) and the observation after it."""
     config, task = place.config, place.group.task
-    observations: list[Observation] = []
-    steps: list[Step] = []
+    observations, steps = list[Observation](), list[Step]()
     success: bool | None = None
+    opening: Mapping[str, str | float | bool] = {}
 
     def ended(reason: StopReason, error: str = "", final_prompt_ids: np.ndarray | None = None) -> Episode:
         if steps and reason != StopReason.TERMINATED:
             steps[-1] = replace(steps[-1], truncated=True)
         names = place.id, place.order, place.group.id, task.id
-        return Episode(*names, tuple(steps), reason, final_prompt_ids, success, error)
+        return Episode(*names, tuple(steps), reason, final_prompt_ids, success, error, metadata=opening)
 
     try:
         observation, reply = _answered(await env.reset(task, config.want_expert))
+        opening = reply.info
         while True:
             success = success if reply.success is None else reply.success
             if on_step is not None:
@@ -79,8 +80,7 @@ async def play_episode(rules: Rules, place: Place, env: AwaitedEnv, player: Play
             with _costs_the_episode(StopReason.ENGINE_ERROR):
                 completion = await player.act(request, observation)
             if completion.error or not len(completion.action_ids):
-                error = completion.error or "the engine gave an action without a token"
-                raise _Broken(StopReason.ENGINE_ERROR, error)
+                raise _Broken(StopReason.ENGINE_ERROR, completion.error or "the engine gave an action without a token")
             with _costs_the_episode(StopReason.ABORTED):
                 text = rules.context.decode_action(completion.action_ids)
                 parsed = rules.parsed(text, observation)
@@ -107,6 +107,7 @@ async def play_episode(rules: Rules, place: Place, env: AwaitedEnv, player: Play
                     action=text.strip() if parsed.command is None else parsed.command,
                     temperature=config.temperature,
                     policy_version=config.version,
+                    metadata=reply.info,
                 )
             )
     except _Broken as broken:

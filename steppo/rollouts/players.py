@@ -14,6 +14,10 @@ from steppo.types import Completion, Observation, Request
 Choose = Callable[[Observation, Request], str]
 
 
+class NoAction(ValueError):
+    """A rule has nothing to go by here."""
+
+
 class Player(ABC):
     """Gives the action of each step. What it raises costs its episode."""
 
@@ -60,12 +64,12 @@ def random_action(observation: Observation, request: Request) -> str:
     """An admissible command, each as likely as the others."""
     commands = observation.admissible_commands
     if not commands:
-        raise ValueError("no admissible commands are shown here")
+        raise NoAction("no admissible commands are shown here")
     return random.Random(request.seed).choice(commands)
 
 
 def expert_action(observation: Observation, request: Request) -> str:
     """What the environment's expert would do; the plan must ask for it (``want_expert``)."""
     if observation.expert_action is None:
-        raise ValueError("the environment has no expert here")
+        raise NoAction("the environment has no expert here")
     return observation.expert_action

@@ -55,7 +55,7 @@ def test_every_wrong_value_costs_its_episode_and_is_named(draw: Draw) -> None:
 def test_the_draws_are_of_both_kinds() -> None:
     """A field whose wrong values were never looked at would make the property empty."""
     right = {"text": "a", "goal": "", "feedback": "", "admissible_commands": None, "expert_action": None, "reward": 1}
-    right |= {"terminated": False, "truncated": False, "success": None, "action_valid": None, "info": dict}
+    right |= {"terminated": False, "truncated": False, "success": None, "action_valid": None, "other": None, "info": dict}
     right |= {"observation": Observation, "answer": tuple, "expert": None}
     assert play(SOURCE, Draw("step", right, frozenset(), True)).error == ""
     for name in FIELDS:
@@ -131,7 +131,7 @@ def test_what_is_right_comes_through_as_plain_values() -> None:
     reply = step_reply([given, np.float32(0.5), np.bool_(True), np.bool_(False), {"success": np.bool_(True)}])
     assert reply.observation == Coloured("a", admissible_commands=("go",), colour="red")
     assert type(reply.observation.text) is type(reply.observation.admissible_commands[0]) is str
-    assert [type(value) for value in vars(reply).values()] == [Coloured, float, bool, bool, bool, bool, str]
+    assert [type(value) for value in vars(reply).values()] == [Coloured, float, bool, bool, bool, bool, str, dict]
     for reward, value in [(True, 1.0), (7, 7.0), (Fraction(1, 2), 0.5), (np.int8(-3), -3.0), (-1e12, -1e12)]:
         assert step_reply((Observation(""), reward, False, False, {})).reward == value
 

@@ -1,0 +1,97 @@
+"""Demonstrations that end early: what is kept of them, and what is said."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from callbacks import WarmStartCallback
+from steppo.types import Segment
+from tests.cli.test_errors import refused
+from tests.cli_helpers import TOY, places, run
+from tests.expert_env import ExpertEnv
+
+# The warm start, and nothing after it: 8 tasks, twice.
+SHORT = [
+    "--warm_start.updates=1",
+    "--warm_start.episodes=16",
+    "--rollout.max_environment_steps=0",
+    "--trainer.limit_val_batches=0",
+    "--data.source.env=tests.expert_env.ExpertEnv",
+]
+EXPERT = "--warm_start.actions=expert"
+
+
+@pytest.fixture
+def learned(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many steps each warm start learned from."""
+    found: list[int] = []
+    demonstrations = WarmStartCallback._demonstrations
+
+    def counted(self: WarmStartCallback, *given: Any) -> list[Segment]:
+        segments = demonstrations(self, *given)
+        found.append(len(segments))
+        return segments
+
+    monkeypatch.setattr(WarmStartCallback, "_demonstrations", counted)
+    return found
+
+
+def expert_steps(knows: Any) -> tuple[int, int]:
+    """Steps that the expert takes in the 8 training tasks, and tasks that it leaves early: played here."""
+    env = ExpertEnv(knows)
+    steps = early = 0
+    for task in env.tasks("train"):
+        env.reset(task)
+        terminated = False
+        while not terminated:
+            if (action := env.expert_action()) is None:
+                early += 1
+                break
+            _, _, terminated, _, _ = env.step(action)
+            steps += 1
+    return steps, early
+
+
+@pytest.mark.parametrize("knows", ["always", "first", "near", "some"])
+def test_steps_before_the_expert_had_no_action_are_learned_from(
+    knows: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, learned: list[int]
+) -> None:
+    run(tmp_path, *SHORT, EXPERT, f"--data.source.env.knows={knows}")
+    steps, early = expert_steps(knows)
+    assert learned == [2 * steps]
+    said = [message for message in caplog.messages if message.startswith("warm_start: ")]
+    line = f"warm_start: {2 * early} of 16 demonstrations ended early: the expert of ExpertEnv had no action"
+    assert said == ([line] if early else [])
+
+
+def test_random_actions_that_have_nothing_to_choose_from(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, learned: list[int]
+) -> None:
+    run(tmp_path, *SHORT, "--data.source.env.knows=first")
+    assert "warm_start: 16 of 16 demonstrations ended early: ExpertEnv showed no admissible commands" in caplog.messages
+    assert learned == [16]
+
+
+NONE = {
+    "never": "16 of 16 demonstrations ended early: the expert of ExpertEnv had no action",
+    "raises": "16 of 16 demonstrations failed and are left out: ",
+}
+
+
+@pytest.mark.parametrize("knows", NONE)
+def test_no_demonstration_is_one_line(knows: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """An environment that raises has failed: nothing of the episode is learned from."""
+    said = refused(["fit", f"--config={TOY}", *places(tmp_path), *SHORT, EXPERT, f"--data.source.env.knows={knows}"], capfd)
+    if knows == "never":
+        assert said == f"error: warm_start: there is no demonstration: {NONE[knows]}"
+    else:
+        assert f"there is no demonstration: {NONE[knows]}" in said
+        assert "RuntimeError: lost" in said
+
+
+def test_no_random_demonstration_is_one_line(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    said = refused(["fit", f"--config={TOY}", *places(tmp_path), *SHORT, "--data.source.env.knows=never"], capfd)
+    assert "16 of 16 demonstrations ended early: ExpertEnv showed no admissible commands" in said
