@@ -19,11 +19,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Task:
-    """One problem that an environment can be reset to.
+    """One problem that an environment can be reset to; in ``data`` what it needs for that: numbers, strings, lists, dicts.
 
-    Attributes:
-        id: Unique and stable; seeds, panels and groups are made from it, never from a position in a list.
-        data: What the environment needs to set it up: numbers, strings, lists, dicts.
+    ``id`` is unique and stable; seeds, panels and groups are made from it, never from a position in a list.
     """
 
     id: str
@@ -169,11 +167,9 @@ class Episode:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How actions are sampled. Temperature only: top-p, top-k and penalties would make the learner's policy another one.
+    """How actions are sampled: ``temperature`` divides the logits, 0 takes the most likely token.
 
-    Attributes:
-        temperature: Divides the logits; 0 takes the most likely token.
-        max_new_tokens: Most tokens in one action.
+    Temperature only: top-p, top-k and penalties would make the learner's policy another one.
     """
 
     temperature: float = 1.0
@@ -182,13 +178,10 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Group:
-    """Episodes wanted of one task, from the same start.
+    """So many (``size``) episodes wanted of one task, from the same start.
 
-    Attributes:
-        id: Its place among the groups of the iteration, over all ranks.
-        task: The task.
-        size: Number of episodes.
-        first: Order of its first episode: how many episodes the groups before it have, over all ranks.
+    ``id`` is its place among the groups of the iteration over all ranks, ``first`` the order of its first episode: how many
+    episodes the groups before it have.
     """
 
     id: int
