@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from steppo.advantages import GRPO, whiten
-from steppo.types import Credit, CreditBatch
+from steppo.batch import Credit, CreditBatch
 
 
 class WhitenedGRPO(GRPO):

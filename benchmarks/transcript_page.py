@@ -27,12 +27,13 @@ import aiohttp
 import numpy as np
 import torch
 
+from steppo.batch import Credit
 from steppo.learner import Experience, ReplayStatistics
 from steppo.learner.correction import Weights
 from steppo.learner.scoring import Scores
 from steppo.learner.steps import StepTable
 from steppo.transcripts import TranscriptWriter, episode_records, page_blocks
-from steppo.types import Credit, Episode, Step, StopReason
+from steppo.types import Episode, Step, StopReason
 
 ROOT = Path(__file__).parent.parent
 ITERATIONS, TRAIN, VALID, EVERY = 60, 64, 100, 5

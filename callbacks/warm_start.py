@@ -20,6 +20,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch.distributed.tensor import DTensor
 
 import steppo
+from steppo.batch import Segment
 from steppo.datamodule import run_seed
 from steppo.distributed import gather, load_trained_state, rank_and_world, trained_state
 from steppo.errors import ConfigError, RunError
@@ -29,7 +30,8 @@ from steppo.models import Policy
 from steppo.module import AgentModule
 from steppo.progress import phase
 from steppo.rollouts import EnvSource, NoAction, ScriptedPlayer, expert_action, random_action
-from steppo.types import Episode, Observation, Request, RolloutConfig, Segment, Step, groups_of
+from steppo.rollouts.players import Choose
+from steppo.types import Action, Episode, Request, RolloutConfig, Step, Turn, groups_of
 from steppo.weight_cache import WeightCache
 
 
@@ -108,12 +110,12 @@ class WarmStartCallback(pl.Callback):
         source = module.data.source
         if not isinstance(source, EnvSource):
             raise ConfigError("warm_start needs an EnvSource: other sources cannot be played by a script")
-        rule = random_action if self.actions == "random" else expert_action
+        rule: Choose = random_action if self.actions == "random" else expert_action
         early: set[str] = set()
 
-        def choose(observation: Observation, request: Request) -> str:
+        def choose(turn: Turn, request: Request) -> str | Action:
             try:
-                return source.parser.answer(rule(observation, request))
+                return rule(turn, request)
             except NoAction:
                 early.add(request.session_id)
                 raise
@@ -122,7 +124,7 @@ class WarmStartCallback(pl.Callback):
         rank, world = rank_and_world()
         groups = groups_of([tasks[index % len(tasks)] for index in range(self.episodes)])[rank::world]
         config = RolloutConfig("warm_start", self.seed, want_expert=self.actions == "expert")
-        player = ScriptedPlayer(choose, source.context.encode_action)
+        player = ScriptedPlayer(choose, source.write)
         mine: list[Episode] = []
         with phase(trainer, "demonstrations", len(groups)) as advance:
             for group in source.collect(groups, config, player):
@@ -139,7 +141,7 @@ class WarmStartCallback(pl.Callback):
     def _say_what_is_missing(self, env: str, played: Sequence[Episode], ended: set[str], any_steps: bool) -> None:
         """One line for what ended early (its steps count), one for what failed; ``RunError`` without any step."""
         failed = [episode for episode in played if episode.stop_reason.failed and episode.id not in ended]
-        why = f"the expert of {env} had no action" if self.actions == "expert" else f"{env} showed no admissible commands"
+        why = f"the expert of {env} had no action" if self.actions == "expert" else f"{env} showed no commands"
         lines = []
         if ended:
             lines.append(f"{len(ended)} of {len(played)} demonstrations ended early: {why}")
@@ -156,7 +158,7 @@ class WarmStartCallback(pl.Callback):
         cut = [step.action_ids for step in steps if len(step.action_ids) > source.max_new_tokens]
         if cut:
             longest = max(cut, key=len)
-            said = source.context.decode_action(longest)
+            said = source.renderer.decode_action(longest)
             raise ConfigError(
                 f"warm_start: {len(cut)} of {len(steps)} demonstrated actions have more tokens than max_new_tokens = "
                 f"{source.max_new_tokens} and would always be cut; set data.source.max_new_tokens to {len(longest)} at "

@@ -7,11 +7,11 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
+from steppo.batch import Microbatch, Segment
 from steppo.distributed import gather
 from steppo.errors import RunError
 from steppo.learner import Experience
 from steppo.packing import Packer
-from steppo.types import Microbatch, Segment
 
 
 class StepBuffer:

@@ -13,6 +13,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
+from steppo.batch import Microbatch
 from steppo.buffer import StepBuffer
 from steppo.distributed import made_once, rank_and_world, require_equal
 from steppo.errors import ConfigError
@@ -20,7 +21,7 @@ from steppo.packing import Packer, PaddedPacker
 from steppo.progress import phase
 from steppo.rollouts import EpisodeSource
 from steppo.samplers import ShuffledSampler, TaskSampler
-from steppo.types import Group, Microbatch, Task, groups_of
+from steppo.types import Group, Task, groups_of
 
 _CORPUS_TASKS = 256
 

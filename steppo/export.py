@@ -172,7 +172,7 @@ def _use(name: str, parts: PartsCLI, adapter: bool) -> list[str]:
     if isinstance(source, EnvSource):
         if source.context.instructions:
             turns.insert(0, {"role": "system", "content": source.context.instructions})
-        rendering = "".join(f", {key}={value!r}" for key, value in source.context.template_kwargs.items())
+        rendering = "".join(f", {key}={value!r}" for key, value in source.renderer.template_kwargs.items())
     return [
         *(["import torch"] if mixed or "torch." in loaded else []),
         *(["from peft import AutoPeftModelForCausalLM"] if adapter else []),

@@ -15,6 +15,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from steppo.advantages import Advantage
+from steppo.batch import Microbatch
 from steppo.checkpoints import read
 from steppo.distributed import average_gradients, rank_and_world, require_equal, shard, unsharded
 from steppo.envs.checks import checked_episode
@@ -31,7 +32,7 @@ from steppo.models.policy import AdapterView
 from steppo.progress import phase
 from steppo.run_folder import RunTrainer
 from steppo.run_module import RunModule, fill_state, take_settings
-from steppo.types import Episode, Group, Microbatch, RolloutConfig
+from steppo.types import Episode, Group, RolloutConfig
 
 
 class AgentModule(RunModule):

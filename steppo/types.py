@@ -1,20 +1,14 @@
-"""Records and batches that every part of steppo shares. Free of torch at run time: environment workers import it.
-
-Shape suffixes: ``_N`` steps, ``_E`` episodes, ``_A`` action tokens, ``_BT`` rows x tokens (flattened: ``row * T + column``).
-"""
+"""Records that every part of steppo shares: from a task to an episode. Free of torch: environment workers import it."""
 
 from __future__ import annotations
 
 import enum
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
-
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -29,22 +23,57 @@ class Task:
 
 
 @dataclass(frozen=True)
-class Observation:
-    """What the agent sees before it acts.
+class ToolSpec:
+    """A tool that the policy may call, as chat templates take it.
 
     Attributes:
-        text: The environment's answer (or its opening text).
-        goal: The instruction, the same all through an episode.
-        admissible_commands: Commands to choose from, shown in the prompt; ``None`` when they are hidden or unknown.
-        feedback: Why the last action was refused; empty when it was carried out.
-        expert_action: What an expert would do now. Never rendered; filled only while demonstrations are collected.
+        name: What a call names.
+        description: What it does, for the policy.
+        parameters: JSON schema of its arguments: an object.
     """
 
-    text: str
-    goal: str = ""
-    admissible_commands: tuple[str, ...] | None = None
-    feedback: str = ""
-    expert_action: str | None = None
+    name: str
+    description: str = ""
+    parameters: Mapping[str, Any] = field(default_factory=lambda: {"type": "object", "properties": {}})
+
+    @property
+    def schema(self) -> dict[str, Any]:
+        """As a chat template takes it."""
+        function = {"name": self.name, "description": self.description, "parameters": dict(self.parameters)}
+        return {"type": "function", "function": function}
+
+
+@dataclass(frozen=True)
+class ToolCall:
+    """One call of a tool. ``id`` tells the calls of an action apart; their answers name it."""
+
+    name: str
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    id: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.name}({json.dumps(self.arguments, ensure_ascii=False)})"
+
+
+@dataclass(frozen=True)
+class Action:
+    """What the policy decided, read out of what it said.
+
+    Attributes:
+        command: A command, where the environment takes these.
+        tool_calls: Calls of the environment's tools, in their order.
+        text: What was said beside calls and thinking: a final answer, if nothing is called.
+        reasoning: The thinking before it.
+    """
+
+    command: str | None = None
+    tool_calls: tuple[ToolCall, ...] = ()
+    text: str = ""
+    reasoning: str = ""
+
+    def __str__(self) -> str:
+        """For people and records: the command, the calls, or the text."""
+        return self.command or "; ".join(map(str, self.tool_calls)) or self.text
 
 
 @dataclass(frozen=True)
@@ -52,15 +81,63 @@ class Message:
     """One message of a prompt, as chat templates take it.
 
     Attributes:
-        role: ``system``, ``user`` or ``assistant``.
+        role: ``system``, ``user``, ``assistant`` or ``tool``.
         content: The text.
+        tool_call_id: Which call a tool's message answers.
         trusted: Its text may show the markup of answers: past ones, or a parser's feedback with the form of a call. Other
             markup of a template is taken out of all messages but the system's.
     """
 
     role: str
     content: str
+    tool_call_id: str = ""
     trusted: bool = False
+
+
+@dataclass(frozen=True)
+class Turn:
+    """The environment's: what the agent sees before it acts, and what its last action brought.
+
+    Attributes:
+        text: What it says as the user, if anything.
+        goal: The instruction, the same all through an episode.
+        commands: What may be said, shown in the prompt; ``None`` where that is hidden, unknown or free. In an open command,
+            ``...`` stands for words of the agent's own: ``search[...]``.
+        messages: What else is said, before ``text``: answers of tools (role ``tool``), other users.
+        reward: Of the last action.
+        terminated: The task is over, nothing follows.
+        truncated: The episode was cut from outside.
+        success: Whether the task is solved, as far as one can tell now; ``None`` for no verdict. The last verdict counts.
+        action_valid: The last action could be carried out.
+        feedback: Why the last action was refused; empty when it was carried out.
+        state_key: Equal where the agent is in the same state, for methods that group by it; the observation unless given.
+        info: Figures (numbers, booleans) and labels (short texts) for records and curves, by their names.
+        expert_action: What an expert would do now. Never rendered; filled in while demonstrations are collected.
+    """
+
+    text: str = ""
+    goal: str = ""
+    commands: tuple[str, ...] | None = None
+    messages: tuple[Message, ...] = ()
+    reward: float = 0.0
+    terminated: bool = False
+    truncated: bool = False
+    success: bool | None = None
+    action_valid: bool = True
+    feedback: str = ""
+    state_key: str | None = None
+    info: Mapping[str, str | float | bool] = field(default_factory=dict)
+    expert_action: Action | None = None
+
+    @property
+    def observation(self) -> str:
+        """All that is seen, as one text."""
+        return "\n".join(text for text in (*(message.content for message in self.messages), self.text) if text)
+
+    def refused(self, feedback: str) -> Turn:
+        """This turn again, after an answer that never reached the environment."""
+        kept = {name: getattr(self, name) for name in ("goal", "commands", "state_key", "expert_action")}
+        return Turn(self.observation, **kept, action_valid=False, feedback=feedback)
 
 
 class StopReason(enum.StrEnum):
@@ -92,14 +169,15 @@ class Step:
         finish_reason: ``stop`` or ``length``.
         terminated: The episode ended here as part of the task: no value follows.
         truncated: The episode was cut here.
-        action_valid: The text parsed to a command that the environment took.
-        observation: Text *before* the action (the anchor state of GiGPO).
-        action: Parsed command, or the raw text when it did not parse.
+        action_valid: The text parsed to an action that the environment took.
+        observation: What was seen *before* the action.
+        action: The command or the calls, or the raw text when it did not parse.
         temperature: Sampling temperature; 0 is greedy.
         policy_version: Number of updates that the sampling weights had seen.
         agent_id: Which agent acted. The steps of one agent in one episode, in their order, are a *chain*: a trajectory of
             its own, within which credit runs.
         metadata: What the environment said at this step beside the reward: figures and labels by their names.
+        state_key: The state before the action (GiGPO's anchor), if it is not told by the observation.
     """
 
     prompt_ids: np.ndarray
@@ -117,6 +195,7 @@ class Step:
     policy_version: int
     agent_id: str = "agent"
     metadata: Mapping[str, str | float | bool] = field(default_factory=dict)
+    state_key: str | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -245,156 +324,3 @@ class Completion:
     logprobs: np.ndarray
     finish_reason: str
     error: str = ""
-
-
-@dataclass(frozen=True, eq=False)
-class Segment:
-    """Token ids of one step, to be packed: int32 prompt and action (the action may be empty to read a value only).
-
-    ``episode`` (its order) and ``group`` say which segments may begin alike, for packers that share such beginnings.
-    """
-
-    prompt_ids: np.ndarray
-    action_ids: np.ndarray
-    episode: int = 0
-    group: int = 0
-
-
-@dataclass
-class TokenBatch:
-    """Packed steps, ready for a forward pass. Only packers and models know about rows.
-
-    Attributes:
-        input_ids_BT: int64 [B, T].
-        position_ids_BT: int64 [B, T].
-        attention: ``None`` = causal along the row; else a float mask [B, 1, T, T] that is added to the scores.
-        predict_at_A: int64, flat position whose logits predict each action token.
-        target_A: int64, the action tokens.
-        step_of_A: int64 in [0, N), the step of each action token, non-decreasing.
-        value_at_N: int64, flat position of each prompt's last token. Several steps may point at one position.
-    """
-
-    input_ids_BT: Tensor
-    position_ids_BT: Tensor
-    attention: Tensor | None
-    predict_at_A: Tensor
-    target_A: Tensor
-    step_of_A: Tensor
-    value_at_N: Tensor
-
-    def to(self, device: torch.device) -> TokenBatch:
-        """On another device."""
-        return replace(self, **_moved(self, device))
-
-    @property
-    def num_steps(self) -> int:
-        """N."""
-        return self.value_at_N.shape[0]
-
-    def value_positions(self, needs_values: str) -> Tensor:
-        """Flat positions where a critic is read: each prompt's end (``step``), or wherever an action token is predicted."""
-        return self.value_at_N if needs_values == "step" else self.predict_at_A
-
-
-@dataclass
-class CreditBatch:
-    """All that credit assignment may look at: the steps of one iteration over all ranks, in any order.
-
-    An episode may hold several agents. A *chain* is the steps of one of them in one episode, in their order: a trajectory of
-    its own. What follows a step is the next one of its chain; no value crosses chains. An episode of one agent is one chain.
-
-    Attributes:
-        reward_N: float, reward of each step, with the KL penalty if the reward carries it. The last step of each chain also
-            has the final reward of its episode: a sum over several chains has it several times, ``episode_returns`` once.
-        reward_A: float, the same by action token: a step's reward sits on its last token, the KL penalty on each.
-        task_reward_N: float, reward of each step without the KL penalty.
-        task_reward_A: float, the same by action token.
-        episode_N: int64, number of the step's episode in [0, E).
-        chain_N: int64, number of the step's chain in [0, C). Chains are numbered by episode: those of one have adjacent
-            numbers, while their steps may be mixed. With one agent in each episode it is ``episode_N``.
-        agent_N: int64, number of the step's agent, the same in all episodes.
-        group_E: int64, group of each episode.
-        index_N: int64, position of the step in its chain, from 0.
-        length_N: int64, action tokens of each step; those of a step stand together, steps in the order of the rows.
-        terminated_E: bool, the episode ended as part of its task.
-        bootstrap_E: float, value of the state after the last step of a truncated episode; 0 where there is none. It is one
-            of that step's chain; the episode's other chains end with 0.
-        last_chain_E: int64, chain of each episode's last step.
-        final_reward_E: float, what the rewards of each chain's last step hold beside its own.
-        value_N: float, value of each step's prompt, for advantages that need step values.
-        value_A: float, value before each action token, for advantages that need token values.
-        anchor_N: int64, equal for steps of one agent with the same observation.
-        observation_N: The observations' texts, for advantages that ask for them.
-    """
-
-    reward_N: Tensor
-    reward_A: Tensor
-    task_reward_N: Tensor
-    task_reward_A: Tensor
-    episode_N: Tensor
-    chain_N: Tensor
-    agent_N: Tensor
-    group_E: Tensor
-    index_N: Tensor
-    length_N: Tensor
-    terminated_E: Tensor
-    bootstrap_E: Tensor
-    last_chain_E: Tensor
-    final_reward_E: Tensor
-    value_N: Tensor | None = None
-    value_A: Tensor | None = None
-    anchor_N: Tensor | None = None
-    observation_N: list[str] | None = None
-
-
-@dataclass(frozen=True, eq=False)
-class Credit:
-    """What credit assignment gives: an advantage by step or by action token, and the critic's targets of the same kind."""
-
-    advantage_N: Tensor | None = None
-    advantage_A: Tensor | None = None
-    target_N: Tensor | None = None
-    target_A: Tensor | None = None
-
-
-@dataclass
-class Microbatch:
-    """One forward and backward pass of an update.
-
-    Attributes:
-        tokens: The packed steps.
-        temperature_A: float, what each action token was sampled with.
-        old_logprobs_A: float, log-probabilities when the iteration started.
-        behaviour_logprobs_A: float, those of the engine that sampled.
-        ref_logprobs_A: float, the reference policy's; ``None`` without KL.
-        advantage_A: float, a step's advantage repeated over its tokens, or the tokens' own.
-        weight_A: float, importance weight of each action token: 1 on-policy, 0 where it is not learned from.
-        index_N: int64, the steps' indices in this rank's buffer.
-        old_value: float [N] or [A], as the critic reads them; ``None`` without critic.
-        target: float, same shape.
-        update_steps: Steps in the whole update, over all microbatches and ranks.
-        update_tokens: Action tokens in the whole update.
-        scale: 1, or 0 for a microbatch that only keeps the ranks in step with each other.
-    """
-
-    tokens: TokenBatch
-    temperature_A: Tensor
-    old_logprobs_A: Tensor
-    behaviour_logprobs_A: Tensor
-    ref_logprobs_A: Tensor | None
-    advantage_A: Tensor
-    weight_A: Tensor
-    index_N: Tensor
-    old_value: Tensor | None
-    target: Tensor | None
-    update_steps: int
-    update_tokens: int
-    scale: float = 1.0
-
-    def to(self, device: torch.device) -> Microbatch:
-        """On another device."""
-        return replace(self, **_moved(self, device))
-
-
-def _moved(batch: TokenBatch | Microbatch, device: torch.device) -> dict[str, Any]:
-    return {name: value.to(device) for name, value in vars(batch).items() if hasattr(value, "to")}

@@ -10,9 +10,9 @@ from hypothesis import settings
 from torch import Tensor
 
 from steppo.advantages import Advantage, StepGAE, TokenGAE
+from steppo.batch import CreditBatch
 from steppo.losses import LossInputs, PolicyLoss, token_weights
 from steppo.losses.functional import Aggregation
-from steppo.types import CreditBatch
 from tests.slow_credit import Ending, Turn, rows_by_chain, rows_by_episode, with_final_rewards
 
 # Property tests: few examples, the same ones on every run, no time limit on one of them.

@@ -12,13 +12,14 @@ import pytest
 import torch
 
 from steppo.advantages import StepGAE
+from steppo.batch import Credit, Microbatch
 from steppo.buffer import StepBuffer
 from steppo.datamodule import StepDataModule
 from steppo.errors import RunError
 from steppo.packing import Packer, PaddedPacker
 from steppo.rollouts import EpisodeSource
 from steppo.samplers import SequentialSampler
-from steppo.types import Credit, Episode, Group, Microbatch, RolloutConfig, Task
+from steppo.types import Episode, Group, RolloutConfig, Task
 from tests.learner.fakes import (
     BOOTSTRAP,
     EPISODES,

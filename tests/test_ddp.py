@@ -19,11 +19,12 @@ from torch.distributed.tensor import DTensor
 
 from callbacks import RolloutCallback
 from steppo.advantages import StepGAE
+from steppo.batch import Credit, CreditBatch
 from steppo.cli import build_parts
 from steppo.distributed import rank_and_world, require_equal
 from steppo.errors import ConfigError, RunError
 from steppo.models import TinyPolicy
-from steppo.types import Credit, CreditBatch, Task
+from steppo.types import Task
 from tests.cli_helpers import TOY, evaluations, places, run, weights
 from tests.toy_env import CorridorEnv
 

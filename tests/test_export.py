@@ -14,12 +14,13 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
 
+from steppo.batch import Segment
 from steppo.cli import SteppoCLI
 from steppo.export import clean_config, main
 from steppo.models import Policy, TinyPolicy
 from steppo.packing import PaddedPacker
 from steppo.rendering import AppendContext, StateContext
-from steppo.types import Observation, RolloutConfig, Segment, Step, groups_of
+from steppo.types import Observation, RolloutConfig, Step, groups_of
 from tests.cli_helpers import TOY, checkpoint, evaluations, run
 from tests.test_train import CHAT
 

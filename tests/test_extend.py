@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from steppo.advantages import Advantage, whiten
-from steppo.types import Credit, CreditBatch
+from steppo.batch import Credit, CreditBatch
 from tests.cli_helpers import evaluations, run, weights
 from tests.slow_credit import Ending, Turn, slow_credit, slow_grpo
 
@@ -42,7 +42,7 @@ FILES = {
     "my_advantage": """
         import torch
         from steppo.advantages import Advantage, whiten
-        from steppo.types import Credit
+        from steppo.batch import Credit
 
         class CentredReturn(Advantage):
             def __init__(self, scale: float = 1.0):

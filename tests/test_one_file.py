@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from steppo.advantages import StepGAE
+from steppo.batch import CreditBatch
 from steppo.losses import ClippedLoss, value_loss
-from steppo.types import CreditBatch
 from tests.numeric_helpers import policy_loss
 
 GAMMA, LAMBDA, CLIP, VALUE_CLIP = 0.95, 0.9, 0.1, 0.5

@@ -16,12 +16,13 @@ import numpy as np
 import pytest
 import torch
 
+from steppo.batch import Segment
 from steppo.cli import SteppoCLI
 from steppo.models import TinyPolicy
 from steppo.packing import PaddedPacker
 from steppo.play.command import main
 from steppo.play.show import Show
-from steppo.types import Observation, Segment, Step
+from steppo.types import Observation, Step
 from tests.callbacks.test_quantization import fit
 from tests.cli_helpers import TOY, checkpoint, evaluations
 from tests.toy_env import CorridorEnv

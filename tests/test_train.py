@@ -15,9 +15,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from callbacks import WarmStartCallback
 from steppo.advantages import StepGAE
+from steppo.batch import Credit, CreditBatch, Segment
 from steppo.models import TinyPolicy
 from steppo.module import AgentModule
-from steppo.types import Credit, CreditBatch, Segment
 from tests.cli_helpers import checkpoint, evaluations, run, same, weights
 from tests.toy_env import CorridorEnv
 

@@ -8,14 +8,14 @@ import os
 import time
 from typing import Any
 
-from steppo.envs.base import Env
+from steppo.envs.base import TextGameEnv
 from steppo.errors import ConfigError
-from steppo.types import Observation, Task
+from steppo.types import Task, Turn
 
 _SPLITS = ("train", "valid", "test")
 
 
-class CorridorEnv(Env):
+class CorridorEnv(TextGameEnv):
     """A corridor of numbered rooms. Walk to the goal room and take the coin; ``take`` anywhere else does nothing.
 
     Args:
@@ -45,24 +45,24 @@ class CorridorEnv(Env):
             Task(f"corridor/{split}/{number}", {"start": start, "goal": goal}) for number, (start, goal) in enumerate(chosen)
         ]
 
-    def reset(self, task: Task) -> tuple[Observation, dict[str, Any]]:
+    def reset(self, task: Task) -> Turn:
         self._task = task
         self._room, self._goal, self._steps = task.data["start"], task.data["goal"], 0
-        return self._observe(f"You are in room {self._room}."), {"success": False}
+        return self._turn(f"You are in room {self._room}.", success=False)
 
-    def step(self, action: str) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
+    def command(self, command: str) -> Turn:
         self._steps += 1
         success = False
-        if action not in self._commands():
+        if command not in self._commands():
             text = "Nothing happens."
-        elif action == "take":
+        elif command == "take":
             success = self._room == self._goal
             text = "You take the coin." if success else "There is no coin here."
         else:
-            self._room += 1 if action == "right" else -1
+            self._room += 1 if command == "right" else -1
             text = f"You are in room {self._room}."
         terminated = success or self._steps == self.max_steps
-        return self._observe(text), float(success), terminated, False, {"success": success}
+        return self._turn(text, reward=float(success), terminated=terminated, success=success)
 
     def expert_action(self) -> str | None:
         if self._room == self._goal:
@@ -73,8 +73,8 @@ class CorridorEnv(Env):
         ways = {"left": self._room > 0, "right": self._room < self.length - 1, "take": True}
         return tuple(command for command, possible in ways.items() if possible)
 
-    def _observe(self, text: str) -> Observation:
-        return Observation(text, f"Take the coin in room {self._goal}.", self._commands())
+    def _turn(self, text: str, **outcome: Any) -> Turn:
+        return Turn(text, f"Take the coin in room {self._goal}.", self._commands(), **outcome)
 
 
 class FaultyEnv(CorridorEnv):
@@ -103,7 +103,7 @@ class FaultyEnv(CorridorEnv):
         self.hang_tasks = hang_tasks or []
         self.die_tasks = die_tasks or []
 
-    def step(self, action: str) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
+    def command(self, command: str) -> Turn:
         if self._steps == 1:
             if self._task.id in self.fail_tasks:
                 raise RuntimeError("broken on purpose")
@@ -111,7 +111,7 @@ class FaultyEnv(CorridorEnv):
                 time.sleep(3600)
             if self._task.id in self.die_tasks:
                 os._exit(1)
-        return super().step(action)
+        return super().command(command)
 
 
 class UnreliableEnv(CorridorEnv):
@@ -141,15 +141,15 @@ class UnreliableEnv(CorridorEnv):
         drawn = int.from_bytes(digest, "little") / 2**64
         return "fail" if drawn < self.fail_rate else "hang" if drawn < self.fail_rate + self.hang_rate else ""
 
-    def reset(self, task: Task) -> tuple[Observation, dict[str, Any]]:
+    def reset(self, task: Task) -> Turn:
         self._actions = []
         return super().reset(task)
 
-    def step(self, action: str) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
-        self._actions.append(action)
+    def command(self, command: str) -> Turn:
+        self._actions.append(command)
         fault = self.fault(self._task.id, self._actions)
         if fault == "fail":
             raise RuntimeError("broken by chance")
         if fault == "hang":
             time.sleep(3600)
-        return super().step(action)
+        return super().command(command)

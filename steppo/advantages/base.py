@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from steppo.batch import Credit, CreditBatch
 from steppo.errors import ConfigError
-from steppo.types import Credit, CreditBatch
 
 
 class Advantage(ABC):

@@ -21,8 +21,8 @@ from steppo.advantages.base import (
     time_order,
     unsort,
 )
+from steppo.batch import Credit, CreditBatch
 from steppo.errors import ConfigError
-from steppo.types import Credit, CreditBatch
 
 
 class GiGPO(Advantage):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import ClassVar
 
 from steppo.advantages.base import Advantage, episode_returns, standardised_within
-from steppo.types import Credit, CreditBatch
+from steppo.batch import Credit, CreditBatch
 
 
 class GRPO(Advantage):

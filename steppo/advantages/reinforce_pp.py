@@ -11,7 +11,7 @@ from steppo.advantages.base import (
     token_time_order,
     unsort,
 )
-from steppo.types import Credit, CreditBatch
+from steppo.batch import Credit, CreditBatch
 
 
 class ReinforcePP(Advantage):

@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 
 from steppo.advantages.base import Advantage, centred_within, episode_returns
-from steppo.types import Credit, CreditBatch
+from steppo.batch import Credit, CreditBatch
 
 
 class ReinforcePPBaseline(Advantage):

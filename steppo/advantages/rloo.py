@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 
 from steppo.advantages.base import Advantage, episode_returns, standardised_within
-from steppo.types import Credit, CreditBatch
+from steppo.batch import Credit, CreditBatch
 
 
 class RLOO(Advantage):

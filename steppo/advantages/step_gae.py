@@ -15,7 +15,7 @@ from steppo.advantages.base import (
     unsort,
     whiten,
 )
-from steppo.types import Credit, CreditBatch
+from steppo.batch import Credit, CreditBatch
 
 
 class StepGAE(Advantage):

@@ -16,7 +16,7 @@ from steppo.advantages.base import (
     unsort,
     whiten_,
 )
-from steppo.types import Credit, CreditBatch
+from steppo.batch import Credit, CreditBatch
 
 
 class TokenGAE(Advantage):

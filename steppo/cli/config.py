@@ -36,6 +36,7 @@ _MOVED = {
     for name in ("aggregation", "vf_coef", "value_clip", "ent_coef", "kl", "kl_coef", "kl_estimator")
 } | {
     "rollout.min_healthy": "rollout.min_valid_fraction",
+    "data.source.context.template_kwargs": "data.source.renderer.template_kwargs",
     "model.advantage.even_episodes": "model.advantage.whiten_over (episodes in place of true)",
 }
 

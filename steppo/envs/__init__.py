@@ -1,6 +1,6 @@
 """Environments: ``reset(task)``, ``step(action)``. One file each."""
 
-from steppo.envs.base import Env
+from steppo.envs.base import Env, TextGameEnv
 from steppo.envs.textworld import TextWorldEnv
 
-__all__ = ["Env", "TextWorldEnv"]
+__all__ = ["Env", "TextGameEnv", "TextWorldEnv"]

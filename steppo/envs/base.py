@@ -1,25 +1,26 @@
-"""What an environment must offer. Subclass it in a file of your own and name it by ``class_path``."""
+"""What an environment must offer. Subclass one of these in a file of your own and name it by ``class_path``."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any
 
-from steppo.types import Observation, Task
+from steppo.types import Action, Task, ToolSpec, Turn
 
 
 class Env(ABC):
-    """A text environment, in Gymnasium's manner.
+    """An environment that speaks messages and tools. For one that takes a command at a time see ``TextGameEnv``.
 
     The constructor only stores settings: the object is copied into worker processes (so it must pickle), one copy for each
     episode that is played at the same time. Load what all of them share in ``start``; acquire an episode's own in ``reset``.
 
     Attributes:
         max_steps: Steps that the task itself allows, at least 1, if it has a limit. Refused actions use them up too.
+        tools: What the policy may call, the same in all tasks.
     """
 
     max_steps: int | None = None
+    tools: Sequence[ToolSpec] = ()
 
     @abstractmethod
     def tasks(self, split: str) -> list[Task]:
@@ -33,20 +34,15 @@ class Env(ABC):
         """
 
     @abstractmethod
-    def reset(self, task: Task) -> tuple[Observation, dict[str, Any]]:
+    def reset(self, task: Task) -> Turn:
         """Starts an episode of ``task``. The same task gives the same start."""
 
     @abstractmethod
-    def step(self, action: str) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
-        """Carries out one command.
+    def step(self, action: Action) -> Turn:
+        """Carries out one action: its command, its tool calls, or its text.
 
-        Returns:
-            Observation, reward, terminated (the task is over, nothing follows), truncated (cut from outside), info.
-            ``info["success"]`` says whether the task is solved, as far as one can tell now: True or False, or ``None`` (or
-            nothing) where there is no verdict. The last one counts; ``reset`` may give the first.
-            ``info["action_valid"]`` (true unless given) says whether the command was one that can be carried out. Other
-            entries are figures (numbers, booleans) and labels (short texts) for records and curves; under each name the
-            last one is the episode's. A wrong value ends the episode as broken (``steppo/envs/checks.py``).
+        What cannot be carried out is told (``action_valid=False``), not raised: an exception ends the episode as broken. So
+        does a wrong value in a field of the turn (``steppo/envs/checks.py``).
         """
 
     def prepare(self, tasks: Sequence[Task], progress: Callable[[int, int], None]) -> None:
@@ -57,9 +53,20 @@ class Env(ABC):
             progress: Call with (done, total).
         """
 
-    def expert_action(self) -> str | None:
-        """A command that an expert would give now, or ``None`` when it has none: a demonstration ends there."""
+    def expert_action(self) -> str | Action | None:
+        """What an expert would do now: a command, or an action with tool calls or a text. ``None``: a demonstration ends."""
         return None
 
     def close(self) -> None:
         """Frees what ``reset`` acquired."""
+
+
+class TextGameEnv(Env):
+    """An environment that takes one command at a time, such as a text adventure."""
+
+    @abstractmethod
+    def command(self, command: str) -> Turn:
+        """Carries out one command. See ``step``."""
+
+    def step(self, action: Action) -> Turn:
+        return self.command(str(action))

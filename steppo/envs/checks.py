@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import copy
 import itertools
+import json
 import pickle
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from numbers import Integral, Real
 from typing import Any
 
@@ -15,7 +16,7 @@ import numpy as np
 
 from steppo.envs.base import Env
 from steppo.errors import ConfigError, WrongValue, blamed_on, said
-from steppo.types import Episode, Observation, Step, StopReason, Task
+from steppo.types import Action, Episode, Message, Step, StopReason, Task, ToolSpec, Turn
 
 # Largest size of a reward. Learning squares returns and sums the squares over an update and over all weights, in float32,
 # which ends at 3.4e38: a return of a thousand such rewards, 1e15, still leaves room for a hundred million terms.
@@ -28,47 +29,49 @@ MOST_ENTRIES, LONGEST_NAME, LONGEST_LABEL = 32, 64, 256
 _LONGEST_QUOTE = 60
 
 
+_SAID_ELSEWHERE = ("success", "action_valid")
+
+
 @dataclass(frozen=True)
 class EnvReply:
-    """What a slot answers to ``reset`` (reward 0, not done) and ``step``. ``error`` is set when the environment failed.
+    """What a slot answers to ``reset`` and ``step``: a turn, or why there is none."""
 
-    ``success`` is ``None`` where the environment does not say; ``info`` is what else it says.
-    """
-
-    observation: Observation | None = None
-    reward: float = 0.0
-    terminated: bool = False
-    truncated: bool = False
-    success: bool | None = None
-    action_valid: bool = True
+    turn: Turn | None = None
     error: str = ""
-    info: Mapping[str, str | float | bool] = field(default_factory=dict)
 
 
 # ---- answers: raise WrongValue ----
 
 
-def reset_reply(answer: Any) -> EnvReply:
-    """What ``reset`` returned. No action came before it, so it cannot be valid or not."""
-    observation, info = _parts(answer, "reset", ("observation", "info"))
-    success, _, said_beside = _info(info)
-    return EnvReply(_observation(observation), success=success, info=said_beside)
+def opening_turn(answer: Any) -> Turn:
+    """What ``reset`` returned. No action came before it, so it has no reward and ends nothing."""
+    turn = checked_turn(answer, "reset")
+    for name in ("reward", "terminated", "truncated"):
+        if value := getattr(turn, name):
+            raise WrongValue(f"the environment's {name} cannot be {shown(value)} in reset: nothing is done yet")
+    return turn if turn.action_valid else replace(turn, action_valid=True)
 
 
-def step_reply(answer: Any) -> EnvReply:
-    """What ``step`` returned."""
-    names = ("observation", "reward", "terminated", "truncated", "info")
-    observation, reward, terminated, truncated, info = _parts(answer, "step", names)
-    ends = _end("terminated", terminated), _end("truncated", truncated)
-    success, action_valid, said_beside = _info(info)
-    return EnvReply(_observation(observation), _reward(reward), *ends, success, action_valid, info=said_beside)
+def checked_turn(answer: Any, method: str = "step") -> Turn:
+    """What ``step`` returned, field by field."""
+    if not isinstance(answer, Turn):
+        raise WrongValue(f"the environment's {method} must return a Turn, not {shown(answer)}")
+    fields: dict[str, Any] = {}
+    for name, check in _FIELDS.items():
+        with _reading(name):
+            fields[name] = check(name, getattr(answer, name))
+    if type(answer) is Turn:
+        return Turn(**fields)
+    with _reading("turn"):
+        own = replace(answer, **fields)  # a class of the user's own keeps what it adds
+        pickle.dumps(own)
+        return own
 
 
-def with_expert(reply: EnvReply, action: Any) -> EnvReply:
-    """A reply with what ``expert_action`` returned; one of an environment that failed stays as it is."""
-    if reply.observation is None:
-        return reply
-    return replace(reply, observation=replace(reply.observation, expert_action=_expert(action)))
+def with_expert(turn: Turn, action: Any) -> Turn:
+    """A turn with what ``expert_action`` returned."""
+    with _reading("expert_action"):
+        return replace(turn, expert_action=_expert("expert_action", action))
 
 
 def plain_text(what: str, value: Any) -> str:
@@ -85,53 +88,49 @@ def plain_text(what: str, value: Any) -> str:
     return text
 
 
-def _parts(answer: Any, method: str, names: tuple[str, ...]) -> list[Any]:
-    given = shown(answer)
-    if isinstance(answer, tuple | list):
-        with _reading(f"answer to {method}"):
-            parts = list(answer)
-        if len(parts) == len(names):
-            return parts
-        given = f"{len(parts)} values"
-    raise WrongValue(f"the environment's {method} must return ({', '.join(names)}), not {given}")
+def _text(name: str, value: Any) -> str:
+    return plain_text(f"the environment's {name}", value)
 
 
-def _observation(value: Any) -> Observation:
-    with _reading("observation"):
-        if not isinstance(value, Observation):
-            raise _wrong("observation", value, "an Observation")
-        fields: dict[str, Any] = {
-            "text": plain_text("the environment's text", value.text),
-            "goal": plain_text("the environment's goal", value.goal),
-            "admissible_commands": _commands(value.admissible_commands),
-            "feedback": plain_text("the environment's feedback", value.feedback),
-            "expert_action": _expert(value.expert_action),
-        }
-        if type(value) is Observation:
-            return Observation(**fields)
-        value = replace(value, **fields)  # a class of the user's own keeps what it adds
-        pickle.dumps(value)
-        return value
+def _sequence(name: str, value: Any, of: str) -> list | tuple:
+    if not isinstance(value, list | tuple):  # a set has no order, and a string is a sequence of letters
+        raise _wrong(name, value, f"a list or tuple of {of}")
+    return value
 
 
-def _commands(value: Any) -> tuple[str, ...] | None:
+def _commands(name: str, value: Any) -> tuple[str, ...] | None:
     if value is None:
         return None
-    if not isinstance(value, list | tuple):  # a set has no order, and a string is a sequence of letters
-        raise _wrong("admissible_commands", value, "a list or tuple of strings, or None")
-    with _reading("admissible_commands"):
-        return tuple(
-            plain_text(f"the environment's admissible_commands[{number}]", entry) for number, entry in enumerate(value)
-        )
+    entries = _sequence(name, value, "strings, or None")
+    return tuple(_text(f"{name}[{number}]", entry) for number, entry in enumerate(entries))
 
 
-def _expert(value: Any) -> str | None:
-    return None if value is None else plain_text("the environment's expert_action", value)
+def _messages(name: str, value: Any) -> tuple[Message, ...]:
+    checked = []
+    for number, message in enumerate(_sequence(name, value, "Message")):
+        where = f"{name}[{number}]"
+        if not isinstance(message, Message):
+            raise _wrong(where, message, "a Message")
+        if message.role not in ("user", "tool"):  # others are the policy's, or nobody takes markup out of them
+            raise _wrong(f"{where}.role", message.role, "user or tool")
+        content, call = _text(f"{where}.content", message.content), _text(f"{where}.tool_call_id", message.tool_call_id)
+        checked.append(Message(str(message.role), content, tool_call_id=call))
+    return tuple(checked)
 
 
-def _reward(value: Any) -> float:
-    with _reading("reward"):
-        return _bounded("the environment's reward", value, MOST_REWARD)
+def _expert(name: str, value: Any) -> Action | None:
+    if value is None:
+        return None
+    if isinstance(value, str):
+        return Action(_text(name, value))
+    if not isinstance(value, Action):
+        raise _wrong(name, value, "a command, an Action or None")
+    pickle.dumps(value)
+    return value
+
+
+def _reward(name: str, value: Any) -> float:
+    return _bounded(f"the environment's {name}", value, MOST_REWARD)
 
 
 def _bounded(what: str, value: Any, most: float) -> float:
@@ -148,26 +147,46 @@ def _bounded(what: str, value: Any, most: float) -> float:
     return number
 
 
-def _end(name: str, value: Any) -> bool:
-    with _reading(name):
-        if not isinstance(value, bool | np.bool_):
-            raise _wrong(name, value, "True or False")
-        return bool(value)
+def _flag(name: str, value: Any) -> bool:
+    if not isinstance(value, bool | np.bool_):
+        raise _wrong(name, value, "True or False")
+    return bool(value)
 
 
-def _info(value: Any) -> tuple[bool | None, bool, dict[str, str | float | bool]]:
-    """``success``, ``action_valid``, and what else it says."""
-    with _reading("info"):
-        if not isinstance(value, Mapping):
-            raise _wrong("info", value, "a mapping")
-        success, valid = value.get("success"), value.get("action_valid")
-    for name, verdict in (("success", success), ("action_valid", valid)):
-        if verdict is not None and not isinstance(verdict, bool | np.bool_):
-            raise _wrong(f'info["{name}"]', verdict, "True, False or None")
-    with _reading("info"):
-        others = ((name, entry) for name, entry in value.items() if name not in ("success", "action_valid"))
-        said_beside = _entries("the environment's info", others)
-    return None if success is None else bool(success), valid is None or bool(valid), said_beside
+def _verdict(name: str, value: Any) -> bool | None:
+    if value is not None and not isinstance(value, bool | np.bool_):
+        raise _wrong(name, value, "True, False or None")
+    return None if value is None else bool(value)
+
+
+def _state_key(name: str, value: Any) -> str | None:
+    return None if value is None else _text(name, value)
+
+
+def _info(name: str, value: Any) -> dict[str, str | float | bool]:
+    if not isinstance(value, Mapping):
+        raise _wrong(name, value, "a mapping")
+    for field_name in _SAID_ELSEWHERE:
+        if field_name in value:
+            raise WrongValue(f"the environment's {name} cannot hold {field_name}: it is a field of the Turn")
+    return _entries(f"the environment's {name}", value.items())
+
+
+_FIELDS: dict[str, Callable[[str, Any], Any]] = {
+    "text": _text,
+    "goal": _text,
+    "commands": _commands,
+    "messages": _messages,
+    "reward": _reward,
+    "terminated": _flag,
+    "truncated": _flag,
+    "success": _verdict,
+    "action_valid": _flag,
+    "feedback": _text,
+    "state_key": _state_key,
+    "info": _info,
+    "expert_action": _expert,
+}
 
 
 def _entries(what: str, entries: Iterable[tuple[Any, Any]]) -> dict[str, str | float | bool]:
@@ -239,6 +258,28 @@ def step_limit(env: Env) -> int | None:
     if isinstance(limit, bool) or not isinstance(limit, Integral) or int(limit) < 1:
         raise ConfigError(f"{name}: max_steps must be None or a whole number of at least 1, not {shown(limit)}")
     return int(limit)
+
+
+def checked_tools(env: Env) -> tuple[ToolSpec, ...]:
+    """The environment's tools: named, told apart, and plain enough for a template."""
+    name = type(env).__name__
+    with blamed_on(f"{name}.tools"):
+        tools: Any = env.tools
+    if not isinstance(tools, list | tuple):
+        raise ConfigError(f"{name}: tools must be a list or tuple of ToolSpec, not {shown(tools)}")
+    for number, tool in enumerate(tools):
+        if not isinstance(tool, ToolSpec):
+            raise ConfigError(f"{name}: tools[{number}] must be a ToolSpec, not {shown(tool)}")
+        try:
+            if not plain_text("its name", tool.name) or any(other.name == tool.name for other in tools[:number]):
+                raise WrongValue(f"its name {shown(tool.name)} is empty or another tool's")
+            plain_text("its description", tool.description)
+            if not isinstance(tool.parameters, Mapping) or tool.parameters.get("type") != "object":
+                raise WrongValue('its parameters must be a JSON schema with "type": "object"')
+            plain_text("its schema", json.dumps(tool.schema, allow_nan=False, ensure_ascii=False))
+        except Exception as error:
+            raise ConfigError(f"{name}: tools[{number}] is wrong: {said(error)}") from None
+    return tuple(tools)
 
 
 def checked_tasks(where: str, tasks: Any) -> list[Task]:

@@ -21,7 +21,7 @@ from steppo.envs.checks import EnvReply, pickled
 from steppo.envs.guard import Guard
 from steppo.envs.worker import serve
 from steppo.errors import ConfigError, RunError, said
-from steppo.types import Task
+from steppo.types import Action, Task
 
 _START_S = 120.0  # a process imports and unpickles before it answers; that is no environment's fault
 _STARTS = 3
@@ -35,7 +35,7 @@ class _Slot:
     """What is needed to play a slot's episode again in a new process."""
 
     task: Task | None = None
-    actions: list[str] = field(default_factory=list)
+    actions: list[Action] = field(default_factory=list)
     want_expert: bool = False
 
 
@@ -89,7 +89,7 @@ class _Process:
         self._child.close()
         self._writer.start()
 
-    def send(self, message: tuple[int, bytes | None, list[str], bool] | None) -> None:
+    def send(self, message: tuple[int, bytes | None, list[Action], bool] | None) -> None:
         """Never waits. A dead process is found when an answer is waited for; ``None`` asks it to stop."""
         self._outbox.put(pickle.dumps(message))
 
@@ -231,8 +231,8 @@ class EnvPool:
         self._slots[slot] = _Slot(task, [], want_expert)
         self._send(slot, task, [])
 
-    def step(self, slot: int, action: str) -> None:
-        """Sends a command to a slot's episode."""
+    def step(self, slot: int, action: Action) -> None:
+        """Sends an action to a slot's episode."""
         self._slots[slot].actions.append(action)
         self._send(slot, None, [action])
 
@@ -275,7 +275,7 @@ class EnvPool:
     def _worker_of(self, slot: int) -> int:
         return slot % len(self._processes)
 
-    def _send(self, slot: int, task: Task | None, actions: list[str], wanted: bool = True) -> None:
+    def _send(self, slot: int, task: Task | None, actions: list[Action], wanted: bool = True) -> None:
         process = self._processes[self._worker_of(slot)]
         process.waiting.append((slot, wanted))
         # A task of its own pickle: one that cannot be read there costs its episode, not the worker.

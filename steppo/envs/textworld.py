@@ -17,10 +17,10 @@ from typing import Any, Literal
 
 import platformdirs
 
-from steppo.envs.base import Env
+from steppo.envs.base import TextGameEnv
 from steppo.envs.guard import Guard
 from steppo.errors import ConfigError
-from steppo.types import Observation, Task
+from steppo.types import Task, Turn
 
 # textworld is imported where it is used: its interpreter must not share a process with torch.
 
@@ -88,7 +88,7 @@ def _clean_objective(objective: str) -> str:
     return " ".join(kept or sentences)
 
 
-class TextWorldEnv(Env):
+class TextWorldEnv(TextGameEnv):
     """Text adventures of four kinds, from seeds; train, valid and test never share one.
 
     Args:
@@ -196,7 +196,7 @@ class TextWorldEnv(Env):
                 # each challenge has errors of its own
                 raise ConfigError(f"TextWorldEnv: no {self.challenge} game from {self.settings}: {error}") from error
 
-    def reset(self, task: Task) -> tuple[Observation, dict[str, Any]]:
+    def reset(self, task: Task) -> Turn:
         self._task = task
         path = self._path(task)
         if not path.exists():  # played outside of a run that prepared its tasks
@@ -208,20 +208,20 @@ class TextWorldEnv(Env):
             self._goal = "Find the coin and take it."
         else:
             self._goal = _clean_objective(self._state.objective)
-        return self._observe(), {"success": False}
+        return self._turn(success=False)
 
-    def step(self, action: str) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
+    def command(self, command: str) -> Turn:
         score_before = self._state.score or 0
-        admissible = action in self._state.admissible_commands
-        self._state, _, done = self._game.step(action)
-        self._actions.append(action)
+        admissible = command in self._state.admissible_commands
+        self._state, _, done = self._game.step(command)
+        self._actions.append(command)
         won = bool(self._state.won)
         if self.reward == "success":
             reward = float(won)
         else:
             reward = ((self._state.score or 0) - score_before) / (self._state.max_score or 1)
         terminated = bool(done) or len(self._actions) == self.max_steps
-        return self._observe(), reward, terminated, False, {"success": won, "action_valid": admissible}
+        return self._turn(reward=reward, terminated=terminated, success=won, action_valid=admissible)
 
     def expert_action(self) -> str | None:
         """First command of an optimal plan from here. Plans slow the game down, so it makes them from the first call on."""
@@ -263,11 +263,11 @@ class TextWorldEnv(Env):
             settings["split"] = task.data["split"]  # foods of the splits differ too
         return self.challenge, settings, task.data["seed"]
 
-    def _observe(self) -> Observation:
+    def _turn(self, **outcome: Any) -> Turn:
         text = _clean(self._state.feedback)
         if self.description == "brief" and text.startswith("-= "):
             text = text.split("\n", 1)[0].strip("-= ")
         commands = None
         if self.show_admissible_commands:
             commands = tuple(c for c in self._state.admissible_commands if c.split()[0] not in self.exclude_commands)
-        return Observation(text, self._goal, commands)
+        return Turn(text, self._goal, commands, **outcome)

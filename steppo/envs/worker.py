@@ -12,23 +12,23 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 
 from steppo.envs.base import Env
-from steppo.envs.checks import EnvReply, copied, reset_reply, started, step_reply, with_expert
+from steppo.envs.checks import EnvReply, checked_turn, copied, opening_turn, started, with_expert
 from steppo.errors import located
-from steppo.types import Task
+from steppo.types import Action, Task, Turn
 
 
-def play(env: Env, task: Task | None, actions: list[str], want_expert: bool, going_on: Callable[[], None]) -> EnvReply:
+def play(env: Env, task: Task | None, actions: list[Action], want_expert: bool, going_on: Callable[[], None]) -> Turn:
     """Resets to ``task`` unless it is ``None``, then plays ``actions``; the last answer counts, others call ``going_on``."""
-    reply = EnvReply()
+    turn = Turn()
     if task is not None:
-        reply = reset_reply(env.reset(task))
+        turn = opening_turn(env.reset(task))
     for action in actions:
         if task is not None:
             going_on()
-        reply = step_reply(env.step(action))
-    if want_expert and reply.observation is not None and not (reply.terminated or reply.truncated):
-        reply = with_expert(reply, env.expert_action())
-    return reply
+        turn = checked_turn(env.step(action))
+    if want_expert and not (turn.terminated or turn.truncated):
+        turn = with_expert(turn, env.expert_action())
+    return turn
 
 
 def _resident_mib() -> float:
@@ -76,7 +76,8 @@ def serve(connection: Connection, pickled_env: bytes, memory_mib: int | None, sp
                         raise RuntimeError("the episode was lost with an earlier worker process")
                     envs[slot] = copied(prototype, shared)
                 task = pickle.loads(pickled_task) if pickled_task is not None else None
-                reply = pickle.dumps(play(envs[slot], task, actions, want_expert, lambda: connection.send(None)))
+                turn = play(envs[slot], task, actions, want_expert, lambda: connection.send(None))
+                reply = pickle.dumps(EnvReply(turn))
             except BaseException as error:  # a broken environment is data, not the end of the run
                 reply = pickle.dumps(EnvReply(error=located(error)))
                 with contextlib.suppress(Exception):

@@ -14,11 +14,12 @@ from torch import Tensor
 
 from steppo.advantages import Advantage
 from steppo.advantages.base import time_order, tokens_in_order
+from steppo.batch import Credit, CreditBatch
 from steppo.distributed import gather, rank_and_world
 from steppo.errors import ConfigError, RunError
 from steppo.learner.scoring import Scores
 from steppo.learner.steps import StepTable
-from steppo.types import Credit, CreditBatch, Episode, StopReason
+from steppo.types import Episode, Step, StopReason
 
 
 @dataclass(frozen=True, eq=False)
@@ -198,7 +199,7 @@ def _local_part(steps: StepTable, scores: Scores, kl_coef: float, with_texts: bo
         "final_reward_N": torch.tensor([episode.final_reward for episode in episodes], dtype=dtype),
         "terminated_N": torch.tensor([e.stop_reason == StopReason.TERMINATED for e in episodes], dtype=torch.bool),
         "bootstrap_N": scores.bootstrap_N.to(dtype),
-        "anchor_N": torch.tensor([_text_key(s.observation, agents[s.agent_id]) for s in steps.records], dtype=torch.int64),
+        "anchor_N": torch.tensor([_text_key(_state(s), agents[s.agent_id]) for s in steps.records], dtype=torch.int64),
         "logprob_mismatch": difference.abs().max(),
         "texts": [step.observation for step in steps.records] if with_texts else [],
     }
@@ -207,6 +208,10 @@ def _local_part(steps: StepTable, scores: Scores, kl_coef: float, with_texts: bo
     if scores.value_A is not None:
         part["value_A"] = scores.value_A.to(dtype)
     return part
+
+
+def _state(step: Step) -> str:
+    return step.observation if step.state_key is None else step.state_key
 
 
 def _on_last_tokens(reward_N: Tensor, length_N: Tensor) -> Tensor:

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from steppo.batch import Credit
 from steppo.learner.correction import Weights
 from steppo.learner.scoring import Scores
 from steppo.learner.steps import StepTable
-from steppo.types import Credit, Episode
+from steppo.types import Episode
 
 
 @dataclass(frozen=True, eq=False)

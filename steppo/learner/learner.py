@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from steppo.advantages import Advantage
+from steppo.batch import Credit, Microbatch
 from steppo.distributed import gather
 from steppo.learner.correction import Correction, NoCorrection, Weights
 from steppo.learner.credit import assign_credit, check_orders
@@ -20,7 +21,7 @@ from steppo.learner.update import UpdateLoss, UpdateStatistics, run_update
 from steppo.losses import ClippedLoss, ObjectiveSettings, PolicyLoss
 from steppo.models import Critic, Policy
 from steppo.packing import Packer, PaddedPacker
-from steppo.types import Credit, Episode, Microbatch
+from steppo.types import Episode
 
 
 class Learner:

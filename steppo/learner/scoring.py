@@ -9,11 +9,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from steppo.batch import TokenBatch
 from steppo.learner.steps import StepTable
 from steppo.models import Critic, Policy
 from steppo.models.policy import PolicyOutput
 from steppo.packing import Packer
-from steppo.types import TokenBatch
 
 ValueKind = Literal["none", "step", "token"]
 Reference = Callable[[TokenBatch, Tensor], PolicyOutput]

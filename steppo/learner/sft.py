@@ -8,13 +8,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from steppo.batch import Microbatch, Segment
 from steppo.distributed import average_gradients, rank_and_world
 from steppo.learner.optim import OptimizerSettings, clip_and_step
 from steppo.learner.update import UpdateLoss, UpdateStatistics, run_update
 from steppo.losses import NLL, ObjectiveSettings
 from steppo.models import Policy
 from steppo.packing import Packer, PaddedPacker
-from steppo.types import Microbatch, Segment
 
 
 class SFTLearner:

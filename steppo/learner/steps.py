@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from steppo.batch import Segment, TokenBatch
 from steppo.packing import Packer
-from steppo.types import Episode, Segment, Step, TokenBatch
+from steppo.types import Episode, Step
 
 
 @dataclass(frozen=True, eq=False)

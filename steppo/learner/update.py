@@ -9,6 +9,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from steppo.batch import Microbatch
 from steppo.distributed import gather, rank_and_world
 from steppo.losses import (
     LossInputs,
@@ -21,7 +22,6 @@ from steppo.losses import (
     value_loss,
 )
 from steppo.models import Critic, Policy
-from steppo.types import Microbatch
 
 
 class StepRatios(NamedTuple):

@@ -8,9 +8,9 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor, nn
 
+from steppo.batch import TokenBatch
 from steppo.errors import ConfigError
 from steppo.models.policy import AdapterView, Policy, trunk_states
-from steppo.types import TokenBatch
 
 
 class ValueHead(nn.Linear):

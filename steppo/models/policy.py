@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
+from steppo.batch import TokenBatch
 from steppo.models.adapters import Adapters, LoRASettings
-from steppo.types import TokenBatch
 
 # Most logits held at once, in numbers: 64 MiB in float32.
 _LOGITS_PER_CHUNK = 2**24

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from steppo.types import Segment, TokenBatch
+from steppo.batch import Segment, TokenBatch
 
 
 class Packer(ABC):

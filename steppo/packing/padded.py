@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from steppo.batch import Segment, TokenBatch
 from steppo.packing.base import Packer
-from steppo.types import Segment, TokenBatch
 
 
 class PaddedPacker(Packer):

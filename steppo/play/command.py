@@ -11,6 +11,7 @@ import torch
 from lightning.fabric import Fabric
 from rich.console import Console
 
+from steppo.batch import Segment
 from steppo.checkpoints import read
 from steppo.cli import OwnOptions, PartsCLI, build_parts, errors_in_one_line
 from steppo.datamodule import run_seed
@@ -22,7 +23,7 @@ from steppo.packing import PaddedPacker
 from steppo.play.show import Human, Quit, Show
 from steppo.rollouts import EnvSource, Player, ScriptedPlayer, expert_action, random_action
 from steppo.rollouts.players import Choose
-from steppo.types import Group, RolloutConfig, Segment, Step, Task
+from steppo.types import Group, RolloutConfig, Step, Task
 
 _NO_LIMIT = 2**31
 
@@ -66,12 +67,12 @@ def main(args: Sequence[str] | None = None) -> None:
         else:  # nobody reads the prompts: any tokenizer does, and a model is not needed
             bytewise = TinyPolicy()
             bytewise.build(list)
-            source.context.bind(bytewise.tokenizer, bytewise.stop_ids)
+            source.bind_tokenizer(bytewise.tokenizer, bytewise.stop_ids)
             source.max_prompt_tokens = _NO_LIMIT
         player = _player(options.player, console, source)
         config = RolloutConfig("play", run_seed(), options.temperature, want_expert=options.player == "expert")
         name = options.player + (f", temperature {config.temperature:g}" if player is None else "")
-        show = Show(console, name, lambda step: source.context.decode_action(step.action_ids), value)
+        show = Show(console, name, lambda step: source.renderer.decode_action(step.action_ids), value)
         with autocast:
             _play(source, tasks, config, player, show)
     except Quit:
@@ -136,7 +137,7 @@ def _value(module: AgentModule, fabric: Fabric) -> Callable[[Step], float] | Non
 def _player(name: str, console: Console, source: EnvSource) -> Player | None:
     """Who chooses the actions, if not the policy."""
     choosers: dict[str, Choose] = {"expert": expert_action, "random": random_action, "human": Human(console)}
-    return ScriptedPlayer(choosers[name], source.context.encode_action) if name in choosers else None
+    return ScriptedPlayer(choosers[name], source.write) if name in choosers else None
 
 
 def _play(source: EnvSource, tasks: Sequence[Task], config: RolloutConfig, player: Player | None, show: Show) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from rich.console import Console
 from rich.text import Text
 
-from steppo.types import Episode, Observation, Request, Step, Task
+from steppo.types import Episode, Request, Step, Task, Turn
 
 
 class Show:
@@ -33,18 +33,18 @@ class Show:
         """The headline of an episode."""
         self._console.rule(Text(f"{task.id} · {self._player}", style="bold"), align="left")
 
-    def turn(self, step: Step | None, observation: Observation) -> None:
+    def turn(self, step: Step | None, turn: Turn) -> None:
         """A step that was taken, and what is to be seen after it."""
         if step is not None:
             self._step(step)
-        elif observation.goal:
-            self._line(Text.assemble(("goal: ", "bold"), _printable(observation.goal)))
-        if observation.feedback:
-            self._line(Text(_printable(observation.feedback), style="yellow"))
-        self._line(Text(_printable(observation.text)))
+        elif turn.goal:
+            self._line(Text.assemble(("goal: ", "bold"), _printable(turn.goal)))
+        if turn.feedback:
+            self._line(Text(_printable(turn.feedback), style="yellow"))
+        self._line(Text(_printable(turn.observation)))
         over = step is not None and step.terminated
-        if observation.admissible_commands is not None and not over:
-            commands = (f"{number} {command}" for number, command in enumerate(observation.admissible_commands, start=1))
+        if turn.commands is not None and not over:
+            commands = (f"{number} {command}" for number, command in enumerate(turn.commands, start=1))
             self._line(Text(_printable("   ".join(commands)), style="dim"))
 
     def _step(self, step: Step) -> None:
@@ -94,8 +94,8 @@ class Human:
     def __init__(self, console: Console) -> None:
         self._console = console
 
-    def __call__(self, observation: Observation, request: Request) -> str:
-        commands = observation.admissible_commands or ()
+    def __call__(self, turn: Turn, request: Request) -> str:
+        commands = turn.commands or ()
         while True:
             try:
                 said = self._console.input("your action: ").strip()

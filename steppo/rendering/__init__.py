@@ -1,9 +1,9 @@
-"""Contexts: history -> messages. Renderer: messages -> prompt token ids. Parsers: answer -> command."""
+"""Contexts: history -> messages. Renderer: messages -> prompt token ids. Parsers: answer -> action."""
 
 from steppo.rendering.contexts import AppendContext, ContextPolicy, StateContext, WindowContext
-from steppo.rendering.parsers import ActionParser, CommandParser, ParsedAction, ToolCallParser
-from steppo.rendering.renderer import PLAIN_TEMPLATE
-from steppo.types import Message
+from steppo.rendering.parsers import ActionParser, CommandParser, ParsedAction, is_open
+from steppo.rendering.renderer import PLAIN_TEMPLATE, Renderer
+from steppo.rendering.tool_calls import HermesParser, ToolCallParser
 
 __all__ = [
     "PLAIN_TEMPLATE",
@@ -11,9 +11,11 @@ __all__ = [
     "AppendContext",
     "CommandParser",
     "ContextPolicy",
-    "Message",
+    "HermesParser",
     "ParsedAction",
+    "Renderer",
     "StateContext",
     "ToolCallParser",
     "WindowContext",
+    "is_open",
 ]

@@ -6,6 +6,10 @@ import re
 from collections.abc import Collection
 from typing import Any
 
+THINK, END_THINK = "<think>", "</think>"
+CALL, END_CALL = "<tool_call>", "</tool_call>"
+ANSWER_MARKUP = (THINK, END_THINK, CALL, END_CALL)  # what a policy writes itself, so that feedback may show it
+
 # What templates write to tell their parts apart: <|im_start|>, </tool_response>, [/INST], <function= (a name follows).
 _WRITTEN = re.compile(r"<[^\s<>'\"]+(?:>|=(?=['\"]))|\[/?[A-Z_]+\]")
 
@@ -20,7 +24,12 @@ def markup_of(tokenizer: Any) -> set[str]:
     template = str(tokenizer.chat_template or "")
     added = tokenizer.added_tokens_decoder.values()
     used = [token.content for token in added if token.special or (token.content.strip() and token.content in template)]
-    return {*tokenizer.all_special_tokens, *used, *_WRITTEN.findall(template)} - {""}
+    return {*tokenizer.all_special_tokens, *used, *markup_in(template)} - {""}
+
+
+def markup_in(template: str) -> set[str]:
+    """What it has in brackets."""
+    return set(_WRITTEN.findall(template))
 
 
 class Markup:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
 
 from steppo.errors import ConfigError
-from steppo.rendering.markup import Markup, markup_of
-from steppo.rendering.parsers import ANSWER_MARKUP
-from steppo.types import Message, Step
+from steppo.rendering.markup import ANSWER_MARKUP, Markup, markup_in, markup_of
+from steppo.types import Action, Message, Step, ToolSpec
 
 _MARK = "\u241estep\u241e"  # stands for an agent's answer when a template is cut behind it
+_QUESTION = {"role": "user", "content": "?"}
+_RESPONSE = "<tool_response>\n{}\n</tool_response>"  # as Hermes models read them
 
 # How turns are written where a tokenizer has no chat template.
 PLAIN_TEMPLATE = (
@@ -21,7 +23,7 @@ PLAIN_TEMPLATE = (
     "{% else %}"
     "{{ '\n' if not loop.first and loop.previtem.role == 'assistant' }}"
     "{{ message.content + '\n' if message.content or loop.first or loop.previtem.role != 'system' }}"
-    "{{ '>' if message.role == 'user' }}"
+    "{{ '>' if message.role == 'user' and (loop.last or loop.nextitem.role == 'assistant') }}"
     "{% endif %}{% endfor %}"
 )
 
@@ -32,19 +34,52 @@ class Renderer:
     A message is text. A step among the messages stands for its answer: its ids go in as they are, and what follows is
     written as the template writes it behind an answer. The template's markup is taken out of all messages but the system's.
 
+    A template that knows tools writes their schemas and answers itself. For another, schemas go into the system message, and
+    answers into messages of the user, in ``<tool_response>``, those of one action together.
+
     Args:
-        tokenizer: The policy's.
-        stop_ids: Token ids that end an answer.
-        template_kwargs: Extra arguments of the chat template.
+        template_kwargs: Extra arguments of the chat template, such as ``enable_thinking: false``.
+
+    Attributes:
+        template_knows_tools: The chat template writes them.
+        prompt_end: The text before an answer, from the last message on.
     """
 
-    def __init__(self, tokenizer: Any, stop_ids: Collection[int], template_kwargs: dict[str, Any]) -> None:
+    def __init__(self, template_kwargs: dict[str, Any] | None = None) -> None:
+        self.template_kwargs = template_kwargs or {}
+        self.template_knows_tools = False
+
+    def bind(self, tokenizer: Any, stop_ids: Collection[int], tools: Sequence[ToolSpec] = (), tools_text: str = "") -> None:
+        """Takes what it writes with.
+
+        Args:
+            tokenizer: The policy's.
+            stop_ids: Token ids that end an answer.
+            tools: The environment's.
+            tools_text: These and how they are called, for templates that do not say so.
+        """
         self._tokenizer = tokenizer
         self._stop_ids = frozenset(stop_ids)
-        self._arguments = template_kwargs if tokenizer.chat_template else {"chat_template": PLAIN_TEMPLATE}
+        self._arguments = self.template_kwargs if tokenizer.chat_template else {"chat_template": PLAIN_TEMPLATE}
         markup = markup_of(tokenizer)
+        if tools:
+            schemas = {"tools": [tool.schema for tool in tools]}
+            self.template_knows_tools = self._differs_with(schemas)
+            if self.template_knows_tools:
+                self._arguments = {**self._arguments, **schemas}
+            else:
+                markup |= {*ANSWER_MARKUP, *markup_in(_RESPONSE)}
+        self.prompt_end = self._apply([_QUESTION]).rpartition(_QUESTION["content"])[2]
+        self._tools_text = "" if self.template_knows_tools else tools_text
         self._markup = Markup(markup, tokenizer)
         self._turn_markup = Markup(markup.difference(ANSWER_MARKUP), tokenizer)
+
+    def _differs_with(self, schemas: dict[str, Any]) -> bool:
+        try:
+            with_tools, without = (self._apply([_QUESTION], **arguments) for arguments in (schemas, {}))
+        except Exception:  # a template may refuse tools in words of its own
+            return False
+        return with_tools != without
 
     def render(self, messages: Sequence[Message | Step]) -> np.ndarray:
         """Ids of a dialogue, ready for the next answer: int32."""
@@ -55,6 +90,9 @@ class Renderer:
                 answers.append((part, []))
             else:
                 (answers[-1][1] if answers else opening).append(part)
+        if self._tools_text:
+            system = opening.pop(0).content if opening and opening[0].role == "system" else ""
+            opening.insert(0, Message("system", "\n\n".join(text for text in (system, self._tools_text) if text)))
         ids = self._encode(self._text(opening), begin=not self._tokenizer.chat_template)  # templates begin themselves
         for step, new in answers:
             ids = self.extend(ids, step, new)
@@ -89,9 +127,36 @@ class Renderer:
         ids = [int(token) for token in action_ids if int(token) not in self._stop_ids]
         return self._tokenizer.decode(ids, skip_special_tokens=False)
 
+    def written(self, action: Action) -> str:
+        """The template's own text of an answer with tool calls."""
+        calls = [
+            {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": dict(call.arguments)}}
+            for call in action.tool_calls
+        ]
+        answer = {"role": "assistant", "content": action.text, "tool_calls": calls}
+        prompt, whole = self._apply([_QUESTION]), self._apply([_QUESTION, answer], add_generation_prompt=False)
+        same = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(prompt, whole, strict=False)))
+        return whole[same:].partition(self._tokenizer.eos_token)[0]
+
     def _text(self, messages: Sequence[Message]) -> str:
-        turns = [{"role": message.role, "content": self._cleaned(message)} for message in messages]
-        return self._tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, **self._arguments)
+        turns: list[dict[str, str]] = []
+        answered = False
+        for message in messages:
+            turn = {"role": message.role, "content": self._cleaned(message)}
+            is_answer = message.role == "tool"
+            if is_answer and self.template_knows_tools:
+                turn["tool_call_id"] = message.tool_call_id
+            elif is_answer:
+                turn = {"role": "user", "content": _RESPONSE.format(turn["content"])}
+                if answered:
+                    turn["content"] = f"{turns.pop()['content']}\n{turn['content']}"
+            turns.append(turn)
+            answered = is_answer
+        return self._apply(turns)
+
+    def _apply(self, turns: Sequence[dict[str, Any]], **arguments: Any) -> str:
+        arguments = {"tokenize": False, "add_generation_prompt": True, **self._arguments, **arguments}
+        return self._tokenizer.apply_chat_template(turns, **arguments)
 
     def _cleaned(self, message: Message) -> str:
         if message.role == "system":

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Coroutine, Iterable, Iterator, Sequence
 from contextlib import closing
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
+
 from steppo.engines import Engine
 from steppo.envs import Env
-from steppo.envs.checks import MOST_REWARD, checked_tasks, pickled, step_limit
+from steppo.envs.checks import MOST_REWARD, checked_tasks, checked_tools, pickled, step_limit
 from steppo.envs.pool import COUNTS, EnvPool
 from steppo.errors import ConfigError, RunError, blamed_on
-from steppo.rendering import ActionParser, CommandParser, ContextPolicy
+from steppo.rendering import ActionParser, CommandParser, ContextPolicy, HermesParser, Renderer
 from steppo.rollouts.base import EpisodeSource
 from steppo.rollouts.episode import OnStep, play_episode
 from steppo.rollouts.place import Place
@@ -21,7 +23,7 @@ from steppo.rollouts.players import Player, PolicyPlayer
 from steppo.rollouts.rules import Rules
 from steppo.rollouts.scheduler import Scheduler, Seat
 from steppo.rollouts.texts import tokenizer_texts
-from steppo.types import Episode, Group, RolloutConfig, Sampling, Task
+from steppo.types import Action, Episode, Group, RolloutConfig, Sampling, Task
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -38,7 +40,8 @@ class EnvSource(EpisodeSource):
         env: The environment.
         context: History -> prompt.
         engine: Samples the actions.
-        parser: Action text -> command.
+        parser: What the policy said -> action. Unless given ``CommandParser``, or ``HermesParser`` if there are tools.
+        renderer: Messages -> token ids, by the model's chat template.
         max_steps: Steps after which an episode is truncated; not needed where the environment has a limit of its own
             (there the episode is over: terminated, not truncated).
         max_prompt_tokens: An episode whose prompt grows past this ends (context_overflow).
@@ -70,6 +73,7 @@ class EnvSource(EpisodeSource):
         env_timeout: float = 60.0,
         worker_memory_mib: int | None = None,
         start_timeout: float = 600.0,
+        renderer: Renderer | None = None,
     ) -> None:
         for name, value in (
             ("max_prompt_tokens", max_prompt_tokens),
@@ -96,7 +100,9 @@ class EnvSource(EpisodeSource):
         self.task_limit = task_limit
         self.context = context
         self.engine = engine
-        self.parser = parser or CommandParser()
+        self.tools = checked_tools(env)
+        self.parser = parser or (HermesParser() if self.tools else CommandParser())
+        self.renderer = renderer or Renderer()
         self.max_steps = max_steps
         self.max_prompt_tokens = max_prompt_tokens
         self.max_new_tokens = max_new_tokens
@@ -137,8 +143,18 @@ class EnvSource(EpisodeSource):
                 f"max_prompt_tokens + max_new_tokens = {longest} is more than the model's {policy.max_positions} positions"
             )
         self._vocab_size = policy.vocab_size
-        self.context.bind(policy.tokenizer, policy.stop_ids)
+        self.bind_tokenizer(policy.tokenizer, policy.stop_ids)
         self.engine.bind(policy)
+
+    def bind_tokenizer(self, tokenizer: Any, stop_ids: Collection[int]) -> None:
+        """Takes what prompts are written with and answers read with."""
+        self.renderer.bind(tokenizer, stop_ids, self.tools, self.parser.tools_text(self.tools))
+        self.parser.bind(self.tools, self.renderer)
+        self.context.bind(self.renderer)
+
+    def write(self, action: Action) -> np.ndarray:
+        """Token ids of an action as the policy would give it, its stop token last."""
+        return self.renderer.encode_action(self.parser.answer(action))
 
     @property
     def logprob_tolerance(self) -> float:
@@ -180,7 +196,7 @@ class EnvSource(EpisodeSource):
     ) -> Iterator[list[Episode]]:
         """Plays the groups, by another player than the policy if one is given.
 
-        ``on_step`` is called with each step (none at the start of an episode) and the observation after it.
+        ``on_step`` is called with each step (none at the start of an episode) and the turn after it.
 
         Raises:
             RunError: Other groups are under way: slots hold one episode each.

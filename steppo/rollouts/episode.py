@@ -14,9 +14,9 @@ from steppo.errors import SteppoError, said
 from steppo.rollouts.place import Place
 from steppo.rollouts.players import Player
 from steppo.rollouts.rules import Rules
-from steppo.types import Episode, Observation, Request, Step, StopReason, Task
+from steppo.types import Action, Episode, Request, Step, StopReason, Task, Turn
 
-OnStep = Callable[[Step | None, Observation], None]
+OnStep = Callable[[Step | None, Turn], None]
 
 
 class AwaitedEnv(Protocol):
@@ -24,7 +24,7 @@ class AwaitedEnv(Protocol):
 
     async def reset(self, task: Task, want_expert: bool) -> EnvReply: ...
 
-    async def step(self, command: str) -> EnvReply: ...
+    async def step(self, action: Action) -> EnvReply: ...
 
 
 class _Broken(Exception):
@@ -43,9 +43,9 @@ def _costs_the_episode(reason: StopReason) -> Iterator[None]:
 
 
 async def play_episode(rules: Rules, place: Place, env: AwaitedEnv, player: Player, on_step: OnStep | None) -> Episode:
-    """Plays one episode. ``on_step`` is called with each step (none at the start) and the observation after it."""
+    """Plays one episode. ``on_step`` is called with each step (none at the start) and the turn after it."""
     config, task = place.config, place.group.task
-    observations, steps = list[Observation](), list[Step]()
+    turns, steps = list[Turn](), list[Step]()
     success: bool | None = None
     opening: Mapping[str, str | float | bool] = {}
 
@@ -56,21 +56,21 @@ async def play_episode(rules: Rules, place: Place, env: AwaitedEnv, player: Play
         return Episode(*names, tuple(steps), reason, final_prompt_ids, success, error, metadata=opening)
 
     try:
-        observation, reply = _answered(await env.reset(task, config.want_expert))
-        opening = reply.info
+        turn = _given(await env.reset(task, config.want_expert))
+        opening = turn.info
         while True:
-            success = success if reply.success is None else reply.success
+            success = success if turn.success is None else turn.success
             if on_step is not None:
-                on_step(steps[-1] if steps else None, observation)
-            if reply.terminated:
+                on_step(steps[-1] if steps else None, turn)
+            if turn.terminated:
                 return ended(StopReason.TERMINATED)
 
             # the state
-            observations.append(observation)
+            turns.append(turn)
             with _costs_the_episode(StopReason.ABORTED):
-                prompt_ids = rules.prompt(observations, steps)
+                prompt_ids = rules.prompt(turns, steps)
             fits = len(prompt_ids) <= rules.max_prompt_tokens
-            if reply.truncated or len(steps) == rules.max_steps:
+            if turn.truncated or len(steps) == rules.max_steps:
                 return ended(StopReason.STEP_LIMIT, final_prompt_ids=prompt_ids if fits else None)
             if not fits:
                 return ended(StopReason.CONTEXT_OVERFLOW)
@@ -78,43 +78,42 @@ async def play_episode(rules: Rules, place: Place, env: AwaitedEnv, player: Play
             # the action
             request = Request(0, place.id, prompt_ids, rules.sampling, place.seed(len(steps)))
             with _costs_the_episode(StopReason.ENGINE_ERROR):
-                completion = await player.act(request, observation)
+                completion = await player.act(request, turn)
             if completion.error or not len(completion.action_ids):
                 raise _Broken(StopReason.ENGINE_ERROR, completion.error or "the engine gave an action without a token")
             with _costs_the_episode(StopReason.ABORTED):
-                text = rules.context.decode_action(completion.action_ids)
-                parsed = rules.parsed(text, observation)
+                text = rules.context.renderer.decode_action(completion.action_ids)
+                parsed = rules.parsed(text, turn)
 
             # what it brings; after one that is refused the environment stays as it is, solved or not
-            if parsed.command is None:
-                reply = EnvReply(replace(observation, feedback=parsed.feedback), action_valid=False)
-            else:
-                reply = await env.step(parsed.command)
-            before, (observation, reply) = observation, _answered(reply)
-            reply = rules.judged(reply, len(steps) + 1)
+            before = turn
+            action = parsed.action
+            turn = before.refused(parsed.feedback) if action is None else _given(await env.step(action))
+            turn = rules.judged(turn, len(steps) + 1)
             steps.append(
                 Step(
                     prompt_ids,
                     completion.action_ids,
                     completion.logprobs,
-                    reply.reward,
+                    turn.reward,
                     len(steps),
                     completion.finish_reason,
-                    reply.terminated,
+                    turn.terminated,
                     truncated=False,
-                    action_valid=reply.action_valid,
-                    observation=before.text,
-                    action=text.strip() if parsed.command is None else parsed.command,
+                    action_valid=turn.action_valid,
+                    observation=before.observation,
+                    action=text.strip() if action is None else str(action),
                     temperature=config.temperature,
                     policy_version=config.version,
-                    metadata=reply.info,
+                    metadata=turn.info,
+                    state_key=before.state_key,
                 )
             )
     except _Broken as broken:
         return ended(*broken.args)
 
 
-def _answered(reply: EnvReply) -> tuple[Observation, EnvReply]:
-    if reply.observation is None:
+def _given(reply: EnvReply) -> Turn:
+    if reply.turn is None:
         raise _Broken(StopReason.ENV_ERROR, reply.error)
-    return reply.observation, reply
+    return reply.turn

@@ -9,9 +9,10 @@ from typing import Protocol
 
 import numpy as np
 
-from steppo.types import Completion, Observation, Request
+from steppo.rendering import is_open
+from steppo.types import Action, Completion, Request, Turn
 
-Choose = Callable[[Observation, Request], str]
+Choose = Callable[[Turn, Request], str | Action]
 
 
 class NoAction(ValueError):
@@ -22,8 +23,8 @@ class Player(ABC):
     """Gives the action of each step. What it raises costs its episode."""
 
     @abstractmethod
-    async def act(self, request: Request, observation: Observation) -> Completion:
-        """Answers the prompt of ``request``, which was made from ``observation`` and what came before it."""
+    async def act(self, request: Request, turn: Turn) -> Completion:
+        """Answers the prompt of ``request``, which was made from ``turn`` and what came before it."""
 
 
 class Generates(Protocol):
@@ -39,7 +40,7 @@ class PolicyPlayer(Player):
     def __init__(self, engine: Generates) -> None:
         self._engine = engine
 
-    async def act(self, request: Request, observation: Observation) -> Completion:
+    async def act(self, request: Request, turn: Turn) -> Completion:
         return await self._engine.generate(request)
 
 
@@ -47,29 +48,30 @@ class ScriptedPlayer(Player):
     """Follows a rule: demonstrations, tests, baselines. No model is asked.
 
     Args:
-        choose: (observation, request) -> text of the action, in the thread that asks for the episodes.
-        encode: Text -> token ids with their stop token, such as ``ContextPolicy.encode_action``.
+        choose: (turn, request) -> an action, or a command, in the thread that asks for the episodes.
+        write: Action -> token ids with their stop token, such as ``EnvSource.write``.
     """
 
-    def __init__(self, choose: Choose, encode: Callable[[str], np.ndarray]) -> None:
+    def __init__(self, choose: Choose, write: Callable[[Action], np.ndarray]) -> None:
         self._choose = choose
-        self._encode = encode
+        self._write = write
 
-    async def act(self, request: Request, observation: Observation) -> Completion:
-        ids = self._encode(self._choose(observation, request))
+    async def act(self, request: Request, turn: Turn) -> Completion:
+        chosen = self._choose(turn, request)
+        ids = self._write(Action(chosen) if isinstance(chosen, str) else chosen)
         return Completion(request.id, ids, np.zeros(len(ids), dtype=np.float32), "stop")
 
 
-def random_action(observation: Observation, request: Request) -> str:
-    """An admissible command, each as likely as the others."""
-    commands = observation.admissible_commands
+def random_action(turn: Turn, request: Request) -> str:
+    """One of the commands that are shown, each as likely as the others; never an open one."""
+    commands = [command for command in turn.commands or () if not is_open(command)]
     if not commands:
-        raise NoAction("no admissible commands are shown here")
+        raise NoAction("no commands are shown here")
     return random.Random(request.seed).choice(commands)
 
 
-def expert_action(observation: Observation, request: Request) -> str:
+def expert_action(turn: Turn, request: Request) -> Action:
     """What the environment's expert would do; the plan must ask for it (``want_expert``)."""
-    if observation.expert_action is None:
+    if turn.expert_action is None:
         raise NoAction("the environment has no expert here")
-    return observation.expert_action
+    return turn.expert_action

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import pickle
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
 
-from steppo.envs.checks import EnvReply, plain_text, shown
+from steppo.envs.checks import plain_text, shown
 from steppo.errors import WrongValue
 from steppo.rendering import ActionParser, ContextPolicy, ParsedAction
-from steppo.types import Observation, Sampling, Step
+from steppo.types import Action, Sampling, Step, Turn
 
 
 @dataclass(frozen=True)
@@ -32,9 +33,9 @@ class Rules:
     on_invalid: Literal["continue", "end"]
     vocab_size: int | None
 
-    def prompt(self, observations: list[Observation], steps: list[Step]) -> np.ndarray:
+    def prompt(self, turns: list[Turn], steps: list[Step]) -> np.ndarray:
         """Token ids of the next prompt. Of an empty one the value would be read at another row's position."""
-        ids: Any = self.context.prompt_ids(observations, steps)
+        ids: Any = self.context.prompt_ids(turns, steps)
         call = f"{type(self.context).__name__}.prompt_ids"
         if not isinstance(ids, np.ndarray) or ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer):
             given = f"shape {ids.shape} of {ids.dtype}" if isinstance(ids, np.ndarray) else shown(ids)
@@ -47,18 +48,24 @@ class Rules:
             raise WrongValue(f"{call} gave the token id {wrong}, which is none of the model's {self.vocab_size}")
         return ids.astype(np.int32, copy=False)
 
-    def parsed(self, text: str, observation: Observation) -> ParsedAction:
-        """The command of an answer, or why there is none."""
-        parsed: Any = self.parser.parse(text, observation)
+    def parsed(self, text: str, turn: Turn) -> ParsedAction:
+        """The action of an answer, or why there is none."""
+        parsed: Any = self.parser.parse(text, turn)
         call = f"{type(self.parser).__name__}.parse"
         if not isinstance(parsed, ParsedAction):
             raise WrongValue(f"{call} must give a ParsedAction, not {shown(parsed)}")
-        command = None if parsed.command is None else plain_text(f"the command of {call}", parsed.command)
-        return ParsedAction(command, plain_text(f"the feedback of {call}", parsed.feedback))
+        action: Any = parsed.action
+        if action is not None:
+            if not isinstance(action, Action):
+                raise WrongValue(f"the action of {call} must be an Action or None, not {shown(action)}")
+            if action.command is not None:
+                action = replace(action, command=plain_text(f"the command of {call}", action.command))
+            pickle.dumps(action)  # it goes to a worker process
+        return ParsedAction(action, plain_text(f"the feedback of {call}", parsed.feedback))
 
-    def judged(self, reply: EnvReply, number: int) -> EnvReply:
+    def judged(self, turn: Turn, number: int) -> Turn:
         """What the ``number``-th step (from 1) brought: less for an invalid action, and the end at the task's limit."""
-        if not reply.action_valid:
-            ends = reply.terminated or self.on_invalid == "end"
-            reply = replace(reply, reward=reply.reward - self.invalid_penalty, terminated=ends)
-        return replace(reply, terminated=True) if number == self.task_limit else reply
+        if not turn.action_valid:
+            ends = turn.terminated or self.on_invalid == "end"
+            turn = replace(turn, reward=turn.reward - self.invalid_penalty, terminated=ends)
+        return replace(turn, terminated=True) if number == self.task_limit else turn

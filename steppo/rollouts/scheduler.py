@@ -14,7 +14,7 @@ from steppo.engines import Engine, EngineThread
 from steppo.envs.checks import EnvReply
 from steppo.envs.pool import EnvPool
 from steppo.rollouts.place import Place
-from steppo.types import Completion, Episode, Request, Task
+from steppo.types import Action, Completion, Episode, Request, Task
 
 T = TypeVar("T")
 
@@ -46,8 +46,8 @@ class Seat:
         self.waits_for_env = True
         return await self._wait()
 
-    async def step(self, command: str) -> EnvReply:
-        self._pool.step(self._slot, command)
+    async def step(self, action: Action) -> EnvReply:
+        self._pool.step(self._slot, action)
         self.waits_for_env = True
         return await self._wait()
 

@@ -6,19 +6,19 @@ import random
 from collections.abc import Sequence
 
 from steppo.envs.pool import EnvPool
-from steppo.rendering import ContextPolicy
-from steppo.types import Task
+from steppo.rendering import ContextPolicy, is_open
+from steppo.types import Action, Task
 
 
 def tokenizer_texts(
     pool: EnvPool, context: ContextPolicy, tasks: Sequence[Task], num_slots: int, most_steps: int
 ) -> list[str]:
-    """Plays each task once by random admissible actions (or the expert's) and gives all that was to be read."""
+    """Plays each task once by random commands (or the expert's) and gives all that was to be read."""
     texts: list[str] = []
     rng = random.Random(0)
     pool.reset(0, tasks[0], want_expert=False)
-    opening = pool.receive(0).observation
-    hidden = opening is None or opening.admissible_commands is None  # then the expert knows some
+    opening = pool.receive(0).turn
+    hidden = opening is None or opening.commands is None  # then the expert knows some
     for first in range(0, len(tasks), num_slots):
         active = list(enumerate(tasks[first : first + num_slots]))
         for slot, task in active:
@@ -26,14 +26,14 @@ def tokenizer_texts(
         for _ in range(most_steps):
             going = []
             for slot, task in active:
-                reply = pool.receive(slot)
-                if reply.observation is None:
+                turn = pool.receive(slot).turn
+                if turn is None:
                     continue
-                texts.append(context.render_observation(reply.observation))
-                options = reply.observation.admissible_commands or (reply.observation.expert_action,)
-                action = rng.choice(options)
-                if not (reply.terminated or reply.truncated) and action is not None:
-                    texts.append("Done: " + action)
+                texts.append(context.render_observation(turn))
+                commands = [Action(command) for command in turn.commands or () if not is_open(command)]
+                action = rng.choice(commands or [turn.expert_action])
+                if not (turn.terminated or turn.truncated) and action is not None:
+                    texts.append(f"Done: {action}")
                     pool.step(slot, action)
                     going.append((slot, task))
             active = going

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from steppo.advantages import StepGAE, TokenGAE, base
 from steppo.advantages.base import discounted_suffix_sums_, ends_of_runs, whiten
-from steppo.types import Credit, CreditBatch
+from steppo.batch import Credit, CreditBatch
 from tests.numeric_helpers import FEW, close, gae, near, normal, to_batch
 from tests.slow_credit import Ending, Turn, slow_credit, slow_whiten
 

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from steppo.advantages import GRPO, RLOO, Advantage, GiGPO, ReinforcePP, ReinforcePPBaseline
+from steppo.batch import CreditBatch
 from steppo.errors import ConfigError
-from steppo.types import CreditBatch
 from tests.numeric_helpers import FEW, close, near, normal, to_batch
 from tests.slow_credit import (
     Ending,

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from steppo.advantages import GRPO, RLOO, ReinforcePP, ReinforcePPBaseline, StepGAE, TokenGAE, whiten
+from steppo.batch import CreditBatch
 from steppo.losses import ClippedLoss, kl_penalty, token_weights, value_loss
-from steppo.types import CreditBatch
 from tests.numeric_helpers import close, normal, policy_loss, steps_of, to_batch
 from tests.slow_credit import Ending, Turn, rows_by_episode
 

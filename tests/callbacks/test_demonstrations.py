@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from callbacks import WarmStartCallback
-from steppo.types import Segment
+from steppo.batch import Segment
 from tests.cli.test_errors import refused
 from tests.cli_helpers import TOY, places, run
 from tests.expert_env import ExpertEnv

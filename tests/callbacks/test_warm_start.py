@@ -12,13 +12,13 @@ import torch
 from transformers import AutoTokenizer
 
 from callbacks import WarmStartCallback
+from steppo.batch import Segment
 from steppo.buffer import StepBuffer
 from steppo.errors import ConfigError
 from steppo.models import HFPolicy, TinyPolicy
 from steppo.models.adapters import LoRASettings
 from steppo.models.identity import identity
 from steppo.packing import PaddedPacker
-from steppo.types import Segment
 from tests.cli_helpers import run
 from tests.conftest import corridor_texts
 from tests.learner.fakes import ScrambledPacker

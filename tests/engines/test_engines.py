@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 import torch
 
+from steppo.batch import Segment
 from steppo.engines import Engine, HFEngine
 from steppo.models import TinyPolicy
 from steppo.packing import PaddedPacker
 from steppo.rendering import AppendContext, ContextPolicy, StateContext
-from steppo.types import Completion, Observation, Request, Sampling, Segment, Step
+from steppo.types import Completion, Observation, Request, Sampling, Step
 from tests.toy_env import CorridorEnv
 
 

@@ -15,13 +15,14 @@ import torch
 from torch import Tensor
 
 from steppo.advantages import Advantage
+from steppo.batch import Credit, Segment, TokenBatch
 from steppo.learner import Experience
 from steppo.learner.correction import Weights
 from steppo.learner.credit import AssignedCredit, assign_credit
 from steppo.learner.scoring import Scores
 from steppo.learner.steps import StepTable
 from steppo.packing import Packer, PaddedPacker
-from steppo.types import Credit, Episode, Segment, Step, StopReason, TokenBatch
+from steppo.types import Episode, Step, StopReason
 
 WIDE = 10**6  # tokens: all steps in one microbatch
 

@@ -17,10 +17,11 @@ from callbacks import RolloutCallback
 from callbacks.transcript import as_text
 from steppo.advantages import GRPO, RLOO, Advantage, GiGPO, ReinforcePP, ReinforcePPBaseline, StepGAE, TokenGAE, whiten
 from steppo.advantages.base import episode_returns
+from steppo.batch import Credit, CreditBatch
 from steppo.metrics import EpisodeStatistics
 from steppo.models import TinyPolicy
 from steppo.transcripts import episode_records
-from steppo.types import Credit, CreditBatch, Episode, StopReason
+from steppo.types import Episode, StopReason
 from tests.advantages.test_group_advantages import SCHEMES, advantage, by_turn, each
 from tests.learner.fakes import make_episode, scored
 from tests.learner.test_credit import assert_equal

@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
+from steppo.batch import Microbatch
 from steppo.errors import ConfigError
 from steppo.learner import Correction, ImportanceCorrection, NoCorrection
 from steppo.learner.correction import Weights
-from steppo.types import Microbatch
 from tests.cli_helpers import run, same, weights
 from tests.numeric_helpers import FEW, close, normal, steps_of
 

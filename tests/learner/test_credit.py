@@ -11,12 +11,13 @@ import pytest
 import torch
 
 from steppo.advantages import GRPO, RLOO, Advantage, GiGPO, ReinforcePP, ReinforcePPBaseline, StepGAE, TokenGAE, whiten
+from steppo.batch import Credit, CreditBatch
 from steppo.buffer import StepBuffer
 from steppo.errors import RunError
 from steppo.learner.credit import AssignedCredit
 from steppo.learner.steps import StepTable
 from steppo.packing import PaddedPacker
-from steppo.types import Credit, CreditBatch, Episode, StopReason
+from steppo.types import Episode, StopReason
 from tests.learner.fakes import BOOTSTRAP, EPISODES, LEARNED_CODES, SHARES, codes_A, codes_N, make_episode, scored
 from tests.numeric_helpers import close, steps_of
 

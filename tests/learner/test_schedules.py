@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from steppo.advantages import Advantage, StepGAE
+from steppo.batch import Credit, CreditBatch
 from steppo.errors import ConfigError
 from steppo.learner.optim import Horizon, OptimizerSettings, learning_rate_schedule
-from steppo.types import Credit, CreditBatch
 from tests.cli_helpers import checkpoint, evaluations, run
 from tests.test_train import scalars
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from steppo.batch import Segment
 from steppo.learner.sft import SFTLearner
 from steppo.losses import NLL, LossInputs
 from steppo.models import TinyPolicy
-from steppo.types import Segment
 from tests.learner.fakes import ScrambledPacker
 from tests.numeric_helpers import close, normal, steps_of
 

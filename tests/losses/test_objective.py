@@ -11,8 +11,8 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
+from steppo.batch import Microbatch
 from steppo.losses import ClippedLoss, ObjectiveSettings
-from steppo.types import Microbatch
 from tests.cli_helpers import run
 
 COMMON = [

@@ -10,11 +10,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from steppo.batch import TokenBatch
 from steppo.errors import ConfigError
 from steppo.models import AdapterCritic, SeparateCritic, TinyPolicy
 from steppo.models.adapters import LoRASettings
 from steppo.packing import PaddedPacker
-from steppo.types import TokenBatch
 from tests.numeric_helpers import close
 from tests.packing.test_packing import make_segments
 

@@ -11,12 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from steppo.batch import Segment, TokenBatch
 from steppo.models import policy as policy_module
 from steppo.models.critic import Critic, SeparateCritic, SharedCritic, ValueHead
 from steppo.models.policy import Policy
 from steppo.models.tiny import TinyPolicy
 from steppo.packing import PaddedPacker
-from steppo.types import Segment, TokenBatch
 from tests.numeric_helpers import FEW, close, near, normal
 
 TEMPERATURE = 0.7
