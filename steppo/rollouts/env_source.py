@@ -185,7 +185,8 @@ class EnvSource(EpisodeSource):
             self._pool = None
 
     def tokenizer_texts(self, tasks: Sequence[Task]) -> list[str]:
-        return tokenizer_texts(self.pool, self.context, tasks, self.num_slots, self.longest_episode)
+        tools = [self.parser.tools_text(self.tools)] if self.tools else []
+        return tools + tokenizer_texts(self.pool, self.context, self.parser, tasks, self.num_slots, self.longest_episode)
 
     def collect(
         self,

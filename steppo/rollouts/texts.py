@@ -6,14 +6,14 @@ import random
 from collections.abc import Sequence
 
 from steppo.envs.pool import EnvPool
-from steppo.rendering import ContextPolicy, is_open
+from steppo.rendering import ActionParser, ContextPolicy, is_open
 from steppo.types import Action, Task
 
 
 def tokenizer_texts(
-    pool: EnvPool, context: ContextPolicy, tasks: Sequence[Task], num_slots: int, most_steps: int
+    pool: EnvPool, context: ContextPolicy, parser: ActionParser, tasks: Sequence[Task], num_slots: int, most_steps: int
 ) -> list[str]:
-    """Plays each task once by random commands (or the expert's) and gives all that was to be read."""
+    """Plays each task once by random commands (or the expert's actions) and gives all that was to be read."""
     texts: list[str] = []
     rng = random.Random(0)
     pool.reset(0, tasks[0], want_expert=False)
@@ -33,7 +33,7 @@ def tokenizer_texts(
                 commands = [Action(command) for command in turn.commands or () if not is_open(command)]
                 action = rng.choice(commands or [turn.expert_action])
                 if not (turn.terminated or turn.truncated) and action is not None:
-                    texts.append(f"Done: {action}")
+                    texts.append(parser.answer(action) if action.tool_calls else f"Done: {action}")
                     pool.step(slot, action)
                     going.append((slot, task))
             active = going
