@@ -11,21 +11,23 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from steppo.cli import SteppoCLI
+from steppo.rendering import HermesParser
 from steppo.types import Episode
-from tests.cli_helpers import evaluations, run
+from tests.cli_helpers import run
 from tests.rendering.helpers import make_tokenizers, text_of
+from tests.search_env import SearchEnv
 
 SMOLLM2 = Path(__file__).parent.parent / "models" / "smollm2-135m"  # README of examples/convert_gguf.py makes it
 OPTIONS = [
     "--data.source.env=tests.search_env.SearchEnv",
     "--data.source.context={class_path: AppendContext, instructions: Search first.}",
     "--data.source.max_prompt_tokens=1400",
-    "--data.source.max_new_tokens=160",
+    "--data.source.max_new_tokens=80",
     "--data.source.num_slots=4",
     "--data.num_minibatches=1",
     "--data.update_epochs=2",
     "--data.eval_tasks=2",
-    "--rollout={episodes_per_iteration: 4, group_size: 2}",
+    "--rollout={episodes_per_iteration: 4, group_size: 2, temperature: 0.3}",
     "--trainer.max_epochs=1",
     "--warm_start={actions: expert, episodes: 4, batch_size: 4}",
     "--model.policy.class_path=HFPolicy",
@@ -38,7 +40,14 @@ def train(folder: Path, model: Path, *options: str) -> tuple[SteppoCLI, Sequence
 
 
 def save(folder: Path, tokenizer: PreTrainedTokenizerFast) -> None:
-    """A small model of random weights."""
+    """A small model of random weights, whose tokens are the words of prompts and calls, so that it learns in seconds."""
+    env, parser = SearchEnv(), HermesParser()
+    texts = [parser.tools_text(env.tools)]
+    for task in env.tasks("train"):
+        env.start()
+        texts += [env.reset(task).goal, parser.answer(env.expert_action()), env.step(env.expert_action()).observation]
+    template, tokenizer = tokenizer.chat_template, tokenizer.train_new_from_iterator(texts * 3, 1200, show_progress=False)
+    tokenizer.chat_template = template
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=64,
@@ -65,13 +74,12 @@ def check(cli: SteppoCLI, episodes: Sequence[Episode]) -> None:
             answers = text_of(tokenizer, after.prompt_ids[len(sampled) :])
             assert answers.count("<tool_response>") == answers.count("</tool_response>") == before.metadata.get("calls", 0)
     assert cli.model.counters.updates == 2
-    assert evaluations(Path(cli.trainer.log_dir))[-1]["info"].keys() >= {"f1"}
 
 
 @pytest.mark.parametrize("template", ["smollm2", "qwen3"])
 def test_episodes_with_tools_are_played_and_learned_from(template: str, tmp_path: Path) -> None:
     save(tmp_path / "model", make_tokenizers()[template])
-    cli, episodes = train(tmp_path / "run", tmp_path / "model", "--warm_start.updates=60", "--warm_start.lr=5e-3")
+    cli, episodes = train(tmp_path / "run", tmp_path / "model", "--warm_start.updates=100", "--warm_start.lr=5e-3")
     check(cli, episodes)
     called = [step for episode in episodes for step in episode.steps if "calls" in step.metadata]
     assert called
