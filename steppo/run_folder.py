@@ -17,6 +17,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from steppo.errors import ConfigError
 
+CHECKPOINTS = "checkpoints"
 _LOCK = ".lock"
 
 
@@ -64,10 +65,12 @@ def numbered_folders(root: Path) -> list[tuple[int, Path]]:
 
 
 @contextmanager
-def held(folder: Path | None) -> Iterator[None]:
+def held(folder: Path | None, keeps_checkpoints: bool = False) -> Iterator[None]:
     """Keeps a run's folder for this process until the body ends. The system frees it when the process dies, however it does.
 
     Child processes that are started anew do not inherit it. Where the file system knows no locks, there is a warning only.
+    A folder that ``keeps_checkpoints`` has a place for them from the start, unless the run fails before there is one: so
+    ``--ckpt_path last`` tells a run that was stopped early from an evaluation.
 
     Raises:
         ConfigError: Another run has it.
@@ -79,7 +82,14 @@ def held(folder: Path | None) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     descriptor = _lock(folder / _LOCK)
     try:
+        if keeps_checkpoints:
+            with contextlib.suppress(OSError):  # who saves will say what is wrong
+                (folder / CHECKPOINTS).mkdir(exist_ok=True)
         yield
+    except Exception:
+        with contextlib.suppress(OSError):
+            (folder / CHECKPOINTS).rmdir()
+        raise
     finally:  # removed before it is free: who locks it then finds that it is gone
         with contextlib.suppress(OSError):
             (folder / _LOCK).unlink()
