@@ -14,7 +14,7 @@ from steppo.checkpoints import iteration_checkpoints, iteration_path, iterations
 from steppo.errors import ConfigError
 from steppo.listeners import Listener
 from steppo.module import AgentModule
-from steppo.run_folder import CHECKPOINTS, run_folder
+from steppo.run_folder import CHECKPOINTS, RunTrainer, run_folder
 
 
 class IterationCheckpoint(Listener):
@@ -71,6 +71,7 @@ class IterationCheckpoint(Listener):
                 logger.experiment.file_writer.add_event(start)
 
     def on_weights_ready(self, trainer: pl.Trainer, pl_module: AgentModule) -> None:
+        cast(RunTrainer, trainer).can_be_continued = self.enabled
         self.on_train_epoch_start(trainer, pl_module)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: AgentModule) -> None:
@@ -93,11 +94,7 @@ class IterationCheckpoint(Listener):
 
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: AgentModule, checkpoint: dict[str, Any]) -> None:
         """Whoever saves within an iteration gets the state of the last checkpoint, from which the run can go on."""
-        if self._between_iterations or not trainer.is_global_zero:
-            return
-        if self._newest is None:
-            checkpoint["steppo"] = {}  # before the first iteration: nothing to go on from
-        else:
+        if self._newest is not None and not self._between_iterations and trainer.is_global_zero:
             checkpoint.clear()
             checkpoint |= read(self._newest)
 

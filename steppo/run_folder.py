@@ -13,7 +13,7 @@ from typing import Any, cast
 
 import lightning.pytorch as pl
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from steppo.errors import ConfigError
 
@@ -30,10 +30,19 @@ class RunTrainer(pl.Trainer):
     Attributes:
         numbered: The ``runs/version_<n>`` to go on in, if it is not to be a new one.
         begins_from: The checkpoint that the run begins with. Lightning's own knows it only after models are built.
+        can_be_continued: There is a state to go on from; ``IterationCheckpoint`` says so.
     """
 
     numbered: Path | None = None
     begins_from: Path | None = None
+    can_be_continued: bool = False
+
+    def save_checkpoint(self, filepath: Any, weights_only: bool | None = None, storage_options: Any = None) -> None:
+        """As Lightning's, once there is a state to go on from: where SLURM finds no file, a requeued job begins anew."""
+        if self.can_be_continued:
+            super().save_checkpoint(filepath, weights_only, storage_options)
+        else:
+            rank_zero_info(f"{filepath} is not written: there is nothing to go on from before the run's first checkpoint")
 
     @property
     def log_dir(self) -> str | None:
