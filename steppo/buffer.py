@@ -70,7 +70,9 @@ class StepBuffer:
             for chosen in np.array_split(shuffle, self._num_minibatches):
                 mine = np.sort(local[chosen][local[chosen] >= 0])
                 sizes = len(chosen), int(experience.all_lengths_N[chosen].sum())
-                yield self._in_step(self.microbatches(mine, *sizes), *sizes)
+                own = self.microbatches(mine, *sizes)
+                lacking = max(gather(len(own))) - len(own)  # all ranks make the same number of passes
+                yield own + [self.padding_microbatch(*sizes) for _ in range(lacking)]
 
     def microbatches(self, chosen: np.ndarray, update_steps: int, update_tokens: int) -> list[Microbatch]:
         """One update's part of this rank.
@@ -138,10 +140,3 @@ class StepBuffer:
             update_tokens=update_tokens,
             scale=0.0,
         )
-
-    def _in_step(self, microbatches: list[Microbatch], update_steps: int, update_tokens: int) -> list[Microbatch]:
-        """Adds microbatches of weight 0, so that all ranks make the same number of passes."""
-        wanted = max(gather(len(microbatches)))
-        while len(microbatches) < wanted:
-            microbatches.append(self.padding_microbatch(update_steps, update_tokens))
-        return microbatches

@@ -185,7 +185,7 @@ class SteppoCLI(LightningCLI):
             config.verbose = False  # the progress bar prints the table
         if self._ckpt_path is not None:
             self._checkpoint, self._folder = beginning(self._ckpt_path, config, self.subcommand == "fit")
-            if self._checkpoint is not None and self._checkpoint.is_file():
+            if self._checkpoint is not None:
                 read(self._checkpoint, mmap=True)  # before games are made and models are built
 
     def instantiate_classes(self) -> None:

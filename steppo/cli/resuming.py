@@ -29,8 +29,6 @@ def beginning(ckpt_path: str, config: Namespace, fit: bool) -> tuple[Path | None
         if not found:
             raise ConfigError("there is no checkpoint to continue from: none in the run folders of trainer.logger")
         path = found[0]
-    elif not path.exists():
-        raise ConfigError(f"there is no checkpoint {path}")
     folder = path.resolve().parent.parent
     newest = iteration_checkpoints(folder / CHECKPOINTS)[-1:] == [path.resolve()]
     return path, folder if fit and newest and folder in [other.resolve() for other in folders] else None
