@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -14,29 +15,29 @@ from steppo.learner import Experience
 from steppo.packing import Packer
 
 
+@dataclass(eq=False)
 class StepBuffer:
     """Cuts an iteration's steps into updates, and updates into microbatches.
 
     An update is the same set of steps whatever the number of ranks.
 
-    Args:
+    Attributes:
         packer: Steps -> token batches.
         max_tokens: Most tokens in one microbatch, padding included.
         update_epochs: Passes over the steps.
         num_minibatches: Updates per pass; their sizes differ by at most one step.
     """
 
-    def __init__(self, packer: Packer, max_tokens: int, update_epochs: int = 1, num_minibatches: int = 1) -> None:
-        self.packer = packer
-        self.max_tokens = max_tokens
-        self._update_epochs = update_epochs
-        self._num_minibatches = num_minibatches
-        self._experience: Experience | None = None
+    packer: Packer
+    max_tokens: int
+    update_epochs: int = 1
+    num_minibatches: int = 1
+    _experience: Experience | None = field(default=None, init=False)
 
     @property
     def updates_per_iteration(self) -> int:
         """Updates that one experience is good for."""
-        return self._update_epochs * self._num_minibatches
+        return self.update_epochs * self.num_minibatches
 
     def hold(self, experience: Experience) -> None:
         """Takes an iteration's experience in place of the last."""
@@ -61,13 +62,13 @@ class StepBuffer:
         """
         experience = self.experience
         total = experience.num_steps
-        if total < self._num_minibatches:
-            raise RunError(f"the iteration gave {total} steps, too few for {self._num_minibatches} minibatches")
+        if total < self.num_minibatches:
+            raise RunError(f"the iteration gave {total} steps, too few for {self.num_minibatches} minibatches")
         local = np.full(total, -1)
         local[experience.mine_N] = np.arange(len(experience.mine_N))
-        for epoch in range(self._update_epochs):
+        for epoch in range(self.update_epochs):
             shuffle = np.random.default_rng([seed, iteration, epoch]).permutation(total)
-            for chosen in np.array_split(shuffle, self._num_minibatches):
+            for chosen in np.array_split(shuffle, self.num_minibatches):
                 mine = np.sort(local[chosen][local[chosen] >= 0])
                 sizes = len(chosen), int(experience.all_lengths_N[chosen].sum())
                 own = self.microbatches(mine, *sizes)
