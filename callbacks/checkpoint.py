@@ -71,8 +71,9 @@ class IterationCheckpoint(Listener):
                 logger.experiment.file_writer.add_event(start)
 
     def on_weights_ready(self, trainer: pl.Trainer, pl_module: AgentModule) -> None:
-        cast(RunTrainer, trainer).can_be_continued = self.enabled
-        self.on_train_epoch_start(trainer, pl_module)
+        if not trainer.should_stop:  # else nothing is trained
+            cast(RunTrainer, trainer).can_be_continued = self.enabled
+            self.on_train_epoch_start(trainer, pl_module)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: AgentModule) -> None:
         self._between_iterations = True

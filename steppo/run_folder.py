@@ -78,8 +78,8 @@ def held(folder: Path | None, keeps_checkpoints: bool = False) -> Iterator[None]
     """Keeps a run's folder for this process until the body ends. The system frees it when the process dies, however it does.
 
     Child processes that are started anew do not inherit it. Where the file system knows no locks, there is a warning only.
-    A folder that ``keeps_checkpoints`` has a place for them from the start, unless the run fails before there is one: so
-    ``--ckpt_path last`` tells a run that was stopped early from an evaluation.
+    A run that ``keeps_checkpoints`` has a place for them from the start, and loses it if it ends or fails without one. So
+    ``--ckpt_path last`` knows a run that was stopped early.
 
     Raises:
         ConfigError: Another run has it.
@@ -90,16 +90,19 @@ def held(folder: Path | None, keeps_checkpoints: bool = False) -> Iterator[None]
     new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     descriptor = _lock(folder / _LOCK)
+    place, stopped = folder / CHECKPOINTS, False
     try:
         if keeps_checkpoints:
             with contextlib.suppress(OSError):  # who saves will say what is wrong
-                (folder / CHECKPOINTS).mkdir(exist_ok=True)
+                place.mkdir(exist_ok=True)
         yield
-    except Exception:
-        with contextlib.suppress(OSError):
-            (folder / CHECKPOINTS).rmdir()
+    except (KeyboardInterrupt, SystemExit):
+        stopped = True
         raise
     finally:  # removed before it is free: who locks it then finds that it is gone
+        with contextlib.suppress(OSError):
+            if keeps_checkpoints and not stopped:
+                place.rmdir()
         with contextlib.suppress(OSError):
             (folder / _LOCK).unlink()
             if new:
