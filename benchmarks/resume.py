@@ -31,7 +31,7 @@ import torch
 from steppo.checkpoints import iteration_checkpoints
 
 ROOT = Path(__file__).parent.parent
-PHASES = ("rollout", "update", "evaluation", "checkpoint")
+PHASES = ("start", "rollout", "update", "evaluation", "checkpoint")
 COMMAND = [
     *("train.py", "fit", "--config", "configs/quickstart.yaml", "--trainer.max_epochs=4"),
     *("--trainer.check_val_every_n_epoch=2", "--rollout.episodes_per_iteration=16", "--data.eval_tasks=16"),

@@ -12,15 +12,17 @@ from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 
 from steppo.checkpoints import iteration_checkpoints, iteration_path, iterations_of, read
 from steppo.errors import ConfigError
+from steppo.listeners import Listener
 from steppo.module import AgentModule
-from steppo.run_folder import run_folder
+from steppo.run_folder import CHECKPOINTS, RunTrainer, run_folder
 
 
-class IterationCheckpoint(pl.Callback):
-    """Saves before the first iteration, between iterations and at the end of the run, in ``checkpoints/`` of its folder.
+class IterationCheckpoint(Listener):
+    """Saves before the first evaluation, between iterations and at the end of the run, in ``checkpoints/`` of its folder.
 
-    A run that was killed goes on from there as if it had never stopped: the iteration that was cut is played again. With
-    ``trainer.enable_checkpointing false`` or ``trainer.fast_dev_run`` nothing is saved.
+    A run that was killed goes on from there as if it had never stopped: the iteration that was cut is played again, with the
+    first one the evaluation before it. With ``trainer.enable_checkpointing false`` or ``trainer.fast_dev_run`` nothing is
+    saved.
 
     Args:
         every_n_iterations: Save after every n-th iteration; so many may have to be played again.
@@ -45,7 +47,7 @@ class IterationCheckpoint(pl.Callback):
         if folder is None:
             self.enabled = False
             return
-        self._folder = folder / "checkpoints"
+        self._folder = folder / CHECKPOINTS
         for callback in cast(Any, trainer).callbacks:
             if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:  # else some loggers have it elsewhere
                 callback.dirpath = str(self._folder)
@@ -64,8 +66,14 @@ class IterationCheckpoint(pl.Callback):
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
                 # Readers of the curves then drop what earlier files of the folder hold from this step on.
-                start = Event(step=pl_module.counters.updates + 1, session_log=SessionLog(status=SessionLog.START))
+                step = pl_module.counters.updates + 1 if pl_module.counters.iterations else 0
+                start = Event(step=step, session_log=SessionLog(status=SessionLog.START))
                 logger.experiment.file_writer.add_event(start)
+
+    def on_weights_ready(self, trainer: pl.Trainer, pl_module: AgentModule) -> None:
+        if not trainer.should_stop:  # else nothing is trained
+            cast(RunTrainer, trainer).can_be_continued = self.enabled
+            self.on_train_epoch_start(trainer, pl_module)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: AgentModule) -> None:
         self._between_iterations = True
@@ -87,11 +95,7 @@ class IterationCheckpoint(pl.Callback):
 
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: AgentModule, checkpoint: dict[str, Any]) -> None:
         """Whoever saves within an iteration gets the state of the last checkpoint, from which the run can go on."""
-        if self._between_iterations or not trainer.is_global_zero:
-            return
-        if self._newest is None:
-            checkpoint["steppo"] = {}  # before the first iteration: nothing to go on from
-        else:
+        if self._newest is not None and not self._between_iterations and trainer.is_global_zero:
             checkpoint.clear()
             checkpoint |= read(self._newest)
 

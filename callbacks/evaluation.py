@@ -61,7 +61,8 @@ class EvaluationCallback(Listener):
     def on_run_start(self, trainer: pl.Trainer, pl_module: AgentModule) -> None:
         if trainer.ckpt_path is not None:
             self._write(trainer, self.history)  # what came after the checkpoint is played again
-        elif self.before_training and cast(Any, trainer).limit_val_batches:
+        begins = not self.history and not pl_module.counters.iterations
+        if begins and self.before_training and cast(Any, trainer).limit_val_batches:
             self._evaluate_between(trainer, pl_module)
 
     def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: AgentModule) -> None:

@@ -72,10 +72,10 @@ class RolloutCallback(Listener):
             )
         data: StepDataModule = pl_module.data
         longest, episodes = data.source.longest_episode, self.tasks_per_iteration * self.group_size
-        if stage == "fit" and longest is not None and episodes * longest < data.num_minibatches:
+        if stage == "fit" and longest is not None and episodes * longest < data.buffer.num_minibatches:
             raise ConfigError(
                 f"an iteration of {episodes} episodes (rollout.episodes_per_iteration) of at most {longest} steps is too "
-                f"small for data.num_minibatches, {data.num_minibatches}"
+                f"small for data.num_minibatches, {data.buffer.num_minibatches}"
             )
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: AgentModule) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -14,29 +15,29 @@ from steppo.learner import Experience
 from steppo.packing import Packer
 
 
+@dataclass(eq=False)
 class StepBuffer:
     """Cuts an iteration's steps into updates, and updates into microbatches.
 
     An update is the same set of steps whatever the number of ranks.
 
-    Args:
+    Attributes:
         packer: Steps -> token batches.
         max_tokens: Most tokens in one microbatch, padding included.
         update_epochs: Passes over the steps.
         num_minibatches: Updates per pass; their sizes differ by at most one step.
     """
 
-    def __init__(self, packer: Packer, max_tokens: int, update_epochs: int = 1, num_minibatches: int = 1) -> None:
-        self.packer = packer
-        self.max_tokens = max_tokens
-        self._update_epochs = update_epochs
-        self._num_minibatches = num_minibatches
-        self._experience: Experience | None = None
+    packer: Packer
+    max_tokens: int
+    update_epochs: int = 1
+    num_minibatches: int = 1
+    _experience: Experience | None = field(default=None, init=False)
 
     @property
     def updates_per_iteration(self) -> int:
         """Updates that one experience is good for."""
-        return self._update_epochs * self._num_minibatches
+        return self.update_epochs * self.num_minibatches
 
     def hold(self, experience: Experience) -> None:
         """Takes an iteration's experience in place of the last."""
@@ -61,16 +62,18 @@ class StepBuffer:
         """
         experience = self.experience
         total = experience.num_steps
-        if total < self._num_minibatches:
-            raise RunError(f"the iteration gave {total} steps, too few for {self._num_minibatches} minibatches")
+        if total < self.num_minibatches:
+            raise RunError(f"the iteration gave {total} steps, too few for {self.num_minibatches} minibatches")
         local = np.full(total, -1)
         local[experience.mine_N] = np.arange(len(experience.mine_N))
-        for epoch in range(self._update_epochs):
+        for epoch in range(self.update_epochs):
             shuffle = np.random.default_rng([seed, iteration, epoch]).permutation(total)
-            for chosen in np.array_split(shuffle, self._num_minibatches):
+            for chosen in np.array_split(shuffle, self.num_minibatches):
                 mine = np.sort(local[chosen][local[chosen] >= 0])
                 sizes = len(chosen), int(experience.all_lengths_N[chosen].sum())
-                yield self._in_step(self.microbatches(mine, *sizes), *sizes)
+                own = self.microbatches(mine, *sizes)
+                lacking = max(gather(len(own))) - len(own)  # all ranks make the same number of passes
+                yield own + [self.padding_microbatch(*sizes) for _ in range(lacking)]
 
     def microbatches(self, chosen: np.ndarray, update_steps: int, update_tokens: int) -> list[Microbatch]:
         """One update's part of this rank.
@@ -138,10 +141,3 @@ class StepBuffer:
             update_tokens=update_tokens,
             scale=0.0,
         )
-
-    def _in_step(self, microbatches: list[Microbatch], update_steps: int, update_tokens: int) -> list[Microbatch]:
-        """Adds microbatches of weight 0, so that all ranks make the same number of passes."""
-        wanted = max(gather(len(microbatches)))
-        while len(microbatches) < wanted:
-            microbatches.append(self.padding_microbatch(update_steps, update_tokens))
-        return microbatches

@@ -75,7 +75,6 @@ class StepDataModule(pl.LightningDataModule):
         self.source = source
         self.sampler = sampler or ShuffledSampler()
         self.buffer = StepBuffer(packer or PaddedPacker(), max_tokens_per_microbatch, update_epochs, num_minibatches)
-        self.num_minibatches = num_minibatches
         self.splits = {"train": train_split, "validate": eval_split, "test": test_split}
         self.train_tasks = train_tasks
         self.eval_tasks = eval_tasks

@@ -37,8 +37,14 @@ class Listener(pl.Callback):
     no order is promised.
     """
 
-    def on_run_start(self, trainer: pl.Trainer, pl_module: AgentModule) -> None:
+    def on_weights_ready(self, trainer: pl.Trainer, pl_module: AgentModule) -> None:
         """All have seen ``on_train_start``: the weights are those that training begins or goes on with."""
+
+    def on_run_start(self, trainer: pl.Trainer, pl_module: AgentModule) -> None:
+        """All have seen ``on_weights_ready``: the state that the run begins or goes on with is on disk.
+
+        Whoever plays episodes before training does so now.
+        """
 
     def on_iteration_start(self, trainer: pl.Trainer, pl_module: AgentModule) -> None:
         """All have seen ``on_train_epoch_start``: the state between iterations is on disk.

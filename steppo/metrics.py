@@ -14,6 +14,7 @@ from torchmetrics import Metric
 from steppo.distributed import gather
 from steppo.types import Episode, StopReason
 
+_SUMS = ("episodes", "verdicts", "successes", "returns", "steps", "invalid", "prompt_tokens", "action_tokens")
 _REASONS = tuple(StopReason)
 _MOST_VALUES = 50
 
@@ -43,40 +44,35 @@ class EpisodeStatistics(Metric):
     """
 
     full_state_update = False
-    episodes: Tensor
-    verdicts: Tensor
-    successes: Tensor
-    returns: Tensor
-    steps: Tensor
-    invalid: Tensor
-    prompt_tokens: Tensor
-    action_tokens: Tensor
+    sums: Tensor
     reasons: Tensor
-    _SUMS = ("episodes", "verdicts", "successes", "returns", "steps", "invalid", "prompt_tokens", "action_tokens")
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        for name in self._SUMS:
-            self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("reasons", torch.zeros(len(_REASONS), dtype=torch.float64), dist_reduce_fx="sum")
+        for name, size in (("sums", len(_SUMS)), ("reasons", len(_REASONS))):
+            self.add_state(name, torch.zeros(size, dtype=torch.float64), dist_reduce_fx="sum")
 
     def update(self, episode: Episode) -> None:
         """Adds one episode."""
         self.reasons[_REASONS.index(episode.stop_reason)] += 1
         if episode.stop_reason.failed:
             return
-        self.episodes += 1
-        self.verdicts += episode.success is not None
-        self.successes += episode.success is True
-        self.returns += episode.episode_return
-        self.steps += len(episode.steps)
-        self.invalid += sum(not step.action_valid for step in episode.steps)
-        self.prompt_tokens += sum(len(step.prompt_ids) for step in episode.steps)
-        self.action_tokens += sum(len(step.action_ids) for step in episode.steps)
+        steps = episode.steps
+        added = {
+            "episodes": 1,
+            "verdicts": episode.success is not None,
+            "successes": episode.success is True,
+            "returns": episode.episode_return,
+            "steps": len(steps),
+            "invalid": sum(not step.action_valid for step in steps),
+            "prompt_tokens": sum(len(step.prompt_ids) for step in steps),
+            "action_tokens": sum(len(step.action_ids) for step in steps),
+        }
+        self.sums += self.sums.new_tensor([added[name] for name in _SUMS])
 
     def compute(self) -> dict[str, float]:
         """The figures so far."""
-        total = {name: float(getattr(self, name)) for name in self._SUMS}
+        total = dict(zip(_SUMS, self.sums.tolist(), strict=True))
         episodes, steps = max(total["episodes"], 1.0), max(total["steps"], 1.0)
         rate = low = high = math.nan
         if total["verdicts"]:

@@ -185,6 +185,7 @@ class AgentModule(RunModule):
         if isinstance(self.trainer.strategy, ModelParallelStrategy):
             fill_state(optimizer)
         take_settings(optimizer, schedule, (self.policy_optimizer, self.critic_optimizer))
+        announce(self.trainer, "on_weights_ready")
         announce(self.trainer, "on_run_start")
 
     # ---- an iteration ----

@@ -13,10 +13,11 @@ from typing import Any, cast
 
 import lightning.pytorch as pl
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from steppo.errors import ConfigError
 
+CHECKPOINTS = "checkpoints"
 _LOCK = ".lock"
 
 
@@ -29,10 +30,19 @@ class RunTrainer(pl.Trainer):
     Attributes:
         numbered: The ``runs/version_<n>`` to go on in, if it is not to be a new one.
         begins_from: The checkpoint that the run begins with. Lightning's own knows it only after models are built.
+        can_be_continued: There is a state to go on from; ``IterationCheckpoint`` says so.
     """
 
     numbered: Path | None = None
     begins_from: Path | None = None
+    can_be_continued: bool = False
+
+    def save_checkpoint(self, filepath: Any, weights_only: bool | None = None, storage_options: Any = None) -> None:
+        """As Lightning's, once there is a state to go on from: where SLURM finds no file, a requeued job begins anew."""
+        if self.can_be_continued:
+            super().save_checkpoint(filepath, weights_only, storage_options)
+        else:
+            rank_zero_info(f"{filepath} is not written: there is nothing to go on from before the run's first checkpoint")
 
     @property
     def log_dir(self) -> str | None:
@@ -64,10 +74,12 @@ def numbered_folders(root: Path) -> list[tuple[int, Path]]:
 
 
 @contextmanager
-def held(folder: Path | None) -> Iterator[None]:
+def held(folder: Path | None, keeps_checkpoints: bool = False) -> Iterator[None]:
     """Keeps a run's folder for this process until the body ends. The system frees it when the process dies, however it does.
 
     Child processes that are started anew do not inherit it. Where the file system knows no locks, there is a warning only.
+    A run that ``keeps_checkpoints`` has a place for them from the start, and loses it if it ends or fails without one. So
+    ``--ckpt_path last`` knows a run that was stopped early.
 
     Raises:
         ConfigError: Another run has it.
@@ -78,9 +90,19 @@ def held(folder: Path | None) -> Iterator[None]:
     new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     descriptor = _lock(folder / _LOCK)
+    place, stopped = folder / CHECKPOINTS, False
     try:
+        if keeps_checkpoints:
+            with contextlib.suppress(OSError):  # who saves will say what is wrong
+                place.mkdir(exist_ok=True)
         yield
+    except (KeyboardInterrupt, SystemExit):
+        stopped = True
+        raise
     finally:  # removed before it is free: who locks it then finds that it is gone
+        with contextlib.suppress(OSError):
+            if keeps_checkpoints and not stopped:
+                place.rmdir()
         with contextlib.suppress(OSError):
             (folder / _LOCK).unlink()
             if new:

@@ -140,8 +140,6 @@ class RunModule(pl.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         state = checkpoint["steppo"]
-        if not state:
-            raise ConfigError("the checkpoint was written before the first iteration: start the run anew")
         if self.trainer.training and "optimizer_states" not in checkpoint:
             raise ConfigError("the checkpoint holds weights only: it can be evaluated, not continued")
         require_identity(checkpoint, self.identity)

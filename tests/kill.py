@@ -17,8 +17,9 @@ from steppo import checkpoints
 class KillAt(Callback):
     """Sends a signal to its own process at the n-th event of a phase, and counts the events of all phases.
 
-    Events of ``rollout`` and ``evaluation`` are requests to the engine; of ``update``, the start of a batch, its optimizer
-    step and its end; of ``checkpoint``, the middle of each file, its end, and its being in place.
+    The event of ``start`` is that training starts. Events of ``rollout`` and ``evaluation`` are requests to the engine; of
+    ``update``, the start of a batch, its optimizer step and its end; of ``checkpoint``, the middle of each file, its end,
+    and its being in place.
 
     Args:
         phase: One of these.
@@ -34,7 +35,7 @@ class KillAt(Callback):
         self.event = event
         self.signal = signal.Signals[signal_name]
         self.counts = counts
-        self.seen = {"rollout": 0, "update": 0, "evaluation": 0, "checkpoint": 0}
+        self.seen = {"start": 0, "rollout": 0, "update": 0, "evaluation": 0, "checkpoint": 0}
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         engine = pl_module.data.source.engine
@@ -66,6 +67,9 @@ class KillAt(Callback):
         engine.submit = submit_and_count
         checkpoints.torch.save = save_and_count
         checkpoints.os.replace = replace_and_count
+
+    def on_train_start(self, *args: Any) -> None:
+        self._count("start")
 
     def on_train_batch_start(self, *args: Any) -> None:
         self._count("update")

@@ -233,7 +233,7 @@ def test_ranks_are_summed() -> None:
 def test_one_rank_with_a_verdict_is_enough() -> None:
     """This rank has none; the other's state has one."""
     known = statistics_of([make_episode([1.0], success=True)])
-    other = {name: getattr(known, name) for name in (*EpisodeStatistics._SUMS, "reasons")}
+    other = {name: getattr(known, name) for name in ("sums", "reasons")}
     names = iter(other)
     synchronised = EpisodeStatistics(
         dist_sync_fn=lambda state, group: [state, other[next(names)]], distributed_available_fn=lambda: True

@@ -255,6 +255,7 @@ def test_react_is_evaluated_and_not_trained(tmp_path: Path) -> None:
     cli = run(tmp_path, "--config", str(ALGORITHMS / "react.yaml"))
     [record] = evaluations(tmp_path)
     assert (record["iteration"], record["updates"], record["episodes"]) == (0, 0, 8)
+    assert not (tmp_path / "checkpoints").exists()
     assert cli.trainer.global_step == 0
     assert cli.model.critic is None
     assert cli.model.reference is None

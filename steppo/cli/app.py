@@ -39,7 +39,7 @@ from steppo.cli.config import complete, merged_config
 from steppo.cli.config_errors import check_config, explain, in_one_line, refusal
 from steppo.cli.config_files import read_command_line
 from steppo.cli.config_types import Settings
-from steppo.cli.resuming import find_checkpoint, goes_on, logger_arguments
+from steppo.cli.resuming import beginning, logger_arguments
 from steppo.cli.stopping import STOPPED, ends_on_sigterm, ranks
 from steppo.datamodule import StepDataModule
 from steppo.distributed import require_equal
@@ -94,7 +94,8 @@ class SteppoCLI(LightningCLI):
     """Adds sections with names of their own for steppo's callbacks: overlays reach them by name.
 
     ``--ckpt_path last`` is the newest checkpoint of the newest run folder. Where ``fit`` is given that one, by ``last`` or
-    by its path, it continues in the same folder; any other checkpoint starts a new one.
+    by its path, it continues in the same folder; any other checkpoint starts a new one. A run that was stopped before its
+    first checkpoint begins again.
     """
 
     commands: tuple[str, ...] = ("fit", "validate", "test")
@@ -102,7 +103,7 @@ class SteppoCLI(LightningCLI):
     # Held back from Lightning, which would read hyper-parameters from it, and from what a run keeps as its config.
     _ckpt_path: str | None = None
     _checkpoint: Path | None = None
-    _numbered: Path | None = None
+    _folder: Path | None = None
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument(
@@ -150,9 +151,10 @@ class SteppoCLI(LightningCLI):
 
     def _run(self, command: Callable[..., Any], kwargs: dict[str, Any]) -> None:
         folder = self.trainer.own_log_dir() if cast(Any, rank_zero_only).rank == 0 else None
+        fits = self.subcommand == "fit" and self.config_init.fit.checkpoint.enabled
         with ends_on_sigterm(self.trainer, self._say_stopped):
             try:
-                with held(None if folder is None else Path(folder)):
+                with held(None if folder is None else Path(folder), keeps_checkpoints=fits):
                     command(**kwargs)
             except SIGTERMException:
                 raise
@@ -182,8 +184,8 @@ class SteppoCLI(LightningCLI):
         if "verbose" in config:
             config.verbose = False  # the progress bar prints the table
         if self._ckpt_path is not None:
-            self._checkpoint = find_checkpoint(self._ckpt_path, config)
-            if self._checkpoint.is_file():
+            self._checkpoint, self._folder = beginning(self._ckpt_path, config, self.subcommand == "fit")
+            if self._checkpoint is not None:
                 read(self._checkpoint, mmap=True)  # before games are made and models are built
 
     def instantiate_classes(self) -> None:
@@ -199,26 +201,20 @@ class SteppoCLI(LightningCLI):
 
     @contextmanager
     def _in_its_run_folder(self) -> Iterator[None]:
-        """Has the logger continue the checkpoint's run folder, if the run goes on there. The config stays as it was."""
-        config, path = self._options, self._checkpoint
-        if path is None or self.subcommand != "fit" or not goes_on(path, config):
-            if path is not None:
-                _say(f"Checkpoint: {path}")
+        """Has the logger go on in the folder of the run that is continued. The config stays as it was."""
+        folder, path, arguments = self._folder, self._checkpoint, logger_arguments(self._options)
+        if folder is not None:
+            _say(f"Continuing {folder} from {path.name if path else 'its start: it has no checkpoint yet'}")
+        elif path is not None:
+            _say(f"Checkpoint: {path}")
+        if folder is None or arguments is None or arguments.version is not None:
             yield
             return
-        folder = path.resolve().parent.parent
-        _say(f"Continuing {folder} from {path.name}")
-        arguments = logger_arguments(config)
-        if arguments is None:
-            self._numbered = folder
-            yield
-            return
-        version = arguments.version
         try:
-            arguments.version = folder.name if version is None else version
+            arguments.version = folder.name
             yield
         finally:
-            arguments.version = version
+            arguments.version = None
 
     def instantiate_trainer(self, **kwargs: Any) -> RunTrainer:
         """As Lightning's, but without its default ModelCheckpoint and with checkpoints that are written whole."""
@@ -234,7 +230,7 @@ class SteppoCLI(LightningCLI):
         self.config_init[self.subcommand].checkpoint.enabled = wanted
         trainer = super().instantiate_trainer(**kwargs)
         assert isinstance(trainer, RunTrainer)
-        trainer.numbered = self._numbered
+        trainer.numbered = self._folder
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = CheckpointIO()
         return trainer

@@ -10,28 +10,28 @@ from jsonargparse import Namespace
 
 from steppo.checkpoints import iteration_checkpoints
 from steppo.errors import ConfigError
-from steppo.run_folder import numbered_folders
+from steppo.run_folder import CHECKPOINTS, numbered_folders
 
 
-def find_checkpoint(ckpt_path: str, config: Namespace) -> Path:
-    """The file that ``ckpt_path`` means."""
-    if ckpt_path != "last":
-        path = Path(ckpt_path)
-        if not path.exists():
-            raise ConfigError(f"there is no checkpoint {path}")
-        return path
+def beginning(ckpt_path: str, config: Namespace, fit: bool) -> tuple[Path | None, Path | None]:
+    """The checkpoint that ``ckpt_path`` means, and the run folder to go on in: ``None`` for a new one.
+
+    A ``fit`` goes on in a checkpoint's folder if it is the newest there and the configured logger can add to it. Its
+    ``last`` is the newest run: if that was stopped before its first checkpoint, there is a folder and no checkpoint.
+    """
     folders = _run_folders(config)
-    found = [path for folder in folders for path in reversed(iteration_checkpoints(folder / "checkpoints"))]
-    if not found:
-        raise ConfigError("there is no checkpoint to continue from: none in the run folders of trainer.logger")
-    return found[0]
-
-
-def goes_on(path: Path, config: Namespace) -> bool:
-    """Whether a checkpoint is the newest of a run folder of the configured logger, and the logger can add to that."""
+    path = Path(ckpt_path)
+    if ckpt_path == "last":
+        runs = [folder / CHECKPOINTS for folder in folders if (folder / CHECKPOINTS).is_dir()]
+        if fit and runs and not iteration_checkpoints(runs[0]):
+            return None, runs[0].parent
+        found = [path for run in runs for path in reversed(iteration_checkpoints(run))]
+        if not found:
+            raise ConfigError("there is no checkpoint to continue from: none in the run folders of trainer.logger")
+        path = found[0]
     folder = path.resolve().parent.parent
-    newest = iteration_checkpoints(folder / "checkpoints")[-1:]
-    return newest == [path.resolve()] and folder in [other.resolve() for other in _run_folders(config)]
+    newest = iteration_checkpoints(folder / CHECKPOINTS)[-1:] == [path.resolve()]
+    return path, folder if fit and newest and folder in [other.resolve() for other in folders] else None
 
 
 def _run_folders(config: Namespace) -> list[Path]:

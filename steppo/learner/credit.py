@@ -48,14 +48,10 @@ class AssignedCredit:
         value = self.batch.value_N if by_step else self.batch.value_A
         if target is not None and value is not None and target.numel() > 1:
             variance = float(target.var())
-            explained = (
-                1 - float((target - value).var()) / variance if variance > 1e-12 else 0.0
-            )  # of equal targets only rounding is left
-            figures |= {
-                "explained_variance": explained,
-                "value_mean": float(value.mean()),
-                "target_mean": float(target.mean()),
-            }
+            # Of equal targets only rounding is left.
+            explained = 1 - float((target - value).var()) / variance if variance > 1e-12 else 0.0
+            means = {"value_mean": float(value.mean()), "target_mean": float(target.mean())}
+            figures |= {"explained_variance": explained} | means
         return figures
 
 

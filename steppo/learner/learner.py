@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -24,10 +25,11 @@ from steppo.packing import Packer, PaddedPacker
 from steppo.types import Episode
 
 
+@dataclass(eq=False)
 class Learner:
     """Prepares an iteration's episodes, and makes its updates.
 
-    Args:
+    Attributes:
         policy: Built.
         advantage: Credit scheme; it says which values it needs.
         critic: Built; ``None`` where the scheme needs no values.
@@ -40,29 +42,19 @@ class Learner:
         inference: Entered for passes without gradients.
     """
 
-    def __init__(
-        self,
-        policy: Policy,
-        advantage: Advantage,
-        critic: Critic | None = None,
-        reference: Reference | None = None,
-        loss: PolicyLoss | None = None,
-        objective: ObjectiveSettings = ObjectiveSettings(),
-        correction: Correction | None = None,
-        packer: Packer | None = None,
-        max_tokens: int = 16384,
-        inference: Callable[[], AbstractContextManager[object]] = torch.no_grad,
-    ) -> None:
-        self._policy = policy
-        self._advantage = advantage
-        self._critic = critic
-        self._reference = reference
-        self._objective = objective
-        self._correction = correction or NoCorrection()
-        self._packer = packer or PaddedPacker()
-        self._max_tokens = max_tokens
-        self._inference = inference
-        self._loss = UpdateLoss(policy, critic, advantage.needs_values, loss or ClippedLoss(), objective)
+    policy: Policy
+    advantage: Advantage
+    critic: Critic | None = None
+    reference: Reference | None = None
+    loss: PolicyLoss = field(default_factory=ClippedLoss)
+    objective: ObjectiveSettings = ObjectiveSettings()
+    correction: Correction = field(default_factory=NoCorrection)
+    packer: Packer = field(default_factory=PaddedPacker)
+    max_tokens: int = 16384
+    inference: Callable[[], AbstractContextManager[object]] = torch.no_grad
+
+    def __post_init__(self) -> None:
+        self._update_loss = UpdateLoss(self.policy, self.critic, self.advantage.needs_values, self.loss, self.objective)
 
     def prepare(self, episodes: Sequence[Episode]) -> Experience:
         """Scores an iteration's episodes and assigns credit over all ranks, of which all must ask.
@@ -86,7 +78,7 @@ class Learner:
         """
         steps = StepTable.of(episodes)
         scores, weights = self._score(steps)
-        if not self._advantage.needs_groups and any(gather(len(steps))):
+        if not self.advantage.needs_groups and any(gather(len(steps))):
             return self._with_credit(steps, scores, weights)
         return Experience(steps, scores, weights, Credit(), np.arange(len(steps)), steps.lengths_N, len(episodes), {})
 
@@ -98,18 +90,18 @@ class Learner:
         policy_learns: bool = True,
     ) -> UpdateStatistics:
         """One update: see ``run_update``."""
-        return run_update(self._loss, batch, backward, step, policy_learns)
+        return run_update(self._update_loss, batch, backward, step, policy_learns)
 
     def _score(self, steps: StepTable) -> tuple[Scores, Weights]:
-        models = self._policy, self._reference, self._critic
-        with self._inference():
-            scores = score(steps, *models, self._advantage.needs_values, self._packer, self._max_tokens)
+        models = self.policy, self.reference, self.critic
+        with self.inference():
+            scores = score(steps, *models, self.advantage.needs_values, self.packer, self.max_tokens)
             old_A = scores.old_logprobs_A
             behaviour_A = steps.behaviour_logprobs_A.to(old_A.dtype)
-            return scores, self._correction(behaviour_A, old_A, steps.step_of_A, len(steps))
+            return scores, self.correction(behaviour_A, old_A, steps.step_of_A, len(steps))
 
     def _with_credit(self, steps: StepTable, scores: Scores, weights: Weights) -> Experience:
-        assigned = assign_credit(steps, scores, self._advantage, self._objective.reward_kl_coef)
+        assigned = assign_credit(steps, scores, self.advantage, self.objective.reward_kl_coef)
         return Experience(
             steps=steps,
             scores=scores,

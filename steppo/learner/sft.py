@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -17,10 +18,11 @@ from steppo.models import Policy
 from steppo.packing import Packer, PaddedPacker
 
 
+@dataclass(frozen=True, eq=False)
 class SFTLearner:
     """Maximum likelihood of demonstrated actions, by token. All ranks learn from the same batches.
 
-    Args:
+    Attributes:
         policy: Built.
         segments: Prompts and demonstrated actions, the same on all ranks.
         updates: Optimizer steps.
@@ -31,25 +33,14 @@ class SFTLearner:
         max_tokens: Most tokens in one forward and backward pass.
     """
 
-    def __init__(
-        self,
-        policy: Policy,
-        segments: Sequence[Segment],
-        updates: int,
-        batch_size: int,
-        lr: float,
-        seed: int,
-        packer: Packer | None = None,
-        max_tokens: int = 16384,
-    ) -> None:
-        self._policy = policy
-        self._segments = segments
-        self._updates = updates
-        self._batch_size = batch_size
-        self._settings = OptimizerSettings(lr=lr)
-        self._seed = seed
-        self._packer = packer or PaddedPacker()
-        self._max_tokens = max_tokens
+    policy: Policy
+    segments: Sequence[Segment]
+    updates: int
+    batch_size: int
+    lr: float
+    seed: int
+    packer: Packer = field(default_factory=PaddedPacker)
+    max_tokens: int = 16384
 
     def fit(
         self,
@@ -57,15 +48,16 @@ class SFTLearner:
         progress: Callable[[int], object] = lambda done: None,
     ) -> list[UpdateStatistics]:
         """Makes the updates; ``progress`` hears how many are done. What they found, one by one."""
-        parameters = self._policy.trained_parameters()
+        parameters = self.policy.trained_parameters()
         groups = [{"name": "policy", "params": parameters}]
-        optimizer = torch.optim.AdamW(groups, lr=self._settings.lr, weight_decay=0.0)
-        decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=self._updates)
-        loss = UpdateLoss(self._policy, None, "none", NLL(), ObjectiveSettings(aggregation="token-mean"))
+        settings = OptimizerSettings(lr=self.lr)
+        optimizer = torch.optim.AdamW(groups, lr=settings.lr, weight_decay=0.0)
+        decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=self.updates)
+        loss = UpdateLoss(self.policy, None, "none", NLL(), ObjectiveSettings(aggregation="token-mean"))
 
         def step() -> dict[str, Tensor] | None:
             average_gradients(parameters)
-            norms = clip_and_step(optimizer, [self._settings])
+            norms = clip_and_step(optimizer, [settings])
             decay.step()
             return norms
 
@@ -78,13 +70,13 @@ class SFTLearner:
         return found
 
     def _batches(self) -> Iterator[list[Microbatch]]:
-        rng, segments = np.random.default_rng(self._seed), self._segments
+        rng, segments = np.random.default_rng(self.seed), self.segments
         scale = 1.0 / rank_and_world()[1]  # each rank has the whole batch
-        for _ in range(self._updates):
-            chosen = rng.choice(len(segments), min(self._batch_size, len(segments)), replace=False)
+        for _ in range(self.updates):
+            chosen = rng.choice(len(segments), min(self.batch_size, len(segments)), replace=False)
             update_tokens = sum(len(segments[index].action_ids) for index in chosen)
             batch = []
-            for rows, tokens in self._packer.pack([segments[index] for index in chosen], self._max_tokens):
+            for rows, tokens in self.packer.pack([segments[index] for index in chosen], self.max_tokens):
                 ones_A = torch.ones(len(tokens.target_A))
                 microbatch = Microbatch(
                     tokens=tokens,
@@ -101,5 +93,5 @@ class SFTLearner:
                     update_tokens=update_tokens,
                     scale=scale,
                 )
-                batch.append(microbatch.to(self._policy.device))
+                batch.append(microbatch.to(self.policy.device))
             yield batch

@@ -59,11 +59,12 @@ class UpdateStatistics:
     ratios: Sequence[StepRatios] = ()
 
 
+@dataclass(frozen=True, eq=False)
 class UpdateLoss:
     """The mean loss of a whole update, given in parts: the activations of policy and critic are never in memory together,
     unless they are shared.
 
-    Args:
+    Attributes:
         policy: The policy.
         critic: The critic, if the credit scheme wants values.
         needs_values: Which values those are.
@@ -71,19 +72,11 @@ class UpdateLoss:
         settings: The rest of it.
     """
 
-    def __init__(
-        self,
-        policy: Policy,
-        critic: Critic | None,
-        needs_values: Literal["none", "step", "token"],
-        policy_loss: PolicyLoss,
-        settings: ObjectiveSettings,
-    ) -> None:
-        self._policy = policy
-        self._critic = critic
-        self._needs_values: Literal["none", "step", "token"] = needs_values
-        self._policy_loss = policy_loss
-        self._settings = settings
+    policy: Policy
+    critic: Critic | None
+    needs_values: Literal["none", "step", "token"]
+    policy_loss: PolicyLoss
+    settings: ObjectiveSettings
 
     def parts(self, batch: Microbatch, policy_learns: bool = True) -> Iterator[LossPart]:
         """A microbatch's parts of the update's loss, each with a forward pass of its own: go backward before the next.
@@ -92,7 +85,7 @@ class UpdateLoss:
             batch: The microbatch.
             policy_learns: The policy takes part, not only the critic.
         """
-        critic = self._critic
+        critic = self.critic
         if critic is not None and critic.needs_policy_hidden:
             of_policy, hidden = self._of_policy(batch, policy_learns)
             of_critic = self._of_critic(critic, batch, hidden)
@@ -105,12 +98,12 @@ class UpdateLoss:
             yield self._of_critic(critic, batch, None)
 
     def _of_policy(self, batch: Microbatch, policy_learns: bool) -> tuple[LossPart, Tensor]:
-        settings, tokens = self._settings, batch.tokens
+        settings, tokens = self.settings, batch.tokens
         total = batch.update_steps if settings.aggregation == "step-mean" else batch.update_tokens
-        hidden, logprobs_A, entropy_A = self._policy(tokens, batch.temperature_A)
+        hidden, logprobs_A, entropy_A = self.policy(tokens, batch.temperature_A)
         share_A = token_weights(tokens.step_of_A, batch.weight_A.new_ones(tokens.num_steps), settings.aggregation)
         weight_A = share_A * batch.weight_A
-        output = self._policy_loss(
+        output = self.policy_loss(
             LossInputs(
                 logprobs_A=logprobs_A,
                 old_logprobs_A=batch.old_logprobs_A,
@@ -143,17 +136,17 @@ class UpdateLoss:
         if batch.old_value is None or batch.target is None:
             raise ValueError("a critic learns from values and targets: the microbatch has none")
         # One value per step: its mean is over steps, however tokens are aggregated.
-        aggregation = "step-mean" if self._needs_values == "step" else self._settings.aggregation
+        aggregation = "step-mean" if self.needs_values == "step" else self.settings.aggregation
         total = batch.update_steps if aggregation == "step-mean" else batch.update_tokens
         tokens = batch.tokens
-        if self._needs_values == "token":
+        if self.needs_values == "token":
             share_A = token_weights(tokens.step_of_A, batch.weight_A.new_ones(tokens.num_steps), aggregation)
             weights = share_A * batch.weight_A
         else:
             weights = step_means(batch.weight_A, tokens.step_of_A, tokens.num_steps)
-        values = critic(tokens, tokens.value_positions(self._needs_values), hidden)
-        loss = value_loss(values, batch.old_value, batch.target, weights, self._settings.value_clip or None) / total
-        return LossPart(self._settings.vf_coef * loss, {"value_loss": loss.detach() * batch.scale}, None)
+        values = critic(tokens, tokens.value_positions(self.needs_values), hidden)
+        loss = value_loss(values, batch.old_value, batch.target, weights, self.settings.value_clip or None) / total
+        return LossPart(self.settings.vf_coef * loss, {"value_loss": loss.detach() * batch.scale}, None)
 
 
 def _step_ratios(batch: Microbatch, output: LossOutput) -> StepRatios:

@@ -131,11 +131,11 @@ def stopped_run(folder: Path, *args: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.parametrize(("phase", "event"), [("rollout", 90), ("checkpoint", 7)])
+@pytest.mark.parametrize(("phase", "event"), [("start", 1), ("evaluation", 3), ("rollout", 90), ("checkpoint", 7)])
 def test_a_killed_run_goes_on(phase: str, event: int, tmp_path: Path, whole: Path) -> None:
     done = stopped_run(tmp_path, f"--trainer.callbacks.phase={phase}", f"--trainer.callbacks.event={event}")
     assert done.returncode == -9, done.stderr[-2000:]
-    assert iterations_of(checkpoint(tmp_path)) < EPOCHS
+    assert [*map(iterations_of, iteration_checkpoints(tmp_path / "checkpoints"))] in ([], [0], [0, 1], [1, 2])
     run(tmp_path, *OPTIONS, "--ckpt_path=last")
     assert_same_run(tmp_path, whole)
     assert curves(tmp_path) == curves(whole)
@@ -146,7 +146,10 @@ def test_a_killed_run_goes_on(phase: str, event: int, tmp_path: Path, whole: Pat
     ]
 
 
-def test_a_requeued_slurm_job_goes_on(tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("phase", "event"), [("rollout", 90), ("start", 1)])
+def test_a_requeued_slurm_job_goes_on(
+    phase: str, event: int, tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Lightning saves when SLURM's signal comes, has the job requeued (which ends it), and finds the file by itself."""
     (tmp_path / "bin").mkdir()
     scontrol = tmp_path / "bin" / "scontrol"
@@ -164,13 +167,14 @@ def test_a_requeued_slurm_job_goes_on(tmp_path: Path, whole: Path, monkeypatch: 
     }
     for name, value in slurm.items():
         monkeypatch.setenv(f"SLURM_{name}", value)
-    requeue = ["--trainer.callbacks.event=90", "--trainer.callbacks.signal_name=SIGUSR1"]
+    requeue = [f"--trainer.callbacks.phase={phase}", f"--trainer.callbacks.event={event}"]
+    requeue += ["--trainer.callbacks.signal_name=SIGUSR1"]
     root = f"--trainer.default_root_dir={tmp_path}/job"
     assert stopped_run(tmp_path, root, *requeue).returncode == -9
     assert (tmp_path / "asked").read_text() == "requeue 7\n"
     again = stopped_run(tmp_path, root)
     assert again.returncode == 0, again.stderr[-2000:]
-    assert f"{tmp_path}/job/hpc_ckpt_1.ckpt" in again.stderr
+    assert (f"{tmp_path}/job/hpc_ckpt_1.ckpt" in again.stderr) == (phase != "start")  # else there is nothing to go on from
     assert_same_run(tmp_path, whole)
 
 
@@ -182,10 +186,9 @@ def test_a_checkpoint_from_anywhere_goes_on(name: str, tmp_path: Path, whole: Pa
     assert held["steppo"]["counters"]["iterations"] == 1
 
 
-def test_a_checkpoint_before_the_first_iteration_is_refused(
-    tmp_path: Path, whole: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert "written before the first iteration" in refused(tmp_path, capsys, f"--ckpt_path={whole}/too-early.ckpt")
+def test_before_there_is_a_state_to_go_on_from_nobody_saves(whole: Path) -> None:
+    assert (whole / "weights.ckpt").exists()
+    assert not (whole / "too-early.ckpt").exists()
 
 
 def refused(folder: Path, capsys: pytest.CaptureFixture[str], *args: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import os
@@ -13,7 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from jsonargparse import Namespace
 
+from steppo.checkpoints import iteration_path
+from steppo.cli.resuming import beginning
 from steppo.errors import ConfigError
 from steppo.run_folder import held, numbered_folders
 from tests.cli_helpers import TOY, evaluations, run
@@ -98,6 +102,70 @@ def test_a_folder_in_which_nothing_was_written_goes(tmp_path: Path) -> None:
         assert (tmp_path / "new" / ".lock").exists()
     assert tmp_path.exists()
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("end", [SystemExit, KeyboardInterrupt, ConfigError, RuntimeError, OSError, None])
+def test_who_is_stopped_early_leaves_a_place_for_checkpoints(end: Any, tmp_path: Path) -> None:
+    """A run that is stopped (a kill, SIGTERM, Ctrl-C) is to go on; one that was refused, or ended without any, is not."""
+    with contextlib.suppress(BaseException), held(tmp_path / "run", keeps_checkpoints=True):
+        if end is not None:
+            raise end
+    stopped = end in (SystemExit, KeyboardInterrupt)
+    assert [path.name for path in tmp_path.rglob("*")] == (["run", "checkpoints"] if stopped else [])
+
+
+def test_what_was_saved_stays(tmp_path: Path) -> None:
+    with contextlib.suppress(RuntimeError), held(tmp_path / "run", keeps_checkpoints=True):
+        (tmp_path / "run" / "checkpoints" / "a.ckpt").touch()
+        raise RuntimeError
+    assert (tmp_path / "run" / "checkpoints" / "a.ckpt").exists()
+
+
+@pytest.mark.parametrize("logger", ["numbered", "none"])
+@pytest.mark.parametrize(
+    ("runs", "fit", "checkpoint", "folder"),
+    [
+        ([[]], True, None, 0),  # stopped before its first checkpoint: it begins again
+        ([[0, 1], []], True, None, 1),  # and no older run goes on in its place
+        ([[0, 1], [], []], True, None, 2),
+        ([[0, 1], None], True, (0, 1), 0),  # an evaluation
+        ([[], None, None], True, None, 0),
+        ([[], [0]], True, (1, 0), 1),
+        ([[0, 1], []], False, (0, 1), None),  # to evaluate, there must be weights
+        ([[0, 1], [2, 3]], False, (1, 3), None),
+    ],
+)
+def test_last_is_the_newest_run(
+    runs: Runs, fit: bool, checkpoint: tuple[int, int] | None, folder: int | None, logger: str, tmp_path: Path
+) -> None:
+    path, goes_on_in = beginning("last", made(runs, tmp_path, logger), fit)
+    assert path == (None if checkpoint is None else checkpoint_of(tmp_path, *checkpoint))
+    assert goes_on_in == (None if folder is None else checkpoint_of(tmp_path, folder, 0).parent.parent)
+
+
+@pytest.mark.parametrize(("runs", "fit"), [([], True), ([None], True), ([], False), ([None], False), ([[]], False)])
+def test_where_no_run_is_nothing_goes_on(runs: Runs, fit: bool, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="there is no checkpoint to continue from"):
+        beginning("last", made(runs, tmp_path, "none"), fit)
+
+
+Runs = list[list[int] | None]
+
+
+def checkpoint_of(root: Path, run: int, iteration: int) -> Path:
+    return iteration_path(root / "runs" / f"version_{run}" / "checkpoints", iteration)
+
+
+def made(runs: Runs, root: Path, logger: str) -> Namespace:
+    """Makes runs with checkpoints after these iterations, or evaluations (``None``); gives a config that finds them."""
+    for number, iterations in enumerate(runs):
+        place = checkpoint_of(root, number, 0).parent
+        (place.parent if iterations is None else place).mkdir(parents=True)
+        for iteration in iterations or ():
+            checkpoint_of(root, number, iteration).touch()
+    arguments = Namespace(save_dir=str(root), name="runs", version=None)
+    tensorboard = Namespace(class_path="lightning.pytorch.loggers.TensorBoardLogger", init_args=arguments)
+    return Namespace(trainer=Namespace(logger=False if logger == "none" else tensorboard, default_root_dir=str(root)))
 
 
 def test_a_file_system_without_locks_is_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

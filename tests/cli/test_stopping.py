@@ -46,25 +46,33 @@ def stop_in_call(monkeypatch: pytest.MonkeyPatch, target: str, number: int) -> l
         ("tests.toy_env.CorridorEnv.prepare", 1),
         ("steppo.rollouts.EnvSource.tokenizer_texts", 1),
         ("steppo.packing.PaddedPacker.pack", 20),  # in the warm start
-        ("callbacks.evaluation.EvaluationCallback._evaluate", 1),
     ],
 )
 def test_before_the_first_checkpoint(
-    target: str, number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    target: str,
+    number: int,
+    tmp_path: Path,
+    whole: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     before = signal.getsignal(signal.SIGTERM), signal.set_wakeup_fd(-1)
-    calls = stop_in_call(monkeypatch, target, number)
-    with pytest.raises(SystemExit) as stopped:
-        run(tmp_path, *OPTIONS, f"--warm_start.cache_dir={tmp_path}/cache")
-    assert (stopped.value.code, calls) == (STOPPED, [number])
+    with monkeypatch.context() as patched:
+        calls = stop_in_call(patched, target, number)
+        with pytest.raises(SystemExit) as stopped:
+            run(tmp_path, *OPTIONS, f"--warm_start.cache_dir={tmp_path}/cache")
+        assert (stopped.value.code, calls) == (STOPPED, [number])
     assert capsys.readouterr().err.splitlines()[-1] == "stopped by SIGTERM"
-    assert not (tmp_path / "checkpoints").exists()
     assert (signal.getsignal(signal.SIGTERM), signal.set_wakeup_fd(-1)) == before
+    run(tmp_path, *OPTIONS, "--ckpt_path=last")
+    assert f"Continuing {tmp_path} from its start: it has no checkpoint yet" in capsys.readouterr().out.splitlines()
+    assert_same_run(tmp_path, whole)
 
 
 @pytest.mark.parametrize(
     ("target", "number"),
     [
+        ("callbacks.evaluation.EvaluationCallback._evaluate", 1),
         ("steppo.engines.HFEngine._generate", 30),
         ("steppo.envs.pool.EnvPool.answer", 455),
         ("steppo.module.AgentModule._step", 3),
