@@ -58,9 +58,9 @@ def corridor_texts() -> list[str]:
     for task in env.tasks("train"):
         turn = env.reset(task)
         while not turn.terminated:
-            command = env.expert_action() or ""
-            texts += [context.render_observation(turn), "Done: " + command]
-            turn = env.command(command)
+            action = env.expert_action() or ""
+            texts += [context.render_observation(turn), "Done: " + action]
+            turn = env.command(action)
     return texts
 
 

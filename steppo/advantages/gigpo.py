@@ -29,11 +29,10 @@ class GiGPO(Advantage):
     """``A_t = A_episode + step_weight * A_step``; no critic.
 
     ``A_episode`` is GRPO's. ``A_step`` compares the discounted return ``G_t = r_t + gamma * G_{t+1}`` with those of all
-    steps of the group's episodes in which the same agent was in the same state, the anchor: that of the environment's
+    steps of the group's episodes in which the same agent was in the same state, the anchor: the environment's
     ``state_key``, or else the observation. ``t + 1`` is the agent's own next step. A state met once adds 0, and so does a
-    group of one episode. What is equal, means and
-    deviations are of the task's rewards; a KL penalty in the reward is added by its difference from its mean, over the same
-    deviations, or as it is where the task's returns are equal.
+    group of one episode. What is equal, means and deviations are of the task's rewards; a KL penalty in the reward is added
+    by its difference from its mean, over the same deviations, or as it is where the task's returns are equal.
 
     Args:
         gamma: Discount per step, of ``G_t``.
