@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import dataclasses
 import datetime
 import decimal
 import fractions
@@ -45,7 +46,7 @@ from steppo.metrics import EpisodeStatistics
 from steppo.models import TinyPolicy
 from steppo.rendering import ActionParser, ParsedAction, StateContext
 from steppo.rollouts import EnvSource, ScriptedPlayer
-from steppo.types import Episode, Observation, RolloutConfig, StopReason, Task, groups_of
+from steppo.types import Action, Episode, Message, RolloutConfig, StopReason, Task, ToolCall, Turn, groups_of
 
 ROOT = Path(__file__).parent.parent
 
@@ -77,9 +78,13 @@ class MyText(str):
     __str__ = __repr__ = encode = __len__ = __format__ = _no
 
 
-class Property(Observation):
+class Property(Turn):
     def __getattribute__(self, name: str) -> Any:
         return _no() if name == "goal" else super().__getattribute__(name)
+
+
+class Unsendable(Turn):
+    __reduce_ex__ = _no
 
 
 def _generator() -> Any:
@@ -107,27 +112,65 @@ NO_BOOLEAN = st.one_of(
     st.sampled_from(["no", "False", "", 0.0, 1.0, np.int64(1), np.nan, (), [True], {True}, np.array(True)]),
 )
 MANY_TEXTS = st.lists(TEXT, max_size=3)
+NO_LIST = st.one_of(
+    ANYTHING_ELSE,
+    st.just("yes"),
+    st.sets(st.text(max_size=3)),
+    st.dictionaries(st.text(max_size=2), st.none(), max_size=2),
+    st.integers(),
+    st.booleans(),
+    st.builds(HostileList),
+    st.just(collections.deque(["look"])),
+)
+ROLE = st.sampled_from(["user", "tool", MyText("tool"), np.str_("user")])
+MESSAGES = st.lists(st.builds(Message, ROLE, TEXT, TEXT, st.booleans()), max_size=2)
+NO_MESSAGE = st.one_of(
+    NO_TEXT,
+    st.text(max_size=3),
+    st.just({"role": "tool", "content": "none"}),
+    st.builds(Message, st.one_of(NO_TEXT, st.sampled_from(["system", "assistant", "", "User"])), TEXT),
+    st.builds(Message, ROLE, NO_TEXT),
+    st.builds(Message, ROLE, TEXT, NO_TEXT),
+)
+PLAIN = st.one_of(st.none(), st.booleans(), st.integers(-(10**30), 10**30), st.floats(-1e30, 1e30), TEXT)
+ARGUMENTS = st.dictionaries(TEXT, st.one_of(PLAIN, st.lists(PLAIN, max_size=2)), max_size=2)
+NO_ARGUMENTS = st.one_of(
+    NO_TEXT,
+    st.dictionaries(st.text(max_size=2), st.one_of(ANYTHING_ELSE, SURROGATE, st.just(np.nan)), min_size=1, max_size=2),
+    st.builds(HostileMapping, st.just({"what": 1})),
+)
+CALLS = st.lists(st.builds(ToolCall, TEXT, ARGUMENTS, TEXT), max_size=2)
+NO_CALL = st.one_of(
+    NO_TEXT,
+    st.builds(ToolCall, NO_TEXT, ARGUMENTS),
+    st.builds(ToolCall, TEXT, NO_ARGUMENTS),
+    st.builds(ToolCall, TEXT, ARGUMENTS, NO_TEXT),
+)
+NOT_NONE = NO_TEXT.filter(lambda value: value is not None)
+ACTION = st.one_of(st.none(), TEXT, st.builds(Action, st.one_of(st.none(), TEXT), CALLS, TEXT, TEXT))
+NO_ACTION = st.one_of(
+    NOT_NONE,
+    st.builds(Action, NOT_NONE),
+    st.builds(Action, st.none(), st.one_of(NO_LIST, st.lists(NO_CALL, min_size=1, max_size=2))),
+    st.builds(Action, st.none(), CALLS, NO_TEXT),
+    st.builds(Action, TEXT, CALLS, TEXT, NO_TEXT),
+)
 
 # Of each field: right values, wrong values.
 FIELDS: dict[str, tuple[st.SearchStrategy[Any], st.SearchStrategy[Any]]] = {
     "text": (TEXT, NO_TEXT),
     "goal": (TEXT, NO_TEXT),
     "feedback": (TEXT, NO_TEXT),
-    "admissible_commands": (
+    "commands": (
         st.one_of(st.none(), MANY_TEXTS, MANY_TEXTS.map(tuple)),
-        st.one_of(
-            ANYTHING_ELSE,
-            st.just("yes"),
-            st.sets(st.text(max_size=3)),
-            st.dictionaries(st.text(max_size=2), st.none(), max_size=2),
-            st.integers(),
-            st.booleans(),
-            st.lists(NO_TEXT, min_size=1, max_size=2),
-            st.builds(HostileList),
-            st.just(collections.deque(["look"])),
-        ),
+        st.one_of(NO_LIST, st.lists(NO_TEXT, min_size=1, max_size=2)),
     ),
-    "expert_action": (st.one_of(st.none(), TEXT), NO_TEXT.filter(lambda value: value is not None)),
+    "messages": (
+        st.one_of(MESSAGES, MESSAGES.map(tuple)),
+        st.one_of(NO_LIST, st.none(), st.just(Message("tool", "none")), st.lists(NO_MESSAGE, min_size=1, max_size=2)),
+    ),
+    "state_key": (st.one_of(st.none(), TEXT), NOT_NONE),
+    "expert_action": (ACTION, NO_ACTION),
     "reward": (
         st.one_of(
             st.floats(-MOST_REWARD, MOST_REWARD),
@@ -147,7 +190,7 @@ FIELDS: dict[str, tuple[st.SearchStrategy[Any], st.SearchStrategy[Any]]] = {
     "terminated": (BOOLEAN, st.one_of(NO_BOOLEAN, st.none())),
     "truncated": (BOOLEAN, st.one_of(NO_BOOLEAN, st.none())),
     "success": (st.one_of(BOOLEAN, st.none()), NO_BOOLEAN),
-    "action_valid": (st.one_of(BOOLEAN, st.none()), NO_BOOLEAN),
+    "action_valid": (BOOLEAN, st.one_of(NO_BOOLEAN, st.none())),
     "other": (
         st.one_of(
             st.none(),
@@ -170,26 +213,25 @@ FIELDS: dict[str, tuple[st.SearchStrategy[Any], st.SearchStrategy[Any]]] = {
             st.text(max_size=3),
             st.lists(st.text(max_size=2), max_size=2),
             st.builds(HostileMapping),
+            st.sampled_from([{"success": True}, {"action_valid": None}, collections.UserDict(success="no")]),
         ),
     ),
-    "observation": (
-        st.just(Observation),
-        st.one_of(ANYTHING_ELSE, st.none(), st.text(max_size=3), st.just({"text": ""}), st.builds(lambda: Property(""))),
+    "turn": (  # what is around all
+        st.just(Turn),
+        st.one_of(
+            ANYTHING_ELSE,
+            st.sampled_from([None, "look", {"text": ""}, Action("look"), (), (Turn(), {}), ("", 0.0, False, False, {})]),
+            st.builds(Property),
+            st.builds(Unsendable),
+        ),
     ),
-    "answer": (  # the tuple around all
-        st.sampled_from([tuple, list]),
-        st.one_of(ANYTHING_ELSE, st.none(), st.just(Observation("")), st.sampled_from([(), (1, 2, 3), [1], "ab", {1, 2}])),
-    ),
-    "expert": (st.one_of(st.none(), TEXT), NO_TEXT.filter(lambda value: value is not None)),
+    "expert": (ACTION, NO_ACTION),
 }
+# What the fields of an action's outcome are before the first.
+NOTHING = {"reward": 0.0, "terminated": False, "truncated": False}
 # What the error may call the field.
-NAMES = {
-    "success": 'info["success"]',
-    "action_valid": 'info["action_valid"]',
-    "other": 'info["other"]',
-    "expert": "expert_action",
-    "answer": "{method} must return",
-}
+NAMES = {"other": 'info["other"]', "expert": "expert_action", "turn": "{method} must return"}
+NAMES_OF_TURNS: dict[Any, str] = {Property: "goal", Unsendable: "turn"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -204,44 +246,42 @@ class Draw:
     def answer(self) -> Any:
         """Of ``reset`` or ``step``."""
         value = self.values
-        if "answer" in self.wrong:
-            return value["answer"]
-        info = value["info"]
-        if "info" not in self.wrong:
-            info = info({"success": value["success"], "action_valid": value["action_valid"], "other": value["other"]})
-        observation = value["observation"]
-        if "observation" not in self.wrong:
-            names = ("text", "goal", "admissible_commands", "feedback", "expert_action")
-            observation = Observation(*(value[name] for name in names))
-        parts = [observation, value["reward"], value["terminated"], value["truncated"], info]
-        return value["answer"]([observation, info] if self.method == "reset" else parts)
+        if "turn" in self.wrong:
+            return value["turn"]
+        info = value["info"] if "info" in self.wrong else value["info"]({"other": value["other"]})
+        names = {field.name for field in dataclasses.fields(Turn)} - {"info"}
+        return value["turn"](info=info, **{name: value[name] for name in names})
 
     def faults(self) -> set[str]:
         """Those of the wrong fields that are looked at: some of them the error must name; empty if the answer is right."""
         wrong = set(self.wrong)
-        if self.method == "reset":
-            wrong -= {"reward", "terminated", "truncated"}
-        if "answer" in wrong:
-            return {"answer"}
-        if "observation" in wrong:
-            wrong -= {"text", "goal", "feedback", "admissible_commands", "expert_action"}
+        if "turn" in wrong:
+            return {"turn"}
         if "info" in wrong:
-            wrong -= {"success", "action_valid", "other"}
-        if not self.want_expert or (self.method == "step" and (wrong & {"terminated", "truncated"} or self._over())):
+            wrong -= {"other"}
+        outcome = {name for name in NOTHING if name not in wrong and float(self.values[name])}
+        if self.method == "reset":
+            wrong |= outcome
+        if not self.want_expert or (wrong | outcome) & {"terminated", "truncated"}:
             wrong -= {"expert"}  # it is not asked for, or something else was wrong before
         return wrong
 
-    def _over(self) -> bool:
-        ends = (self.values["terminated"], self.values["truncated"])
-        return any(isinstance(end, bool | np.bool_) and bool(end) for end in ends)
+    def name(self, field: str) -> str:
+        """What the error may call it."""
+        if field == "turn" and (kind := type(self.values["turn"])) in NAMES_OF_TURNS:
+            return NAMES_OF_TURNS[kind]
+        return NAMES.get(field, field).format(method=self.method)
 
 
 @st.composite
 def draws(draw: Callable[..., Any]) -> Draw:
-    """Half of them all right, the others wrong in one to three fields."""
+    """Half of them all right, the others wrong in one to three fields. Most starts bring nothing and end nothing."""
     wrong = frozenset(draw(st.one_of(st.just(set()), st.sets(st.sampled_from(sorted(FIELDS)), min_size=1, max_size=3))))
     values = {name: draw(FIELDS[name][name in wrong]) for name in FIELDS}
-    return Draw(draw(st.sampled_from(("reset", "step"))), values, wrong, draw(st.booleans()))
+    method = draw(st.sampled_from(("reset", "step")))
+    if method == "reset" and draw(st.integers(0, 4)):
+        values |= {name: nothing for name, nothing in NOTHING.items() if name not in wrong}
+    return Draw(method, values, wrong, draw(st.booleans()))
 
 
 # ---- how it is played ----
@@ -258,13 +298,13 @@ class DrawnEnv(Env):
 
     def reset(self, task: Task) -> Any:
         self._task, self._steps = task, 0
-        return self.drawn.answer() if self._now("reset") else (Observation("Here."), {"success": False})
+        return self.drawn.answer() if self._now("reset") else Turn("Here.", success=False)
 
-    def step(self, action: str) -> Any:
+    def step(self, action: Action) -> Any:
         self._steps += 1
         if self._steps == 1 and self._now("step"):
             return self.drawn.answer()
-        return Observation("There."), 1.0, self._steps == 2, False, {"success": True}
+        return Turn("There.", reward=1.0, terminated=self._steps == 2, success=True)
 
     def expert_action(self) -> Any:
         now = self._now(self.drawn.method) and self._steps == (self.drawn.method == "step")
@@ -288,12 +328,13 @@ class HerePool(EnvPool):
         self._envs[slot] = DrawnEnv()
         self._take(slot, task, [])
 
-    def step(self, slot: int, action: str) -> None:
+    def step(self, slot: int, action: Action) -> None:
         self._take(slot, None, [action])
 
-    def _take(self, slot: int, task: Task | None, actions: list[str]) -> None:
+    def _take(self, slot: int, task: Task | None, actions: list[Action]) -> None:
         try:
-            answer = pickle.dumps(play_turn(self._envs[slot], task, actions, self._experts[slot], lambda: None))
+            turn = play_turn(self._envs[slot], task, actions, self._experts[slot], lambda: None)
+            answer = pickle.dumps(EnvReply(turn))
         except BaseException as error:
             answer = pickle.dumps(EnvReply(error=located(error)))
         self._answers[slot] = pickle.loads(answer)
@@ -314,17 +355,16 @@ class HerePool(EnvPool):
 class Look(ActionParser):
     """Whatever is said means the same."""
 
-    def parse(self, text: str, observation: Observation) -> ParsedAction:
-        return ParsedAction("look")
+    def parse(self, text: str, turn: Turn) -> ParsedAction:
+        return ParsedAction(Action("look"))
 
 
 def make_source() -> EnvSource:
     """Plays ``DrawnEnv`` without a process and without a model."""
-    context = StateContext()
-    source = EnvSource(DrawnEnv(), context, HFEngine(), Look(), max_prompt_tokens=10**6)
+    source = EnvSource(DrawnEnv(), StateContext(), HFEngine(), Look(), max_prompt_tokens=10**6)
     bytewise = TinyPolicy()
     bytewise.build(list)
-    context.bind(bytewise.tokenizer, bytewise.stop_ids)
+    source.bind_tokenizer(bytewise.tokenizer, bytewise.stop_ids)
     source._pool = HerePool()
     return source
 
@@ -334,7 +374,7 @@ def play(source: EnvSource, draw: Draw) -> Episode:
     DrawnEnv.drawn = draw
     groups = groups_of(source.tasks("train"))
     config = RolloutConfig("train/0", seed=0, want_expert=draw.want_expert)
-    player = ScriptedPlayer(lambda *asked: "look", source.context.encode_action)
+    player = ScriptedPlayer(lambda *asked: "look", source.write)
     episodes = {episode.task_id: episode for group in source.collect(groups, config, player) for episode in group}
     healthy, drawn = episodes["healthy"], episodes["drawn"]
     assert [step.reward for step in healthy.steps] == [1.0, 1.0]
@@ -343,7 +383,7 @@ def play(source: EnvSource, draw: Draw) -> Episode:
     faults = draw.faults()
     if faults:
         assert drawn.stop_reason == StopReason.ENV_ERROR, (faults, drawn)
-        names = [NAMES.get(name, name).format(method=draw.method) for name in faults]
+        names = [draw.name(field) for field in faults]
         assert any(f"the environment's {name}" in drawn.error for name in names), (names, drawn.error)
         assert len(drawn.error) < 800
         drawn.error.encode()
@@ -355,7 +395,7 @@ def play(source: EnvSource, draw: Draw) -> Episode:
     for episode in episodes.values():  # what learning does with them
         statistics.update(episode)
         for step in episode.steps:
-            hashlib.blake2b(step.observation.encode())
+            hashlib.blake2b(f"{step.observation}{step.state_key}{step.action}".encode())
             assert type(step.reward) is float
             assert np.isfinite(np.float32(step.reward) ** 2)
             assert type(step.action_valid) is bool

@@ -29,7 +29,7 @@ import psutil
 
 if TYPE_CHECKING:
     from steppo.rollouts import EnvSource
-    from steppo.types import Observation, Request
+    from steppo.types import Request, Turn
 
 # Workers import this file too. What they do not need, such as torch, is imported where it is used.
 
@@ -41,9 +41,9 @@ SLACK_MIB = 8  # in which memory may differ: that of an allocator, not of two th
 WORKERS = 2
 
 
-def walk(observation: Observation, request: Request) -> str:
+def walk(turn: Turn, request: Request) -> str:
     """Any way but the end, so that each episode reaches its second step."""
-    ways = [command for command in observation.admissible_commands or () if command != "take"]
+    ways = [command for command in turn.commands or () if command != "take"]
     return ways[request.seed % len(ways)]
 
 
@@ -81,11 +81,12 @@ def play(episodes: int, folder: Path) -> dict[str, Any]:
 
     names = [task.id for task in FamilyEnv(str(folder), num_tasks=episodes).tasks("train")]
     env = FamilyEnv(str(folder), KINDS, tasks_with=names[50::100], fail_tasks=names[7::20], num_tasks=episodes)
-    policy, context = TinyPolicy(), StateContext()
+    policy = TinyPolicy()
     policy.build(list)
-    context.bind(policy.tokenizer, policy.stop_ids)
-    player = ScriptedPlayer(walk, context.encode_action)
-    source = EnvSource(env, context, HFEngine(), num_slots=16, num_workers=WORKERS, env_timeout=3.0, max_prompt_tokens=2**20)
+    sizes = {"num_slots": 16, "num_workers": WORKERS, "max_prompt_tokens": 2**20}
+    source = EnvSource(env, StateContext(), HFEngine(), env_timeout=3.0, **sizes)
+    source.bind_tokenizer(policy.tokenizer, policy.stop_ids)
+    player = ScriptedPlayer(walk, source.write)
     start, healthy, broken = time.monotonic(), 0, 0
     looks = []
     tasks = env.tasks("train")

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Literal
 
-from steppo.types import Observation, Task
+from steppo.types import Task, Turn
 from tests.toy_env import CorridorEnv
 
 
@@ -32,6 +32,6 @@ class BrokenEnv(CorridorEnv):
     def prepare(self, tasks: Sequence[Task], progress: Callable[[int, int], None]) -> None:
         self._pass("prepare")
 
-    def reset(self, task: Task) -> tuple[Observation, dict[str, Any]]:
+    def reset(self, task: Task) -> Turn:
         self._pass("reset")
         return super().reset(task)

@@ -56,12 +56,11 @@ def corridor_texts() -> list[str]:
     env, context = CorridorEnv(), StateContext()
     texts = [context.instructions]
     for task in env.tasks("train"):
-        observation, _ = env.reset(task)
-        done = False
-        while not done:
+        turn = env.reset(task)
+        while not turn.terminated:
             action = env.expert_action() or ""
-            texts += [context.render_observation(observation), "Done: " + action]
-            observation, _, done, _, _ = env.step(action)
+            texts += [context.render_observation(turn), "Done: " + action]
+            turn = env.command(action)
     return texts
 
 

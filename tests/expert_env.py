@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Literal
 
-from steppo.types import Observation, Task
+from steppo.types import Task, Turn
 from tests.toy_env import CorridorEnv
 
 Knows = Literal["always", "never", "first", "near", "some", "raises"]
@@ -22,13 +23,11 @@ class ExpertEnv(CorridorEnv):
         super().__init__()
         self.knows = knows
 
-    def reset(self, task: Task) -> tuple[Observation, dict[str, Any]]:
-        observation, info = super().reset(task)
-        return self._shown(observation), info
+    def reset(self, task: Task) -> Turn:
+        return self._shown(super().reset(task))
 
-    def step(self, action: str) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
-        observation, *rest = super().step(action)
-        return self._shown(observation), *rest  # type: ignore[return-value]
+    def command(self, command: str) -> Turn:
+        return self._shown(super().command(command))
 
     def expert_action(self) -> str | None:
         if self.knows == "raises" and self._steps:
@@ -45,5 +44,5 @@ class ExpertEnv(CorridorEnv):
             "some": int(self._task.id.rpartition("/")[2]) % 2 == 0,
         }[self.knows]
 
-    def _shown(self, observation: Observation) -> Observation:
-        return observation if self._knows_here() else Observation(observation.text, observation.goal)
+    def _shown(self, turn: Turn) -> Turn:
+        return turn if self._knows_here() else replace(turn, commands=None)

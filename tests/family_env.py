@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from steppo.envs.pool import EnvPool
-from steppo.types import Observation, Task
+from steppo.types import Task, Turn
 from tests.toy_env import CorridorEnv
 
 _kept: list[EnvPool] = []
@@ -123,14 +123,14 @@ class FamilyEnv(CorridorEnv):
     def _has_children(self) -> bool:
         return self.tasks_with is None or self._task.id in self.tasks_with
 
-    def reset(self, task: Task) -> tuple[Observation, dict[str, Any]]:
-        answer = super().reset(task)
+    def reset(self, task: Task) -> Turn:
+        turn = super().reset(task)
         if self._has_children():
             for kind in self.kinds:
                 Path(self.folder, f"{KINDS[kind]()}").write_text(kind)
-        return answer
+        return turn
 
-    def step(self, action: str) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
+    def command(self, command: str) -> Turn:
         if self._steps == 1:
             if self._task.id in self.fail_tasks:
                 raise RuntimeError("broken on purpose")
@@ -142,15 +142,15 @@ class FamilyEnv(CorridorEnv):
                     ctypes.PyDLL(None).sleep(600)
                 if self.then == "die":
                     os._exit(1)
-        return super().step(action)
+        return super().command(command)
 
 
 class LargeEnv(FamilyEnv):
     """Its worker holds too much after a few steps."""
 
-    def step(self, action: str) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
+    def command(self, command: str) -> Turn:
         self.kept = [*getattr(self, "kept", []), b"x" * 2**26]
-        return super().step(action)
+        return super().command(command)
 
 
 class NoStartEnv(FamilyEnv):
@@ -167,10 +167,10 @@ def _square(number: int) -> int:
 
 
 class ParallelEnv(CorridorEnv):
-    """Has other processes do its work, one way for each action."""
+    """Has other processes do its work, one way for each command."""
 
-    def step(self, action: str) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
-        how, _, method = action.partition(" ")
+    def command(self, command: str) -> Turn:
+        how, _, method = command.partition(" ")
         context: Any = mp.get_context(method)
         if how == "Pool":
             with context.Pool(2) as pool:
@@ -187,4 +187,4 @@ class ParallelEnv(CorridorEnv):
             process.start()
             answer = queue.get()
             process.join()
-        return Observation(str(answer)), 0.0, False, False, {}
+        return Turn(str(answer))

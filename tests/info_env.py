@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
 
-from steppo.types import Observation, Task
+from steppo.types import Task, Turn
 from tests.toy_env import FaultyEnv
 
 
@@ -22,18 +23,18 @@ class InfoEnv(FaultyEnv):
         super().__init__(fail_tasks=fail_tasks)
         self.says = says
 
-    def reset(self, task: Task) -> tuple[Observation, dict[str, Any]]:
-        observation, info = super().reset(task)
+    def reset(self, task: Task) -> Turn:
+        turn = super().reset(task)
         distance = abs(self._goal - self._room)
-        said = {"type": "near" if distance == 1 else "far", "distance": np.int64(distance), "left": distance}
+        said: dict[str, Any] = {"type": "near" if distance == 1 else "far", "distance": np.int64(distance), "left": distance}
         if int(task.id.rpartition("/")[2]) % 2:
             said |= {"odd one/s": np.float32(0.5), "kind \u00e9": np.str_("odd")}
-        return observation, info | self._told(said)
+        return replace(turn, info=self._told(said))
 
-    def step(self, action: str) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
-        *answer, info = super().step(action)
-        said = {"left": abs(self._goal - self._room), "moved": np.bool_(action != "take"), "last": action}
-        return *answer, info | self._told(said)  # type: ignore[return-value]
+    def command(self, command: str) -> Turn:
+        turn = super().command(command)
+        said = {"left": abs(self._goal - self._room), "moved": np.bool_(command != "take"), "last": command}
+        return replace(turn, info=self._told(said))
 
     def _told(self, said: dict[str, Any]) -> dict[str, Any]:
         return {"all": said, "nothing": {}, "none": dict.fromkeys(said)}[self.says]

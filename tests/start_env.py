@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from steppo.errors import ConfigError
-from steppo.types import Observation, Task
+from steppo.types import Task, Turn
 from tests.toy_env import FaultyEnv
 
 
@@ -99,7 +99,7 @@ class StartEnv(FaultyEnv):
         self.loaded = LOADED[self.how]()
         self.again = self.loaded
 
-    def reset(self, task: Task) -> tuple[Observation, dict[str, Any]]:
+    def reset(self, task: Task) -> Turn:
         self._note(f"reset {id(self.loaded)} {self.loaded is self.again} {len(self.own)}")
         self.own.append(task.id)
         return super().reset(task)

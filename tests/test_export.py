@@ -19,16 +19,22 @@ from steppo.cli import SteppoCLI
 from steppo.export import clean_config, main
 from steppo.models import Policy, TinyPolicy
 from steppo.packing import PaddedPacker
-from steppo.rendering import AppendContext, StateContext
-from steppo.types import Observation, RolloutConfig, Step, groups_of
+from steppo.rendering import AppendContext, Renderer, StateContext
+from steppo.types import RolloutConfig, Step, Turn, groups_of
 from tests.cli_helpers import TOY, checkpoint, evaluations, run
 from tests.test_train import CHAT
 
-OPENING = Observation("You are in room 1.", "Take the coin in room 0.", ("left", "right", "take"))
+OPENING = Turn("You are in room 1.", "Take the coin in room 0.", ("left", "right", "take"))
 
 
 def export(run_folder: Path, out: Path, *args: str) -> None:
     main([f"--ckpt_path={checkpoint(run_folder)}", f"--out={out}", *args])
+
+
+def bound(policy: Policy) -> Renderer:
+    renderer = Renderer()
+    renderer.bind(policy.tokenizer, policy.stop_ids)
+    return renderer
 
 
 def front_matter(folder: Path) -> dict[str, Any]:
@@ -41,11 +47,11 @@ def assert_same_policy(policy: Policy, folder: Path, model: Any = None) -> None:
     model = model or AutoModelForCausalLM.from_pretrained(folder)
     model.eval()
     context = StateContext()
-    context.bind(policy.tokenizer, policy.stop_ids)
+    context.bind(bound(policy))
     prompt = context.prompt_ids([OPENING], [])
     text = policy.tokenizer.decode(prompt)
     assert tokenizer.encode(text, add_special_tokens=False) == prompt.tolist()
-    action = context.encode_action("left")
+    action = context.renderer.encode_action("left")
     assert [*tokenizer.encode("left", add_special_tokens=False), tokenizer.eos_token_id] == action.tolist()
     ((_, batch),) = PaddedPacker().pack([Segment(prompt, action)], 10_000)
     with torch.no_grad():
@@ -121,9 +127,9 @@ def test_the_chat_template_writes_what_the_contexts_wrote(
     export(folder, tmp_path / "out")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     context = AppendContext(instructions)
-    context.bind(cli.model.policy.tokenizer, cli.model.policy.stop_ids)
+    context.bind(bound(cli.model.policy))
     first = context.prompt_ids([OPENING], [])
-    action = context.encode_action("left")
+    action = context.renderer.encode_action("left")
     step = Step(first, action, np.zeros(len(action)), 0.0, 0, "stop", False, False, True, OPENING.text, "left", 1.0, 0)
     second = context.prompt_ids([OPENING, OPENING], [step])
     turns = [{"role": "system", "content": instructions}] if instructions else []

@@ -49,7 +49,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def prompts(cli: SteppoCLI) -> list[Any]:
     env = CorridorEnv()
-    return [cli.datamodule.source.context.prompt_ids([env.reset(task)[0]], []) for task in env.tasks("valid")]
+    return [cli.datamodule.source.context.prompt_ids([env.reset(task)], []) for task in env.tasks("valid")]
 
 
 def said_by_the_run(cli: SteppoCLI) -> list[list[int]]:
@@ -101,8 +101,8 @@ def test_card_adapter_and_merged_model_answer_as_the_run(
     source = cli.datamodule.source
 
     main([f"--ckpt_path={checkpoint(tmp_path / 'run')}", f"--out={tmp_path}/agent"])
-    observation = CorridorEnv().reset(CorridorEnv().tasks("valid")[0])[0]
-    names = by_its_card(tmp_path / "agent", source.context.render_observation(observation), monkeypatch)
+    opening = CorridorEnv().reset(CorridorEnv().tasks("valid")[0])
+    names = by_its_card(tmp_path / "agent", source.context.render_observation(opening), monkeypatch)
     inputs: Tensor = names["inputs"]["input_ids"]
     assert inputs[0].tolist() == prompts(cli)[0].tolist()
     assert names["action"][0, inputs.shape[1] :].tolist() == expected[0]

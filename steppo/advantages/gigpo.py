@@ -1,4 +1,4 @@
-"""GiGPO's credit: groups in groups, of episodes and of the steps that start from the same observation."""
+"""GiGPO's credit: groups in groups, of episodes and of the steps that start from the same state."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ class GiGPO(Advantage):
     """``A_t = A_episode + step_weight * A_step``; no critic.
 
     ``A_episode`` is GRPO's. ``A_step`` compares the discounted return ``G_t = r_t + gamma * G_{t+1}`` with those of all
-    steps of the group's episodes in which the same agent saw the same observation, the anchor state; ``t + 1`` is the
-    agent's own next step. An observation seen once adds 0, and so does a group of one episode. What is equal, means and
-    deviations are of the task's rewards; a KL penalty in the reward is added by its difference from its mean, over the same
-    deviations, or as it is where the task's returns are equal.
+    steps of the group's episodes in which the same agent was in the same state, the anchor: the environment's
+    ``state_key``, or else the observation. ``t + 1`` is the agent's own next step. A state met once adds 0, and so does a
+    group of one episode. What is equal, means and deviations are of the task's rewards; a KL penalty in the reward is added
+    by its difference from its mean, over the same deviations, or as it is where the task's returns are equal.
 
     Args:
         gamma: Discount per step, of ``G_t``.
         step_weight: Weight of the comparison of steps.
         scale_by_std: Divide both parts by the standard deviation of their group, or only centre them.
         similarity: Observations at least so alike are one anchor (``difflib``'s ratio, compared with the first text of each
-            anchor, in the order of episodes and steps); 1 asks for equal texts.
+            anchor, in the order of episodes and steps), whatever their states' keys; 1 asks for the same state.
     """
 
     needs_groups: ClassVar[bool] = True

@@ -10,13 +10,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from steppo.envs.base import Env
 from steppo.errors import ConfigError, WrongValue, blamed_on, said
-from steppo.types import Action, Episode, Message, Step, StopReason, Task, ToolSpec, Turn
+from steppo.types import Action, Episode, Message, Step, StopReason, Task, ToolCall, ToolSpec, Turn
 
 # Largest size of a reward. Learning squares returns and sums the squares over an update and over all weights, in float32,
 # which ends at 3.4e38: a return of a thousand such rewards, 1e15, still leaves room for a hundred million terms.
@@ -27,9 +27,9 @@ MOST_FIGURE = 1e30
 MOST_ENTRIES, LONGEST_NAME, LONGEST_LABEL = 32, 64, 256
 
 _LONGEST_QUOTE = 60
-
-
 _SAID_ELSEWHERE = ("success", "action_valid")
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -60,18 +60,51 @@ def checked_turn(answer: Any, method: str = "step") -> Turn:
     for name, check in _FIELDS.items():
         with _reading(name):
             fields[name] = check(name, getattr(answer, name))
-    if type(answer) is Turn:
-        return Turn(**fields)
     with _reading("turn"):
-        own = replace(answer, **fields)  # a class of the user's own keeps what it adds
-        pickle.dumps(own)
-        return own
+        return _rebuilt(Turn, answer, fields)
 
 
 def with_expert(turn: Turn, action: Any) -> Turn:
     """A turn with what ``expert_action`` returned."""
     with _reading("expert_action"):
         return replace(turn, expert_action=_expert("expert_action", action))
+
+
+def checked_action(whose: str, action: Any) -> Action:
+    """An action that can be sent, written and read, field by field."""
+    if not isinstance(action, Action):
+        raise WrongValue(f"the action of {whose} must be an Action, not {shown(action)}")
+    calls: Any = action.tool_calls
+    if not isinstance(calls, list | tuple):
+        raise WrongValue(f"the tool_calls of {whose} must be a list or tuple of ToolCall, not {shown(calls)}")
+    fields = {name: plain_text(f"the {name} of {whose}", getattr(action, name)) for name in ("text", "reasoning")}
+    if action.command is not None:
+        fields["command"] = plain_text(f"the command of {whose}", action.command)
+    checked = tuple(_tool_call(f"of tool call {number} of {whose}", call) for number, call in enumerate(calls, start=1))
+    return _rebuilt(Action, action, {**fields, "tool_calls": checked})
+
+
+def _tool_call(where: str, call: Any) -> ToolCall:
+    if not isinstance(call, ToolCall):
+        raise WrongValue(f"the class {where} must be ToolCall: it is {shown(call)}")
+    if not isinstance(call.arguments, Mapping):
+        raise WrongValue(f"the arguments {where} must be a mapping, not {shown(call.arguments)}")
+    try:
+        arguments = json.loads(
+            plain_text("their text", json.dumps(dict(call.arguments), allow_nan=False, ensure_ascii=False))
+        )
+    except Exception as error:
+        raise WrongValue(f"the arguments {where} cannot be written as JSON: {said(error)}") from None
+    return ToolCall(plain_text(f"the name {where}", call.name), arguments, plain_text(f"the id {where}", call.id))
+
+
+def _rebuilt(kind: type[T], given: T, fields: Mapping[str, Any]) -> T:
+    """With fields that are checked. A class of the user's own keeps what it adds."""
+    if type(given) is kind:
+        return kind(**fields)
+    own = replace(given, **fields)  # type: ignore[type-var]
+    pickle.dumps(own)
+    return own
 
 
 def plain_text(what: str, value: Any) -> str:
@@ -111,10 +144,11 @@ def _messages(name: str, value: Any) -> tuple[Message, ...]:
         where = f"{name}[{number}]"
         if not isinstance(message, Message):
             raise _wrong(where, message, "a Message")
-        if message.role not in ("user", "tool"):  # others are the policy's, or nobody takes markup out of them
-            raise _wrong(f"{where}.role", message.role, "user or tool")
+        role = _text(f"{where}.role", message.role)
+        if role not in ("user", "tool"):  # others are the policy's, or nobody takes markup out of them
+            raise _wrong(f"{where}.role", role, "user or tool")
         content, call = _text(f"{where}.content", message.content), _text(f"{where}.tool_call_id", message.tool_call_id)
-        checked.append(Message(str(message.role), content, tool_call_id=call))
+        checked.append(Message(role, content, tool_call_id=call))
     return tuple(checked)
 
 
@@ -125,8 +159,7 @@ def _expert(name: str, value: Any) -> Action | None:
         return Action(_text(name, value))
     if not isinstance(value, Action):
         raise _wrong(name, value, "a command, an Action or None")
-    pickle.dumps(value)
-    return value
+    return checked_action(f"the environment's {name}", value)
 
 
 def _reward(name: str, value: Any) -> float:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import pickle
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
 
-from steppo.envs.checks import plain_text, shown
+from steppo.envs.checks import checked_action, plain_text, shown
 from steppo.errors import WrongValue
 from steppo.rendering import ActionParser, ContextPolicy, ParsedAction
-from steppo.types import Action, Sampling, Step, Turn
+from steppo.types import Sampling, Step, Turn
 
 
 @dataclass(frozen=True)
@@ -54,13 +53,7 @@ class Rules:
         call = f"{type(self.parser).__name__}.parse"
         if not isinstance(parsed, ParsedAction):
             raise WrongValue(f"{call} must give a ParsedAction, not {shown(parsed)}")
-        action: Any = parsed.action
-        if action is not None:
-            if not isinstance(action, Action):
-                raise WrongValue(f"the action of {call} must be an Action or None, not {shown(action)}")
-            if action.command is not None:
-                action = replace(action, command=plain_text(f"the command of {call}", action.command))
-            pickle.dumps(action)  # it goes to a worker process
+        action = None if parsed.action is None else checked_action(call, parsed.action)
         return ParsedAction(action, plain_text(f"the feedback of {call}", parsed.feedback))
 
     def judged(self, turn: Turn, number: int) -> Turn:

@@ -44,13 +44,12 @@ def expert_steps(knows: Any) -> tuple[int, int]:
     env = ExpertEnv(knows)
     steps = early = 0
     for task in env.tasks("train"):
-        env.reset(task)
-        terminated = False
-        while not terminated:
-            if (action := env.expert_action()) is None:
+        turn = env.reset(task)
+        while not turn.terminated:
+            if (command := env.expert_action()) is None:
                 early += 1
                 break
-            _, _, terminated, _, _ = env.step(action)
+            turn = env.command(command)
             steps += 1
     return steps, early
 

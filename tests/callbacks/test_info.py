@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from steppo.envs.checks import LONGEST_LABEL, MOST_ENTRIES, checked_episode, reset_reply, step_reply
+from steppo.envs.checks import LONGEST_LABEL, MOST_ENTRIES, checked_episode, checked_turn, opening_turn
 from steppo.metrics import info_figures
 from steppo.rendering import ActionParser, ParsedAction
-from steppo.types import Episode, Observation, StopReason
+from steppo.types import Action, Episode, StopReason, Turn
 from tests.cli_helpers import evaluations, run, same, weights
 from tests.test_metrics import make_episode
 
@@ -47,9 +47,9 @@ def means(played: list[dict[str, Any]]) -> dict[str, float]:
 class SomeParser(ActionParser):
     """Reads some command into any text: random weights play, too."""
 
-    def parse(self, text: str, observation: Observation) -> ParsedAction:
-        commands = observation.admissible_commands or ()
-        return ParsedAction(commands[sum(text.encode()) % len(commands)])
+    def parse(self, text: str, turn: Turn) -> ParsedAction:
+        commands = turn.commands or ()
+        return ParsedAction(Action(commands[sum(text.encode()) % len(commands)]))
 
 
 OPTIONS = [
@@ -189,7 +189,6 @@ def test_a_label_that_is_never_the_same_has_its_most_common_values() -> None:
 
 def test_what_is_right_comes_through_as_plain_values() -> None:
     given = {
-        "success": None,
         np.str_("score"): np.float32(0.5),
         "n": np.int64(3),
         "big": 10**30,
@@ -199,13 +198,13 @@ def test_what_is_right_comes_through_as_plain_values() -> None:
         "none": None,
         "x" * 64: True,
     }
-    info = step_reply((Observation(""), 0.0, False, False, given)).info
-    assert info == reset_reply((Observation(""), given)).info
+    info = checked_turn(Turn(info=given)).info
+    assert info == opening_turn(Turn(info=given)).info
     assert info == {str(name): value for name, value in given.items() if value is not None} | {"big": 1e30}
     assert {type(value) for value in info.values()} == {float, bool, str}
     assert {type(name) for name in info} == {str}
-    most = {str(number): number for number in range(MOST_ENTRIES)} | {"success": True, "action_valid": True}
-    assert len(step_reply((Observation(""), 0.0, False, False, most)).info) == MOST_ENTRIES
+    most = {str(number): number for number in range(MOST_ENTRIES)}
+    assert len(checked_turn(Turn(info=most)).info) == MOST_ENTRIES
 
 
 WRONG: dict[str, tuple[Any, str]] = {

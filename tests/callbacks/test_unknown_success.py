@@ -6,6 +6,7 @@ import json
 import math
 import re
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from callbacks import EvaluationCallback
 from steppo.cli import SteppoCLI
 from steppo.export import main as export
 from steppo.play.command import main as play
+from steppo.types import Turn
 from tests.cli_helpers import TOY, checkpoint, evaluations, run
 from tests.toy_env import CorridorEnv
 
@@ -71,13 +73,9 @@ class FallsSilentEnv(CorridorEnv):
         super().__init__(length, num_tasks, max_steps)
         self.silent = Path(silent)
 
-    def reset(self, task: Any) -> Any:
-        observation, info = super().reset(task)
-        return observation, {} if self.silent.exists() else info
-
-    def step(self, action: str) -> Any:
-        *answer, info = super().step(action)
-        return *answer, {} if self.silent.exists() else info
+    def _turn(self, text: str, **outcome: Any) -> Turn:
+        turn = super()._turn(text, **outcome)
+        return replace(turn, success=None) if self.silent.exists() else turn
 
 
 class Silence(Callback):

@@ -38,16 +38,16 @@ SOURCE = "--data.source"
         ([f"{SOURCE}.worker_memory_mib=500", f"{SOURCE}.worker_memory_mib=null"], "worker_memory_mib", None),
         ([f"{SOURCE}.max_steps=5", f"{SOURCE}.init_args.max_steps=null"], "max_steps", None),
         (
-            [f"{SOURCE}.context.template_kwargs={{a: 1}}", f"{SOURCE}.context.template_kwargs=null"],
-            "context.template_kwargs",
+            [f"{SOURCE}.renderer.template_kwargs={{a: 1}}", f"{SOURCE}.renderer.template_kwargs=null"],
+            "renderer.template_kwargs",
             None,
         ),
         (
-            [f'{SOURCE}.context.template_kwargs={{a: null, b: [null, true, 2], c: "it\'s\\n\\\\"}}'],
-            "context.template_kwargs",
+            [f'{SOURCE}.renderer.template_kwargs={{a: null, b: [null, true, 2], c: "it\'s\\n\\\\"}}'],
+            "renderer.template_kwargs",
             {"a": None, "b": [None, True, 2], "c": "it's\n\\"},
         ),
-        ([f"{SOURCE}.context.template_kwargs.a=null"], "context.template_kwargs", {"a": None}),
+        ([f"{SOURCE}.renderer.template_kwargs.a=null"], "renderer.template_kwargs", {"a": None}),
         ([f"{SOURCE}.context.instructions=None"], "context.instructions", "None"),
         (
             [f"{SOURCE}.env=tests.toy_env.FaultyEnv", f"{SOURCE}.env.fail_tasks=[a b, 'null']"],

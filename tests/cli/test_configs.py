@@ -159,13 +159,13 @@ def test_model_overlays_set_the_model_only(overlay: Path) -> None:
         "": {"extends", "model", "quantization", "data"},
         "model": {"policy", "critic", "policy_optimizer", "critic_optimizer"},
         "data": {"source", "max_tokens_per_microbatch"},
-        "source": {"context", "max_prompt_tokens", "max_new_tokens"},
-        "context": {"template_kwargs"},
+        "source": {"renderer", "max_prompt_tokens", "max_new_tokens"},
+        "renderer": {"template_kwargs"},
     }
     config = yaml.safe_load(overlay.read_text())
     found = {"": config, "model": config.get("model", {}), "data": config.get("data", {})}
     found["source"] = found["data"].get("source", {})
-    found["context"] = found["source"].get("context", {})
+    found["renderer"] = found["source"].get("renderer", {})
     assert {name: set(value) - allowed[name] for name, value in found.items()} == {name: set() for name in allowed}
 
 

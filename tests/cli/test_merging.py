@@ -283,8 +283,8 @@ def test_files_in_place_of_mappings(tmp_path: Path) -> None:
     [("1e-3", 1e-3), ("-1E5", -1e5), ("2020-01-01", "2020-01-01"), ("1e", "1e"), ("5", 5), ("null", None), ("a: [", "a: [")],
 )
 def test_words_mean_what_they_mean_in_yaml(text: str, value: Any, tmp_path: Path) -> None:
-    option = f"--data.source.context.template_kwargs.x={text}"
-    assert at(merged("--config", PLAIN, option), "data.source.context.template_kwargs") == {"x": value}
+    option = f"--data.source.renderer.template_kwargs.x={text}"
+    assert at(merged("--config", PLAIN, option), "data.source.renderer.template_kwargs") == {"x": value}
     if text != "a: [":
         (tmp_path / "a.yaml").write_text(f"x: {text}\n")
         assert read_config(str(tmp_path / "a.yaml"))[0].value == {"x": value}

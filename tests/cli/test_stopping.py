@@ -15,6 +15,7 @@ from lightning.pytorch.callbacks import Callback
 
 from steppo.checkpoints import iteration_checkpoints
 from steppo.cli.stopping import STOPPED
+from steppo.types import Turn
 from tests.callbacks.test_resume import OPTIONS, ROOT, assert_same_run, whole
 from tests.cli_helpers import TOY, places, run
 from tests.toy_env import CorridorEnv
@@ -107,11 +108,11 @@ class StuckEnv(CorridorEnv):
         self.marker = Path(marker)
         self.after = Path(after)
 
-    def step(self, action: str) -> Any:
+    def command(self, command: str) -> Turn:
         if self.after.exists() and not self.marker.exists():
             self.marker.touch()
             time.sleep(600)
-        return super().step(action)
+        return super().command(command)
 
 
 class Stuck(Callback):

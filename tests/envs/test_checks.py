@@ -13,7 +13,7 @@ import sys
 import threading
 import types
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -26,17 +26,17 @@ from hypothesis import given, settings
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from steppo.engines import HFEngine
-from steppo.envs.checks import checked_tasks, pickled, step_reply
+from steppo.envs.checks import checked_action, checked_tasks, checked_turn, opening_turn, pickled
 from steppo.envs.pool import EnvPool
 from steppo.errors import ConfigError, RunError, WrongValue, said
 from steppo.play.command import main as play_command
 from steppo.rendering import StateContext
 from steppo.rollouts import EnvSource
-from steppo.types import Observation, Task
+from steppo.types import Action, Message, Task, ToolCall, Turn
 from tests.cli.test_errors import fit, refused
 from tests.cli_helpers import TOY, evaluations, run, weights
 from tests.toy_env import CorridorEnv
-from tests.wrong_env import RAISING, RIGHT, WRONG, LockedEnv, OnlyHere, WrongEnv
+from tests.wrong_env import RAISING, RIGHT, WRONG, WRONG_AT_START, LockedEnv, OnlyHere, WrongEnv
 
 NAMES = [*WRONG, *RAISING, *RIGHT]
 WRONG_ENV = ["--data.source.env=tests.wrong_env.WrongEnv", "--warm_start.updates=0"]
@@ -54,9 +54,9 @@ def test_every_wrong_value_costs_its_episode_and_is_named(draw: Draw) -> None:
 
 def test_the_draws_are_of_both_kinds() -> None:
     """A field whose wrong values were never looked at would make the property empty."""
-    right = {"text": "a", "goal": "", "feedback": "", "admissible_commands": None, "expert_action": None, "reward": 1}
-    right |= {"terminated": False, "truncated": False, "success": None, "action_valid": None, "other": None, "info": dict}
-    right |= {"observation": Observation, "answer": tuple, "expert": None}
+    right: dict[str, Any] = {name: getattr(Turn(), name) for name in FIELDS if hasattr(Turn, name)}
+    right |= {"messages": [], "other": None, "info": dict, "turn": Turn, "expert": None}
+    assert right.keys() == FIELDS.keys() == {*Turn.__dataclass_fields__, "other", "turn", "expert"}
     assert play(SOURCE, Draw("step", right, frozenset(), True)).error == ""
     for name in FIELDS:
         wrong = play(SOURCE, Draw("step", right | {name: 2j}, frozenset([name]), True))
@@ -64,12 +64,14 @@ def test_the_draws_are_of_both_kinds() -> None:
 
 
 def failures(folder: Path, kind: str) -> dict[str, str]:
-    """What ended each failed episode, by the name of its task."""
+    """What ended each failed episode, by the name of its task; the others came to an end."""
     records = [json.loads(line) for line in (folder / "transcripts.jsonl").read_text().splitlines()]
     found = [record for record in records if record["kind"] == kind and record["iteration"] == (kind == "train")]
     assert len(found) == len(NAMES)
     failed = [record for record in found if record["stop_reason"] == "env_error"]
-    assert all(record["stop_reason"] in ("env_error", "terminated") for record in found)
+    cut = [record["task"].partition("/")[2] for record in found if record["stop_reason"] == "step_limit"]
+    assert all(record["stop_reason"] in ("env_error", "terminated", "step_limit") for record in found)
+    assert set(cut) <= {"is-cut"}
     return {record["task"].partition("/")[2]: record["error"] for record in failed}
 
 
@@ -103,10 +105,13 @@ def test_a_start_may_be_wrong_too(tmp_path: Path, capfd: pytest.CaptureFixture[s
     """In an evaluation, and where a tokenizer is made of the training tasks' words."""
     run(tmp_path, *WRONG_ENV, "--data.source.env.where=reset", f"--data.eval_tasks={len(NAMES)}", command="validate")
     assert "Traceback" not in "".join(capfd.readouterr())
-    of_steps = {name for name in WRONG if name.startswith(("reward", "terminated", "truncated"))}
+    expected = {name: message for name, (_, message) in WRONG.items()} | RAISING | WRONG_AT_START
     [record] = evaluations(tmp_path)
-    assert record["errors"] == len(WRONG) + len(RAISING) - len(of_steps)
-    assert failures(tmp_path, "valid").keys() == {*WRONG, *RAISING} - of_steps
+    assert record["errors"] == len(expected)
+    found = failures(tmp_path, "valid")
+    assert found.keys() == expected.keys()
+    for name, message in expected.items():
+        assert message in found[name]
 
 
 @pytest.mark.parametrize("where", ["reset", "step"])
@@ -115,25 +120,65 @@ def test_play_goes_on_after_a_wrong_value(where: str, capsys: pytest.CaptureFixt
     play_command([f"--config={TOY}", *WRONG_ENV[:1], f"--data.source.env.where={where}", *options])
     text = capsys.readouterr().out
     assert "Traceback" not in text
-    assert text.count("broken (env_error): ") >= len(WRONG) + len(RAISING) - (0 if where == "step" else 8)
-    assert "info[\"success\"] must be True, False or None, not 'no'" in text
+    assert text.count("broken (env_error): ") == len(WRONG) + len(RAISING) + len(WRONG_AT_START if where == "reset" else ())
+    assert "the environment's success must be True, False or None, not 'no'" in text
 
 
 @dataclass(frozen=True)
-class Coloured(Observation):
+class Coloured(Turn):
     """With something of its own, for a context that knows it."""
 
     colour: str = ""
 
 
+@dataclass(frozen=True)
+class Loud(Action):
+    """Said in a way that a parser and its environment know."""
+
+    volume: int = 0
+
+
 def test_what_is_right_comes_through_as_plain_values() -> None:
-    given = Coloured(np.str_("a"), admissible_commands=[np.str_("go")], colour="red")  # type: ignore[arg-type]
-    reply = step_reply([given, np.float32(0.5), np.bool_(True), np.bool_(False), {"success": np.bool_(True)}])
-    assert reply.observation == Coloured("a", admissible_commands=("go",), colour="red")
-    assert type(reply.observation.text) is type(reply.observation.admissible_commands[0]) is str
-    assert [type(value) for value in vars(reply).values()] == [Coloured, float, bool, bool, bool, bool, str, dict]
+    label = np.str_
+    given = Coloured(
+        label("a"),
+        commands=[label("go")],  # type: ignore[arg-type]
+        messages=[Message(label("tool"), label("b"), label("c"), trusted=True)],  # type: ignore[arg-type]
+        reward=np.float32(0.5),  # type: ignore[arg-type]
+        terminated=np.bool_(True),  # type: ignore[arg-type]
+        success=np.bool_(True),  # type: ignore[arg-type]
+        state_key=label("room"),
+        info={label("score"): np.int8(3), "nothing": None},  # type: ignore[dict-item]
+        expert_action=label("go"),  # type: ignore[arg-type]
+        colour="red",
+    )
+    turn = checked_turn(given)
+    wanted = Coloured(
+        "a", "", ("go",), (Message("tool", "b", "c"),), 0.5, True, success=True, state_key="room", colour="red"
+    )
+    assert turn == replace(wanted, info={"score": 3.0}, expert_action=Action("go"))
+    plain = [str, str, tuple, tuple, float, bool, bool, bool, bool, str, str, dict, Action, str]
+    assert [type(value) for value in vars(turn).values()] == plain
+    assert turn.commands
+    assert turn.state_key
+    inside = [*turn.commands, *vars(turn.messages[0]).values(), turn.state_key, *turn.info, *turn.info.values()]
+    assert [type(value) for value in inside] == [str, str, str, str, bool, str, str, float]
     for reward, value in [(True, 1.0), (7, 7.0), (Fraction(1, 2), 0.5), (np.int8(-3), -3.0), (-1e12, -1e12)]:
-        assert step_reply((Observation(""), reward, False, False, {})).reward == value
+        assert checked_turn(Turn(reward=reward)).reward == value
+
+
+def test_a_start_has_no_action_that_could_be_wrong() -> None:
+    assert opening_turn(Turn("a", action_valid=False)) == Turn("a")
+
+
+def test_actions_that_are_right_come_through_as_plain_values() -> None:
+    calls = [ToolCall(np.str_("find"), {np.str_("what"): ("coin", None), 3: np.str_("x")}, np.str_("1"))]
+    given = Loud(np.str_("go"), calls, np.str_("done"), np.str_("so"), volume=11)  # type: ignore[arg-type]
+    action = checked_action("me", given)
+    assert action == Loud("go", (ToolCall("find", {"what": ["coin", None], "3": "x"}, "1"),), "done", "so", 11)
+    texts = [action.command, action.text, action.reasoning, action.tool_calls[0].name, action.tool_calls[0].id]
+    assert {type(text) for text in texts} == {str}
+    assert str(action.tool_calls[0]) == 'find({"what": ["coin", null], "3": "x"})'
 
 
 def test_messages_are_short_and_can_be_printed() -> None:
@@ -143,7 +188,7 @@ def test_messages_are_short_and_can_be_printed() -> None:
             assert len(said(error)) < 3000
             assert "\n" not in said(error)
     with pytest.raises(WrongValue, match=re.escape("not '" + "x" * 60 + "...'")):
-        step_reply((Observation(""), "x" * 10**6, False, False, {}))
+        checked_turn(Turn(reward="x" * 10**6))  # type: ignore[arg-type]
 
 
 # --- limits ---

@@ -10,17 +10,19 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import pytest
 
-from steppo.envs.pool import EnvPool, EnvReply
+from steppo.envs.checks import EnvReply
+from steppo.envs.pool import EnvPool
 from steppo.errors import ConfigError, RunError
-from steppo.types import Observation, Task
+from steppo.types import Action, Task, Turn
 from tests.toy_env import CorridorEnv, FaultyEnv
 
-ACTIONS = ["right", "take", "left", "dance", "right", "right", "take", "left"]
+RIGHT, LEFT, TAKE = Action("right"), Action("left"), Action("take")
+ACTIONS = [RIGHT, TAKE, LEFT, Action("dance"), RIGHT, RIGHT, TAKE, LEFT]
 TASKS = CorridorEnv().tasks("train")
 
 
@@ -41,20 +43,18 @@ def make_pool() -> Iterator[Callable[..., EnvPool]]:
         pool.close()
 
 
-def play_here(task: Task, actions: Sequence[str]) -> list[EnvReply]:
+def play_here(task: Task, actions: Sequence[Action]) -> list[EnvReply]:
     """All replies of an episode, played in this process."""
     env = CorridorEnv()
-    observation, info = env.reset(task)
-    replies = [EnvReply(observation, **info)]
+    turns = [env.reset(task)]
     for action in actions:
-        if replies[-1].terminated:
+        if turns[-1].terminated:
             break
-        *answer, info = env.step(action)
-        replies.append(EnvReply(*answer, **info))
-    return replies
+        turns.append(env.step(action))
+    return [EnvReply(turn) for turn in turns]
 
 
-def play_slots(pool: EnvPool, tasks: Sequence[Task], actions: Sequence[str]) -> list[list[EnvReply]]:
+def play_slots(pool: EnvPool, tasks: Sequence[Task], actions: Sequence[Action]) -> list[list[EnvReply]]:
     """All replies of each slot's episode: all slots are asked before the first is listened to."""
     replies: list[list[EnvReply]] = [[] for _ in tasks]
     for slot, task in enumerate(tasks):
@@ -70,7 +70,12 @@ def play_slots(pool: EnvPool, tasks: Sequence[Task], actions: Sequence[str]) -> 
 
 
 def is_going(reply: EnvReply) -> bool:
-    return not (reply.error or reply.terminated or reply.truncated)
+    return reply.turn is not None and not (reply.turn.terminated or reply.turn.truncated)
+
+
+def seen(reply: EnvReply) -> Turn:
+    assert reply.turn is not None, reply.error
+    return reply.turn
 
 
 @pytest.mark.parametrize("num_workers", [1, 2])
@@ -93,19 +98,17 @@ def test_expert_actions_come_only_when_wanted(make_pool: Callable[..., EnvPool])
     pool.reset(0, TASKS[2], want_expert=True)
     pool.reset(1, TASKS[2])
     reply, plain = pool.receive(0), pool.receive(1)
-    assert plain.observation is not None
-    assert plain.observation.expert_action is None
-    taken = []
+    assert seen(plain).expert_action is None
+    taken = list[Action]()
     while is_going(reply):
-        assert reply.observation is not None
-        taken.append(reply.observation.expert_action)
-        pool.step(0, taken[-1])
+        action = seen(reply).expert_action
+        assert action is not None
+        taken.append(action)
+        pool.step(0, action)
         reply = pool.receive(0)
-    assert taken == ["right", "right", "right", "take"]
-    assert reply.reward == 1.0
-    assert reply.success is True
-    assert reply.observation is not None
-    assert reply.observation.expert_action is None, "there is nothing left to do"
+    assert taken == [RIGHT, RIGHT, RIGHT, TAKE]
+    assert (seen(reply).reward, seen(reply).success) == (1.0, True)
+    assert seen(reply).expert_action is None, "there is nothing left to do"
 
 
 FAULTS = {
@@ -127,14 +130,14 @@ def test_a_fault_costs_one_episode(make_pool: Callable[..., EnvPool], fault: str
     assert replies[2] == expected[2]
     assert replies[1][:2] == expected[1][:2]
     assert message in replies[1][2].error
-    assert replies[1][2].observation is None
+    assert replies[1][2].turn is None
     assert pool.counts["replaced_workers"] == replaced
     assert pool.counts["env_timeouts"] == (fault == "hangs")
     # The slot is as good as new.
     pool.reset(1, TASKS[3])
     assert pool.receive(1) == play_here(TASKS[3], [])[0]
-    pool.step(1, "right")
-    assert pool.receive(1) == play_here(TASKS[3], ["right"])[-1]
+    pool.step(1, RIGHT)
+    assert pool.receive(1) == play_here(TASKS[3], [RIGHT])[-1]
 
 
 def test_other_workers_do_not_notice(make_pool: Callable[..., EnvPool]) -> None:
@@ -144,11 +147,11 @@ def test_other_workers_do_not_notice(make_pool: Callable[..., EnvPool]) -> None:
     process_ids = {process.process.pid for process in pool._processes}
     for slot in (0, 1):
         pool.receive(slot)
-        pool.step(slot, "right")
+        pool.step(slot, RIGHT)
         pool.receive(slot)
-        pool.step(slot, "right")
+        pool.step(slot, RIGHT)
     assert pool.receive(1).error
-    assert pool.receive(0) == play_here(TASKS[0], ["right", "right"])[-1]
+    assert pool.receive(0) == play_here(TASKS[0], [RIGHT, RIGHT])[-1]
     assert len(process_ids & {process.process.pid for process in pool._processes}) == 1
 
 
@@ -158,14 +161,14 @@ def test_an_episode_in_its_pause_survives_two_deaths(make_pool: Callable[..., En
     for slot in range(3):
         pool.reset(slot, TASKS[slot])
         pool.receive(slot)
-        pool.step(slot, "right")
+        pool.step(slot, RIGHT)
         pool.receive(slot)
-    pool.step(0, "left")
-    pool.step(1, "left")
+    pool.step(0, LEFT)
+    pool.step(1, LEFT)
     assert pool.receive(0).error
     assert pool.receive(1).error
-    expected = play_here(TASKS[2], ["right", "take", "right", "left"])
-    for number, action in enumerate(["take", "right", "left"], start=2):
+    expected = play_here(TASKS[2], [RIGHT, TAKE, RIGHT, LEFT])
+    for number, action in enumerate([TAKE, RIGHT, LEFT], start=2):
         pool.step(2, action)
         assert pool.receive(2) == expected[number]
     assert pool.counts["replaced_workers"] == 2
@@ -179,16 +182,16 @@ def test_a_death_while_an_episode_is_played_again(make_pool: Callable[..., EnvPo
     for slot in range(2):
         pool.reset(slot, TASKS[slot])
         pool.receive(slot)
-        pool.step(slot, "right")
+        pool.step(slot, RIGHT)
         pool.receive(slot)
-    pool.step(0, "left")
+    pool.step(0, LEFT)
     assert pool.receive(0).error
     for child in set(mp.active_children()) - others:
         child.kill()
         child.join()
-    pool.step(1, "left")
+    pool.step(1, LEFT)
     reply = pool.receive(1)
-    assert reply.error or reply == play_here(TASKS[1], ["right", "left"])[-1]
+    assert reply.error or reply == play_here(TASKS[1], [RIGHT, LEFT])[-1]
     pool.reset(1, TASKS[2])
     assert pool.receive(1) == play_here(TASKS[2], [])[0]
 
@@ -199,27 +202,27 @@ def test_released_episodes_are_not_played_again(make_pool: Callable[..., EnvPool
         pool.reset(slot, TASKS[slot])
         pool.receive(slot)
     pool.release(0)
-    pool.step(1, "right")
+    pool.step(1, RIGHT)
     pool.receive(1)
-    pool.step(1, "right")
+    pool.step(1, RIGHT)
     assert pool.receive(1).error
-    pool.step(0, "right")
+    pool.step(0, RIGHT)
     assert "lost" in pool.receive(0).error
 
 
 class EchoEnv(CorridorEnv):
     """Shows what the task holds."""
 
-    def reset(self, task: Task) -> tuple[Observation, dict[str, Any]]:
-        return Observation(task.data["text"]), {}
+    def reset(self, task: Task) -> Turn:
+        return Turn(task.data["text"])
 
 
 class SlowEnv(FaultyEnv):
     """A tenth of a second for each step."""
 
-    def step(self, action: str) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
+    def command(self, command: str) -> Turn:
         time.sleep(0.1)
-        return super().step(action)
+        return super().command(command)
 
 
 def test_a_long_episode_that_is_played_again_has_the_time_of_its_steps(make_pool: Callable[..., EnvPool]) -> None:
@@ -228,20 +231,17 @@ def test_a_long_episode_that_is_played_again_has_the_time_of_its_steps(make_pool
     pool = make_pool(env, num_slots=2, num_workers=1, timeout_s=1.0)
     pool.reset(1, TASKS[1])
     pool.receive(1)
-    actions = ["left", "right"] * 7
+    actions = [LEFT, RIGHT] * 7
     for action in actions:
         pool.step(1, action)
         pool.receive(1)
     pool.reset(0, TASKS[0])
     for _ in range(2):
         pool.receive(0)
-        pool.step(0, "right")
-    pool.step(1, "right")
+        pool.step(0, RIGHT)
+    pool.step(1, RIGHT)
     assert "died (exit status 1)" in pool.receive(0).error
-    reply = pool.receive(1)
-    assert reply.error == ""
-    assert reply.observation is not None
-    assert reply.observation.text == "You are in room 2."
+    assert seen(pool.receive(1)).text == "You are in room 2."
     assert pool.counts == {"replaced_workers": 1, "env_timeouts": 0, "recycled_workers": 0}
 
 
@@ -283,9 +283,9 @@ def test_workers_that_do_not_start_end_the_run(make_pool: Callable[..., EnvPool]
 class FrozenEnv(EchoEnv):
     """Stops its whole process, threads and all, in the first step."""
 
-    def step(self, action: str) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
+    def command(self, command: str) -> Turn:
         os.kill(os.getpid(), signal.SIGSTOP)
-        return super().step(action)
+        return super().command(command)
 
 
 @pytest.mark.timeout(60)
@@ -295,13 +295,13 @@ def test_a_frozen_worker_does_not_hold_up_who_sends(make_pool: Callable[..., Env
     text = "long " * 200_000
     for slot in range(2):
         pool.reset(slot, Task(str(slot), {"text": text}))
-        assert pool.receive(slot).observation == Observation(text)
-    pool.step(0, "freeze")
+        assert pool.receive(slot).turn == Turn(text)
+    pool.step(0, Action("freeze"))
     pool.reset(1, Task("1", {"text": text + "1"}))
     pool.reset(2, Task("2", {"text": text + "2"}))
     assert "no answer within 1 s" in pool.receive(0).error
-    assert pool.receive(1).observation == Observation(text + "1")
-    assert pool.receive(2).observation == Observation(text + "2")
+    assert pool.receive(1).turn == Turn(text + "1")
+    assert pool.receive(2).turn == Turn(text + "2")
 
 
 class Unreadable:
@@ -312,36 +312,36 @@ class Unreadable:
 
 
 @dataclass(frozen=True)
-class MyObservation(Observation):
+class MyTurn(Turn):
     """With something of its own, for a context that knows it."""
 
     extra: Any = None
 
 
 class OddEnv(CorridorEnv):
-    """Answers the first step with whatever the action names."""
+    """Answers the first step with whatever the command names."""
 
-    def step(self, action: str) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
-        if action == "leave":
+    def command(self, command: str) -> Any:
+        if command == "leave":
             sys.exit(3)
-        observation, reward, *ends, info = super().step("take")
+        turn = super().command("take")
         odd: Any = {
-            "text": ("You are in room 1.", reward, *ends, info),
-            "reward": (observation, float("nan"), *ends, info),
-            "info": (observation, reward, *ends, None),
-            "short": (observation, reward),
-            "unsendable": (MyObservation("", extra=lambda: None), reward, *ends, info),
-            "unreadable": (MyObservation("", extra=Unreadable()), reward, *ends, info),
+            "text": turn.text,
+            "reward": replace(turn, reward=float("nan")),
+            "info": replace(turn, info=None),  # type: ignore[arg-type]
+            "short": (turn, 0.0),
+            "unsendable": MyTurn(extra=lambda: None),
+            "unreadable": MyTurn(extra=Unreadable()),
         }
-        return odd[action]
+        return odd[command]
 
 
 ODD = {
-    "text": "the environment's observation must be an Observation, not 'You are in room 1.'",
+    "text": "the environment's step must return a Turn, not 'There is no coin here.'",
     "reward": "the environment's reward must be finite and at most 1e+12 in size, not nan",
     "info": "the environment's info must be a mapping, not None",
-    "short": "the environment's step must return (observation, reward, terminated, truncated, info), not 2 values",
-    "unsendable": "the environment's observation cannot be read: ",
+    "short": "the environment's step must return a Turn, not a tuple",
+    "unsendable": "the environment's turn cannot be read: ",
     "unreadable": "unreadable answer: ValueError",
     "leave": "SystemExit: 3",
 }
@@ -352,8 +352,8 @@ def test_odd_answers_cost_their_own_episode(make_pool: Callable[..., EnvPool]) -
     for slot in range(len(ODD) + 1):
         pool.reset(slot, TASKS[0])
         pool.receive(slot)
-    for slot, (action, message) in enumerate(ODD.items()):
-        pool.step(slot, action)
+    for slot, (command, message) in enumerate(ODD.items()):
+        pool.step(slot, Action(command))
         assert message in pool.receive(slot).error
     assert pool.counts["replaced_workers"] == 0
     for slot in range(len(ODD) + 1):
@@ -366,9 +366,9 @@ class LeakyEnv(CorridorEnv):
 
     kept: ClassVar[list[bytes]] = []
 
-    def step(self, action: str) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
+    def command(self, command: str) -> Turn:
         self.kept.append(b"x" * (24 * 2**20))
-        return super().step(action)
+        return super().command(command)
 
 
 @pytest.mark.timeout(60)
@@ -387,14 +387,14 @@ def test_a_limit_below_an_idle_worker_is_a_mistake(make_pool: Callable[..., EnvP
 
 
 @pytest.mark.timeout(20)
-def test_large_tasks_and_observations(make_pool: Callable[..., EnvPool]) -> None:
+def test_large_tasks_and_turns(make_pool: Callable[..., EnvPool]) -> None:
     """More than a pipe holds, in both directions, before the first answer is listened to."""
     pool = make_pool(EchoEnv(), num_slots=16, num_workers=1)
     texts = [str(slot % 10) * 100_000 for slot in range(16)]
     for slot, text in enumerate(texts):
         pool.reset(slot, Task(str(slot), {"text": text}))
     for slot, text in enumerate(texts):
-        assert pool.receive(slot).observation == Observation(text)
+        assert pool.receive(slot).turn == Turn(text)
 
 
 def test_close_ends_the_workers() -> None:
@@ -442,11 +442,11 @@ def test_an_answer_that_lies_there_was_in_time(
     late_look(pool, monkeypatch)
     pool.reset(1, TASKS[1])
     assert receive(1) == play_here(TASKS[1], [])[0]
-    pool.step(0, "right")
+    pool.step(0, RIGHT)
     if dies:
         time.sleep(0.3)
         pool._processes[0].process.kill()
-    assert receive(0) == play_here(TASKS[0], ["right"])[-1]
+    assert receive(0) == play_here(TASKS[0], [RIGHT])[-1]
     assert pool.counts["env_timeouts"] == 0
 
 
@@ -457,9 +457,9 @@ def test_what_fails_is_awaited_as_it_is_received(kind: str, make_pool: Callable[
         tasks: Any = {f"{kind}_tasks": [TASKS[0].id]}
         pool = make_pool(FaultyEnv(**tasks), num_slots=1, num_workers=1, timeout_s=1.0)
         pool.reset(0, TASKS[0])
-        for action in ("right", "right"):
+        for _ in range(2):
             receive(pool, 0)
-            pool.step(0, action)
+            pool.step(0, RIGHT)
         return receive(pool, 0), dict(pool.counts)
 
     awaited = failure(lambda pool, slot: asyncio.run(pool.answer(slot)))

@@ -30,7 +30,7 @@ from steppo.models import TinyPolicy
 from steppo.rendering import StateContext
 from steppo.rollouts import EnvSource
 from steppo.rollouts.scheduler import halves
-from steppo.types import Completion, Observation, Request, RolloutConfig, groups_of
+from steppo.types import Action, Completion, Request, RolloutConfig, Turn, groups_of
 from tests.cli_helpers import TOY, run
 from tests.family_env import KINDS, FamilyEnv, LargeEnv, NoStartEnv, ParallelEnv
 from tests.toy_env import CorridorEnv
@@ -99,7 +99,7 @@ def test_children_end_with_their_worker_and_with_no_other(folder: Path, then: An
         assert living(folder) == sorted([*KINDS, *KINDS])
         for _ in range(2):
             for slot in (0, 2):
-                pool.step(slot, "right")
+                pool.step(slot, Action("right"))
             replies = [pool.receive(slot) for slot in (0, 2)]
         assert THEN[then] in replies[0].error
         assert replies[1].error == ""
@@ -115,9 +115,9 @@ def test_children_end_with_a_worker_that_outgrew_its_memory(folder: Path) -> Non
         pool.reset(0, TASKS[0])
         assert pool.receive(0).error == ""
         while not pool.counts["recycled_workers"]:
-            pool.step(0, "left")
+            pool.step(0, Action("left"))
             assert pool.receive(0).error == ""
-        pool.step(0, "left")
+        pool.step(0, Action("left"))
         assert pool.receive(0).error == ""
         assert living(folder) == sorted(FEW), "the new worker's, of the episode that was played again"
 
@@ -149,6 +149,7 @@ def test_a_pool_that_nobody_closes_ends_when_it_is_forgotten(folder: Path) -> No
 MAIN = """
 import signal, sys
 from steppo.envs.pool import EnvPool
+from steppo.types import Action
 from tests.family_env import FamilyEnv
 signal.signal(signal.SIGINT, signal.default_int_handler)  # it may have been ignored where the tests were started
 folder, kinds, then, end = sys.argv[1:]
@@ -158,7 +159,7 @@ for slot in range(2):
     pool.reset(slot, env.tasks("train")[slot])
     assert pool.receive(slot).error == ""
 for step in range(2):
-    pool.step(0, "right")
+    pool.step(0, Action("right"))
     assert pool.receive(0).error == ""
 if end == "raise":
     raise RuntimeError("broken on purpose")
@@ -290,9 +291,9 @@ def test_an_environment_may_use_multiprocessing() -> None:
         assert pool.receive(0).error == ""
         for how in ("Pool", "Executor", "Manager", "Process"):
             for method in ("fork", "spawn"):
-                pool.step(0, f"{how} {method}")
+                pool.step(0, Action(f"{how} {method}"))
                 reply = pool.receive(0)
-                assert (reply.error, reply.observation) == ("", Observation("[0, 1, 4, 9]")), (how, method)
+                assert (reply.error, reply.turn) == ("", Turn("[0, 1, 4, 9]")), (how, method)
 
 
 @given(num_slots=st.integers(1, 200), num_workers=st.integers(1, 64))
@@ -311,9 +312,8 @@ def test_workers_share_each_half_evenly(num_slots: int, num_workers: int) -> Non
 @pytest.mark.parametrize("num_workers", [2, 3])
 def test_all_workers_are_busy_while_a_half_is_stepped(num_workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Between two polls of the engine, a half's commands go out."""
-    policy, context = TinyPolicy(), StateContext()
+    policy = TinyPolicy()
     policy.build(list)
-    context.bind(policy.tokenizer, policy.stop_ids)
     rounds: list[set[int]] = [set()]
 
     class Rounds(Engine):
@@ -326,13 +326,14 @@ def test_all_workers_are_busy_while_a_half_is_stepped(num_workers: int, monkeypa
 
         def poll(self) -> list[Completion]:
             rounds.append(set())
-            said = context.encode_action("take")
+            said = source.write(Action("take"))
             answers = [Completion(request.id, said, np.zeros(len(said), np.float32), "stop") for request in self.queue]
             self.queue.clear()
             return answers
 
     env = CorridorEnv(max_steps=6)
-    source = EnvSource(env, context, Rounds(), num_slots=6, num_workers=num_workers, max_prompt_tokens=2**20)
+    source = EnvSource(env, StateContext(), Rounds(), num_slots=6, num_workers=num_workers, max_prompt_tokens=2**20)
+    source.bind_tokenizer(policy.tokenizer, policy.stop_ids)
     step = source.pool.step
     monkeypatch.setattr(
         source.pool, "step", lambda slot, action: (rounds[-1].add(source.pool._worker_of(slot)), step(slot, action))

@@ -14,12 +14,14 @@ from steppo.errors import ConfigError, RunError
 from steppo.play.command import main as play_command
 from steppo.rendering import StateContext
 from steppo.rollouts import EnvSource
+from steppo.types import Action
 from tests.cli.test_errors import fit, refused
 from tests.cli_helpers import TOY, evaluations, run
 from tests.start_env import FAILING, LOADED, SettingEnv, StartEnv, UnpickledEnv, notes
 from tests.toy_env import CorridorEnv
 
 TASKS = CorridorEnv().tasks("train")
+RIGHT = Action("right")
 
 
 def play_all(pool: EnvPool, slots: int) -> list[str]:
@@ -30,7 +32,7 @@ def play_all(pool: EnvPool, slots: int) -> list[str]:
             pool.reset(slot, TASKS[slot])
         errors += [pool.receive(slot).error for slot in range(slots)]
         for slot in range(slots):
-            pool.step(slot, "right")
+            pool.step(slot, RIGHT)
         errors += [pool.receive(slot).error for slot in range(slots)]
     return errors
 
@@ -63,10 +65,10 @@ def test_a_load_has_its_own_time_in_each_new_worker(tmp_path: Path) -> None:
             pool.reset(slot, TASKS[slot])
         assert [pool.receive(slot).error for slot in range(2)] == ["", ""]
         for _ in range(2):
-            pool.step(0, "right")
+            pool.step(0, RIGHT)
             error = pool.receive(0).error
         assert "died" in error
-        pool.step(1, "right")
+        pool.step(1, RIGHT)
         assert pool.receive(1).error == ""
         assert pool.counts["env_timeouts"] == 0
     assert [process[0] for process in notes(tmp_path)] == ["start"] * 2

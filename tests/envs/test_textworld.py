@@ -6,42 +6,44 @@ import re
 import shutil
 from collections.abc import Callable, Sequence
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from steppo.envs import TextWorldEnv
-from steppo.envs.pool import EnvPool, EnvReply
+from steppo.envs.checks import EnvReply
+from steppo.envs.pool import EnvPool
 from steppo.errors import ConfigError
-from steppo.types import Observation, Task
+from steppo.types import Action, Task, Turn
 
-Choose = Callable[[Observation], str]
-
-
-def expert(observation: Observation) -> str:
-    assert observation.expert_action is not None
-    return observation.expert_action
+Choose = Callable[[Turn], Action]
 
 
-def play(env: TextWorldEnv, tasks: Sequence[Task], choose: Choose = expert) -> list[list[EnvReply]]:
-    """Each task's replies until its end, one slot per task."""
-    replies: list[list[EnvReply]] = []
+def expert(turn: Turn) -> Action:
+    assert turn.expert_action is not None
+    return turn.expert_action
+
+
+def play(env: TextWorldEnv, tasks: Sequence[Task], choose: Choose = expert) -> list[list[Turn]]:
+    """Each task's turns until its end, one slot per task."""
+    turns: list[list[Turn]] = []
     with closing(EnvPool(env, len(tasks), 1, timeout_s=60.0)) as pool:
         for slot, task in enumerate(tasks):
             pool.reset(slot, task, want_expert=True)
         for slot in range(len(tasks)):
-            episode = [pool.receive(slot)]
-            while not (episode[-1].error or episode[-1].terminated or episode[-1].truncated):
-                pool.step(slot, choose(seen(episode[-1])))
-                episode.append(pool.receive(slot))
-            replies.append(episode)
-    return replies
+            episode = [seen(pool.receive(slot))]
+            while not (episode[-1].terminated or episode[-1].truncated):
+                pool.step(slot, choose(episode[-1]))
+                episode.append(seen(pool.receive(slot)))
+            turns.append(episode)
+    return turns
 
 
-def seen(reply: EnvReply) -> Observation:
-    assert reply.observation is not None, reply.error
-    return reply.observation
+def seen(reply: EnvReply) -> Turn:
+    assert reply.turn is not None, reply.error
+    return reply.turn
 
 
 def variant(env: TextWorldEnv, **arguments: Any) -> TextWorldEnv:
@@ -117,16 +119,15 @@ def test_expert_wins_and_sees_clean_text(textworld_env: TextWorldEnv) -> None:
     tasks = env.tasks("train") + env.tasks("test")
     for episode in play(env, tasks):
         assert len(episode) == 3
-        assert [reply.reward for reply in episode] == [0.0, 0.0, 1.0]
+        assert [turn.reward for turn in episode] == [0.0, 0.0, 1.0]
         assert episode[-1].terminated
         assert episode[-1].success is True
-        for reply in episode:
-            observation = seen(reply)
-            assert not re.search(r"\$|TextWorld|Your score|\*\*\*|^>|=-.", observation.text, re.MULTILINE)
-            assert all(line.strip() == line != "" for line in observation.text.split("\n"))
-            assert observation.goal == "Find the coin and take it."
-            assert observation.feedback == ""
-        opening = seen(episode[0]).text
+        for turn in episode:
+            assert not re.search(r"\$|TextWorld|Your score|\*\*\*|^>|=-.", turn.text, re.MULTILINE)
+            assert all(line.strip() == line != "" for line in turn.text.split("\n"))
+            assert turn.goal == "Find the coin and take it."
+            assert turn.feedback == ""
+        opening = episode[0].text
         assert re.match(r"-= [\w ]+ =-\n\w", opening)
         assert "coin" not in opening.lower(), "the coin lies elsewhere: only a route would name it"
 
@@ -137,8 +138,8 @@ def test_brief_texts_are_room_names(textworld_env: TextWorldEnv) -> None:
     full = play(variant(textworld_env, description="full"), tasks)
     for brief_episode, full_episode in zip(brief, full, strict=True):
         for short, long in zip(brief_episode[:-1], full_episode[:-1], strict=True):
-            assert f"-= {seen(short).text} =-" == seen(long).text.split("\n")[0]
-        assert seen(brief_episode[-1]).text == seen(full_episode[-1]).text == "You pick up the coin from the ground."
+            assert f"-= {short.text} =-" == long.text.split("\n")[0]
+        assert brief_episode[-1].text == full_episode[-1].text == "You pick up the coin from the ground."
 
 
 def test_commands_are_shown_excluded_or_hidden(textworld_env: TextWorldEnv) -> None:
@@ -149,14 +150,14 @@ def test_commands_are_shown_excluded_or_hidden(textworld_env: TextWorldEnv) -> N
     )
     excluded = ("examine", "inventory", "look")
     for few, full, none in zip(some, everything, hidden, strict=True):
-        shown = seen(full).admissible_commands
+        shown = full.commands
         assert shown is not None
         assert {"inventory", "look"} <= set(shown)
-        assert seen(few).admissible_commands == tuple(c for c in shown if not c.startswith(excluded))
-        assert seen(few).admissible_commands
-        assert seen(none).admissible_commands is None
-    for reply in some[:-1]:
-        assert seen(reply).expert_action in (seen(reply).admissible_commands or ())
+        assert few.commands == tuple(c for c in shown if not c.startswith(excluded))
+        assert few.commands
+        assert none.commands is None
+    for turn in some[:-1]:
+        assert expert(turn).command in (turn.commands or ())
 
 
 @pytest.mark.parametrize("shown", [True, False])
@@ -165,8 +166,8 @@ def test_commands_that_cannot_be_carried_out_are_told_apart(textworld_env: TextW
     pool.reset(0, textworld_env.tasks("valid")[0])
     assert pool.receive(0).error == ""
     for command, valid in (("dance", False), ("look", True)):
-        pool.step(0, command)
-        assert pool.receive(0).action_valid is valid
+        pool.step(0, Action(command))
+        assert seen(pool.receive(0)).action_valid is valid
     pool.close()
 
 
@@ -176,20 +177,20 @@ def test_goals_do_not_spell_out_the_way(tmp_path: Path) -> None:
     env.prepare(tasks, lambda done, total: None)
     [episode] = play(env, tasks)
     assert len(episode) > 3, "there should be a way to go"
-    goal = seen(episode[0]).goal
-    assert expert(seen(episode[-2])).split()[-1] in goal, "it names the thing to take"
+    goal = episode[0].goal
+    assert str(expert(episode[-2])).split()[-1] in goal, "it names the thing to take"
     assert not re.search(r"north|south|east|west|TextWorld", goal)
-    assert goal == seen(episode[-1]).goal
+    assert goal == episode[-1].goal
 
 
 # --- how it ends ---
 
 
 def test_max_steps_ends_the_task_unsolved(textworld_env: TextWorldEnv) -> None:
-    [episode] = play(textworld_env, textworld_env.tasks("train")[:1], lambda observation: "look")
+    [episode] = play(textworld_env, textworld_env.tasks("train")[:1], lambda turn: Action("look"))
     assert len(episode) == 1 + 6
-    assert [reply.terminated for reply in episode] == [False] * 6 + [True]
-    assert not any(reply.truncated or reply.reward for reply in episode)
+    assert [turn.terminated for turn in episode] == [False] * 6 + [True]
+    assert not any(turn.truncated or turn.reward for turn in episode)
     assert episode[-1].success is False
 
 
@@ -208,12 +209,12 @@ def test_rewards_are_success_or_score(tmp_path: Path) -> None:
     tasks = envs[0].tasks("train")
     envs[0].prepare(tasks, lambda done, total: None)
     [success], [score] = (play(env, tasks) for env in envs)
-    assert [reply.observation for reply in success] == [reply.observation for reply in score]
-    assert [reply.reward for reply in success] == [0.0] * (len(success) - 1) + [1.0]
-    assert len([reply for reply in score if reply.reward > 0]) > 2
-    assert sum(reply.reward for reply in score) == pytest.approx(1.0)
+    assert [replace(turn, reward=0.0) for turn in success] == [replace(turn, reward=0.0) for turn in score]
+    assert [turn.reward for turn in success] == [0.0] * (len(success) - 1) + [1.0]
+    assert len([turn for turn in score if turn.reward > 0]) > 2
+    assert sum(turn.reward for turn in score) == pytest.approx(1.0)
     assert success[-1].success is score[-1].success is True
-    assert not re.search("chest|key|east", seen(success[0]).goal), "the goal is brief, the way is to be found"
+    assert not re.search("chest|key|east", success[0].goal), "the goal is brief, the way is to be found"
 
 
 # --- files ---

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from typing import Any
 
 import numpy as np
@@ -13,13 +14,17 @@ import torch
 from steppo.advantages import GRPO, RLOO, Advantage, GiGPO, ReinforcePP, ReinforcePPBaseline, StepGAE, TokenGAE, whiten
 from steppo.batch import Credit, CreditBatch
 from steppo.buffer import StepBuffer
+from steppo.engines import HFEngine
 from steppo.errors import RunError
 from steppo.learner.credit import AssignedCredit
 from steppo.learner.steps import StepTable
 from steppo.packing import PaddedPacker
-from steppo.types import Episode, StopReason
+from steppo.rendering import StateContext
+from steppo.rollouts import EnvSource, ScriptedPlayer, random_action
+from steppo.types import Episode, Request, RolloutConfig, StopReason, Turn, groups_of
 from tests.learner.fakes import BOOTSTRAP, EPISODES, LEARNED_CODES, SHARES, codes_A, codes_N, make_episode, scored
 from tests.numeric_helpers import close, steps_of
+from tests.toy_env import CorridorEnv
 
 
 class EqualShares(Advantage):
@@ -62,6 +67,70 @@ def test_equal_observations_have_equal_anchors() -> None:
     assert anchors is not None
     texts = [step.observation for step in buffer.steps.records]
     assert len(set(texts)) == len(set(anchors.tolist())) == len(set(zip(texts, anchors.tolist(), strict=True))) == 2
+
+
+KEYS: dict[str, tuple[list[str], list[str | None]]] = {  # what is seen in four steps, and the states that it is said to be
+    "one of two texts": (["a", "b", "c", "d"], ["x", "y", "x", "y"]),
+    "two of one text": (["a", "a", "a", "a"], ["x", "y", "x", "y"]),
+    "one of all": (["a", "b", "b", "c"], ["x"] * 4),
+    "none of any": (["a", "b", "a", "b"], list("wxyz")),
+    "an empty one": (["a", "b", "c", "a"], ["", "y", "", "y"]),
+    "not of all": (["a", "b", "a", "c"], [None, "x", None, "x"]),
+}
+
+
+@pytest.mark.parametrize("name", KEYS)
+def test_a_state_key_is_the_anchor_in_place_of_the_observation(name: str) -> None:
+    """For GiGPO it is as if the keys had been seen."""
+    texts, keys = KEYS[name]
+    seen = [text if key is None else key for text, key in zip(texts, keys, strict=True)]
+
+    def credit(texts: Sequence[str], keys: Sequence[str | None]) -> AssignedCredit:
+        """Of two episodes of one task."""
+        played = [make_episode(order, [1, 1], [float(order), 2.0 - order], group_size=2) for order in (0, 1)]
+        told = [
+            [
+                dataclasses.replace(s, observation=texts[2 * e.order + s.index], state_key=keys[2 * e.order + s.index])
+                for s in e.steps
+            ]
+            for e in played
+        ]
+        episodes = [dataclasses.replace(e, steps=tuple(steps)) for e, steps in zip(played, told, strict=True)]
+        return scored(episodes, "none").assign(GiGPO())
+
+    keyed = credit(texts, keys)
+    assert keyed.batch.anchor_N is not None
+    anchors = keyed.batch.anchor_N.tolist()
+    assert [anchors.index(anchor) for anchor in anchors] == [seen.index(key) for key in seen]
+    assert torch.equal(keyed.credit.advantage_N, credit(seen, [None] * 4).credit.advantage_N)
+    assert not torch.equal(keyed.credit.advantage_N, credit(texts, [None] * 4).credit.advantage_N)
+
+
+class KeyedEnv(CorridorEnv):
+    """Says the time, so that nothing is seen twice; the state is the room."""
+
+    def _turn(self, text: str, **outcome: Any) -> Turn:
+        return super()._turn(f"It is {self._steps}. {text} ({self._room})", state_key=f"room {self._room}", **outcome)
+
+
+def test_states_that_an_environment_names_are_anchors(tiny_policy: Any) -> None:
+    """Also before and after an answer that never reached it."""
+    source = EnvSource(KeyedEnv(), StateContext(), HFEngine(), max_prompt_tokens=400, num_slots=4)
+    source.bind(tiny_policy)
+
+    def choose(turn: Turn, request: Request) -> str:
+        return "dance" if request.seed % 4 == 0 else random_action(turn, request)
+
+    with closing(source):
+        groups = groups_of(source.tasks("train")[:1], 4)
+        [episodes] = source.collect(groups, RolloutConfig("train/0", 0), ScriptedPlayer(choose, source.write))
+    steps = [step for episode in episodes for step in episode.steps]
+    assert {step.action_valid for step in steps} == {True, False}
+    anchors = scored(episodes, "none").assign(GiGPO()).batch.anchor_N
+    assert anchors is not None
+    rooms = [step.observation[-3:] for step in steps]
+    assert len(set(rooms)) == len(set(anchors.tolist())) == len(set(zip(rooms, anchors.tolist(), strict=True))) == 4
+    assert len({step.observation for step in steps}) > 4
 
 
 @pytest.mark.parametrize(

@@ -45,7 +45,7 @@ def source(tiny_policy: Any) -> Iterator[EnvSource]:
 
 @pytest.fixture
 def player(source: EnvSource) -> Player:
-    return ScriptedPlayer(random_action, source.context.encode_action)
+    return ScriptedPlayer(random_action, source.write)
 
 
 @pytest.mark.parametrize("sizes", [(4, 1, 2), (1, 3), (2, 2, 2), (3, 1, 1, 4), (1, 1, 1), (5,)])
