@@ -16,7 +16,7 @@ import html
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -93,6 +93,17 @@ def episode_records(
             }
         )
     return records
+
+
+def info_text(info: Mapping[str, str | float | bool]) -> str:
+    """What an environment said beside the reward, on one line for people."""
+    return "  ".join(f"{name}={_value_text(value)}" for name, value in info.items())
+
+
+def _value_text(value: str | float | bool) -> str:
+    if isinstance(value, str):
+        return " ".join(value.split())
+    return str(value).lower() if isinstance(value, bool) else f"{value:.6g}"
 
 
 def _texts(ids: list[Any], tokenizer: Any) -> dict[bytes, str]:
