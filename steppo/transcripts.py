@@ -103,7 +103,9 @@ def info_text(info: Mapping[str, str | float | bool]) -> str:
 def _value_text(value: str | float | bool) -> str:
     if isinstance(value, str):
         return " ".join(value.split())
-    return str(value).lower() if isinstance(value, bool) else f"{value:.6g}"
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f"{value:.6g}" if value % 1 or abs(value) >= 1e15 else f"{value:.0f}"
 
 
 def _texts(ids: list[Any], tokenizer: Any) -> dict[bytes, str]:
