@@ -29,8 +29,9 @@ _OTHER_CODES = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b\].*?(?:\x07|\x1b\\)|\x1
 class GymnasiumEnv(TextGameEnv):
     """An environment that is registered with Gymnasium. A task is a seed, and train, valid and test never share one.
 
-    Needs ``pip install "steppo[gymnasium]"``. Its actions are a ``Text`` space, which takes commands as they are, or a
-    ``Discrete`` one; an ``info["action_mask"]`` says which are possible. Limits of Gymnasium truncate.
+    Needs ``pip install "steppo[gymnasium]"``. Its actions are a ``Discrete`` space, of which an ``info["action_mask"]`` says
+    what is possible, or a ``Text`` one, which takes what it holds: unless it is told otherwise, letters and digits only.
+    Gymnasium's time limit truncates.
 
     Args:
         id: Its id, such as ``FrozenLake-v1``; ``module:Env-v0`` imports the module that registers it.

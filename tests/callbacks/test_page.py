@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 import steppo
+from callbacks.transcript import as_text
 
 # As much of a document as the page needs. What would read text as markup is not there, or raises.
 DOCUMENT = """
@@ -112,3 +113,12 @@ def test_where_nothing_is_said_nothing_stands(info: dict[str, Any] | None) -> No
 def test_an_episode_has_the_last_and_a_step_its_agent() -> None:
     assert [text for tag, _, text, _ in shown({"info": INFO}) if tag == "b"] == TEXTS
     assert shown(STEP | {"agent": HOSTILE})[2][3] == f"{HOSTILE} 4"
+
+
+def test_texts_of_tensorboard_have_it() -> None:
+    headline = {"task": "t", "iteration": 1, "success": None, "return": 1.0, "stop_reason": "terminated", "error": ""}
+    steps = [STEP | {"info": {"f1": 1 / 3, "label": "a\n# b", "on": True}}, STEP]
+    lines = as_text(headline | {"steps": steps}).splitlines()
+    told = [line for line in lines if "f1" in line]
+    assert told == ["    f1=0.333333  label=a # b  on=true"], "once: the other step says nothing"
+    assert all(line.startswith("    ") for line in lines)
