@@ -15,7 +15,7 @@ from steppo.learner import Experience, ReplayStatistics
 from steppo.listeners import Evaluation, Listener
 from steppo.module import AgentModule
 from steppo.run_folder import run_folder
-from steppo.transcripts import TranscriptWriter, episode_records
+from steppo.transcripts import TranscriptWriter, episode_records, info_text
 from steppo.types import Episode
 
 
@@ -108,7 +108,7 @@ def as_text(record: dict[str, Any]) -> str:
         agent = f", {step['agent']}" if "agent" in step else ""
         lines += ["", f"--- step {number}{agent}", step["observation"], f"> {step['action']}{invalid}"]
         figures = [f"{name} {step[name]:.3g}" for name in ("value", "advantage", "reward") if step[name] is not None]
-        lines.append("  ".join(figures))
+        lines += ["  ".join(figures), *([info_text(step["info"])] if "info" in step else [])]
     if record["error"]:
         lines += ["", record["error"]]
     text = "\n".join(lines).encode("utf-8", "replace").decode()

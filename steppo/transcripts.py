@@ -16,7 +16,7 @@ import html
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -93,6 +93,19 @@ def episode_records(
             }
         )
     return records
+
+
+def info_text(info: Mapping[str, str | float | bool]) -> str:
+    """What an environment said beside the reward, on one line for people."""
+    return "  ".join(f"{name}={_value_text(value)}" for name, value in info.items())
+
+
+def _value_text(value: str | float | bool) -> str:
+    if isinstance(value, str):
+        return " ".join(value.split())
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f"{value:.6g}" if value % 1 or abs(value) >= 1e15 else f"{value:.0f}"
 
 
 def _texts(ids: list[Any], tokenizer: Any) -> dict[bytes, str]:

@@ -1,6 +1,7 @@
 """Environments: ``reset(task)``, ``step(action)``. One file each."""
 
 from steppo.envs.base import Env, TextGameEnv
+from steppo.envs.gymnasium import GymnasiumEnv
 from steppo.envs.textworld import TextWorldEnv
 
-__all__ = ["Env", "TextGameEnv", "TextWorldEnv"]
+__all__ = ["Env", "GymnasiumEnv", "TextGameEnv", "TextWorldEnv"]

@@ -202,7 +202,7 @@ def _info(name: str, value: Any) -> dict[str, str | float | bool]:
     for field_name in _SAID_ELSEWHERE:
         if field_name in value:
             raise WrongValue(f"the environment's {name} cannot hold {field_name}: it is a field of the Turn")
-    return _entries(f"the environment's {name}", value.items())
+    return plain_entries(f"the environment's {name}", value.items())
 
 
 _FIELDS: dict[str, Callable[[str, Any], Any]] = {
@@ -222,7 +222,7 @@ _FIELDS: dict[str, Callable[[str, Any], Any]] = {
 }
 
 
-def _entries(what: str, entries: Iterable[tuple[Any, Any]]) -> dict[str, str | float | bool]:
+def plain_entries(what: str, entries: Iterable[tuple[Any, Any]]) -> dict[str, str | float | bool]:
     """Figures and labels by their names, as plain values; ``None`` says nothing."""
     first = list(itertools.islice(entries, MOST_ENTRIES + 1))
     if len(first) > MOST_ENTRIES:
@@ -259,7 +259,7 @@ def checked_episode(episode: Episode) -> Episode:
     metadata: Mapping[str, str | float | bool] = {}
     try:
         if episode.metadata:
-            metadata = _entries("the episode's metadata", episode.metadata.items())
+            metadata = plain_entries("the episode's metadata", episode.metadata.items())
         for place, step in enumerate(episode.steps):
             where = f"of the episode's step {place}"
             if isinstance(step.index, bool) or not isinstance(step.index, Integral) or step.index != place:
@@ -267,7 +267,7 @@ def checked_episode(episode: Episode) -> Episode:
             # As much again may have come off for an action that was not valid.
             reward = _bounded(f"the reward {where}", step.reward, 2 * MOST_REWARD)
             agent = plain_text(f"the agent_id {where}", step.agent_id)
-            said_beside = _entries(f"the metadata {where}", step.metadata.items()) if step.metadata else step.metadata
+            said_beside = plain_entries(f"the metadata {where}", step.metadata.items()) if step.metadata else step.metadata
             is_plain = type(step.reward) is float and type(step.agent_id) is str and not step.metadata
             steps.append(step if is_plain else replace(step, reward=reward, agent_id=agent, metadata=said_beside))
         final = _bounded("the episode's final_reward", episode.final_reward, MOST_REWARD)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from rich.console import Console
 from rich.text import Text
 
+from steppo.transcripts import info_text
 from steppo.types import Episode, Request, Step, Task, Turn
 
 
@@ -31,7 +32,7 @@ class Show:
 
     def opening(self, task: Task) -> None:
         """The headline of an episode."""
-        self._console.rule(Text(f"{task.id} · {self._player}", style="bold"), align="left")
+        self._console.rule(Text(_printable(f"{task.id} · {self._player}"), style="bold"), align="left")
 
     def turn(self, step: Step | None, turn: Turn) -> None:
         """A step that was taken, and what is to be seen after it."""
@@ -41,7 +42,11 @@ class Show:
             self._line(Text.assemble(("goal: ", "bold"), _printable(turn.goal)))
         if turn.feedback:
             self._line(Text(_printable(turn.feedback), style="yellow"))
-        self._line(Text(_printable(turn.observation)))
+        for message in turn.messages:
+            self._line(Text.assemble((f"{message.role}: ", "bold"), _printable(message.content)))
+        if turn.text or not turn.messages:
+            self._line(Text(_printable(turn.text)))
+        self._beside(turn.info)
         over = step is not None and step.terminated
         if turn.commands is not None and not over:
             commands = (f"{number} {command}" for number, command in enumerate(turn.commands, start=1))
@@ -50,7 +55,7 @@ class Show:
     def _step(self, step: Step) -> None:
         said = " ".join(self._decode(step).split())
         line = Text.assemble((f"{step.index + 1}> ", "bold"), (_printable(step.action), "bold cyan"))
-        if said != step.action:
+        if said != " ".join(step.action.split()):
             line.append(f"  said: {said!r}", style="dim")
         line.append(f"  reward {step.reward:g}", style="green" if step.reward > 0 else "red" if step.reward < 0 else "dim")
         if not step.action_valid:
@@ -62,18 +67,24 @@ class Show:
     def ending(self, episode: Episode) -> None:
         """How it went."""
         if episode.stop_reason.failed:
-            self._line(Text(f"broken ({episode.stop_reason}): {episode.error}", style="bold red"))
-            return
-        result = "over" if episode.success is None else "solved" if episode.success else "not solved"
-        steps = f"{len(episode.steps)} step{'' if len(episode.steps) == 1 else 's'}"
-        line = f"{result}: return {episode.episode_return:g} in {steps} ({episode.stop_reason})"
-        self._line(Text(line, style="bold green" if episode.success else "bold"))
+            self._line(Text(_printable(f"broken ({episode.stop_reason}): {episode.error}"), style="bold red"))
+        else:
+            result = "over" if episode.success is None else "solved" if episode.success else "not solved"
+            steps = f"{len(episode.steps)} step{'' if len(episode.steps) == 1 else 's'}"
+            line = f"{result}: return {episode.episode_return:g} in {steps} ({episode.stop_reason})"
+            self._line(Text(line, style="bold green" if episode.success else "bold"))
+        self._beside(episode.info, "last said: ")
 
     def summary(self, figures: dict[str, float]) -> None:
         """How all of them went."""
         success = "" if math.isnan(figures["success_rate"]) else f"success {figures['success_rate']:.2f}, "
         returns = f"return {figures['return_mean']:.3g}, steps {figures['steps_mean']:.1f}"
         self._line(Text(f"{figures['episodes']:.0f} episodes: {success}{returns}", style="bold"))
+
+    def _beside(self, info: Mapping[str, str | float | bool], what: str = "said: ") -> None:
+        """Figures and labels."""
+        if info:
+            self._line(Text(_printable(what + info_text(info)), style="magenta"))
 
     def _line(self, text: Text) -> None:
         self._console.print(text, soft_wrap=True)
