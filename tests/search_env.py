@@ -11,7 +11,10 @@ from steppo.types import Action, Message, Task, ToolCall, ToolSpec, Turn
 _PEOPLE = {"Ada": ("Turin", "bees"), "Ben": ("Lyon", "keys"), "Noor": ("Delft", "boats"), "Ole": ("Bergen", "maps")}
 _PARAMETERS = {
     "type": "object",
-    "properties": {"query": {"type": "string", "description": "Words to look for."}, "most": {"type": "integer", "minimum": 1}},
+    "properties": {
+        "query": {"type": "string", "description": "Words to look for."},
+        "most": {"type": "integer", "minimum": 1},
+    },
     "required": ["query"],
     "additionalProperties": False,
 }
@@ -49,7 +52,9 @@ class SearchEnv(Env):
     def expert_action(self) -> Action:
         if self._seen:
             return Action(text=self._town)
-        return Action(tool_calls=tuple(ToolCall("search", {"query": q, "most": 1}) for q in (self._things, f"{self._name} lives")))
+        return Action(
+            tool_calls=tuple(ToolCall("search", {"query": q, "most": 1}) for q in (self._things, f"{self._name} lives"))
+        )
 
     def _found(self, call: ToolCall) -> Message:
         query = set(_words(call.arguments["query"]))
