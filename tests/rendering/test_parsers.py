@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from steppo.rendering import ActionParser, CommandParser, ParsedAction, ToolCallParser
@@ -94,6 +94,76 @@ def test_what_no_environment_can_read_is_refused(character: str) -> None:
     parsed = CommandParser().parse(f"go{character} west", OPEN)
     assert parsed.action is None
     assert parsed.feedback == "'go? west' is not possible here."
+
+
+# --- open commands ---
+
+FREE = Turn("A page.", "", ("search[...]", "think: ...", "click  [Next]", "Ask ...", "put ... in [...]", "wait..."))
+
+
+def in_a_call(command: str) -> str:
+    return ToolCallParser().answer(Action(command))
+
+
+@pytest.mark.parametrize(
+    ("text", "command"),
+    [
+        ("search[steps]", "search[steps]"),
+        ("SEARCH[Steps of a Ladder]", "search[Steps of a Ladder]"),
+        ("search[[a] ]]", "search[[a] ]]"),
+        ("search[.]", "search[.]"),
+        ("search[...]", "search[...]"),
+        ("  search[ a   b ]\n", "search[ a b ]"),
+        ("search[piè́ce ☂]", "search[piè́ce ☂]"),
+        ("think: I am lost.", "think: I am lost."),
+        ("Think:   \t so", "think: so"),
+        ("think: search[it]", "think: search[it]"),
+        ("click [next]", "click  [Next]"),
+        ("ask who?", "Ask who?"),
+        ("Put the coin in [the box]", "put the coin in [the box]"),
+        ("put a in b in [c]", "put a in b in [c]"),
+        ("wait...", "wait..."),
+        ("WAIT...", "wait..."),
+        ("wait for it", "wait for it"),
+    ],
+)
+def test_an_open_command_takes_the_agent_s_words(text: str, command: str) -> None:
+    """Spelled as it is listed, the words as they were said."""
+    assert command_of(CommandParser().parse(text, FREE)) == command
+    assert command_of(ToolCallParser().parse(in_a_call(text), FREE)) == command
+    assert command_of(ToolCallParser(strict=True).parse(in_a_call(command), FREE)) == command
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("search[]", "search[ ]", "search[", "search]", "search", "search[a", "search a]", "search[a] now", "my search[a]"),
+        *("think:", "think: ", "think:so", "ask", "ask ", "put in [box]", "put  in [box]", "put a in []", "put a in [b"),
+        *("", "wait", "...", "click [...]", "click [Last]", "search[a\x00b]", "think: \x1b[31mred", "ask \x7f"),
+    ],
+)
+def test_what_is_no_open_command(text: str) -> None:
+    for parser in (CommandParser(), ToolCallParser()):
+        said = text if isinstance(parser, CommandParser) else in_a_call(text)
+        parsed = parser.parse(said, FREE)
+        assert parsed.action is None
+        assert parsed.feedback
+
+
+def test_a_command_that_is_listed_comes_before_one_that_is_open() -> None:
+    turn = Turn("A page.", "", ("...", "go West", "go ..."))
+    assert command_of(CommandParser().parse("go west", turn)) == "go West"
+    assert command_of(CommandParser().parse("GO east", turn)) == "GO east"
+    assert command_of(CommandParser().parse(" anything", turn)) == "anything"
+
+
+@settings(deadline=None, derandomize=True)
+@given(words=st.text(st.characters(codec="utf-8", exclude_categories=["C", "Z"]), min_size=1))
+def test_any_words_go_into_an_open_command(words: str) -> None:
+    assume("think>" not in words)
+    for command in (f"search[{words}]", f"think: {words}", f"put {words} in [{words}]"):
+        for parser in (CommandParser(), ToolCallParser()):
+            assert command_of(parser.parse(parser.answer(Action(command)), FREE)) == command
 
 
 # --- tool calls ---
@@ -200,6 +270,14 @@ def test_a_long_answer_is_read_in_one_go() -> None:
     for unit in ("{", '{"a":', '<tool_call>{"', "<think>{", "{</think>", " ", '{"name":', "9", '{"\\u0041'):
         for text in (unit * 1_000_000, '{"name": "act", "arguments": ' + unit * 1_000_000):
             assert command_of(ToolCallParser().parse(text, LISTED)) is None
+    four = Turn("A page.", "", ("search[...]", "put ... in [...] by [...] for ...]"))
+    for unit in ("search[", "a]", "]", "put ", "put in [", " in [", " by [", " for ", "think:"):
+        for text in (
+            "search[" + unit * 100_000 + ".",
+            "put a in [" + unit * 100_000 + "]",
+            "put a in [b] by [" + unit * 100_000,
+        ):
+            CommandParser().parse(text, four)
 
 
 # --- any text ---

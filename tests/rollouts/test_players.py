@@ -46,7 +46,9 @@ def test_random_actions_follow_the_seed() -> None:
     assert set(drawn) == {"a", "b", "c"}
     assert min(drawn.values()) > 150
     assert random_action(seen, asked(7)) == random_action(seen, asked(7))
-    for hidden in (None, ()):
+    some = Turn("", commands=("search[...]", "a", "think: ...", "..."))
+    assert {random_action(some, asked(seed)) for seed in range(50)} == {"a"}, "it has no words of its own"
+    for hidden in (None, (), ("search[...]", "...")):
         with pytest.raises(ValueError, match="no commands"):
             random_action(Turn("", commands=hidden), asked())
 
