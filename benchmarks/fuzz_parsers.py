@@ -4,8 +4,9 @@
     python benchmarks/fuzz_parsers.py
 
 Half of the texts are assembled from fragments of the forms, a quarter are damaged tool calls, a quarter are any characters.
-Each goes through every parser, where commands are listed and where they are not. Writes
-``benchmarks/results/fuzz_parsers.json`` and prints a table. Times are CPU time. Takes about two minutes.
+Each goes through every parser of commands, where these are listed, open or hidden, and through the parser of tool calls,
+where the prompt has opened the thinking and where it has not. Writes ``benchmarks/results/fuzz_parsers.json`` and prints a
+table. Times are CPU time. Takes about six minutes.
 """
 
 from __future__ import annotations
@@ -16,27 +17,70 @@ import json
 import os
 import platform
 import random
+import re
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import psutil
+from jsonschema import Draft202012Validator
 
-from steppo.rendering import ActionParser, CommandParser, ParsedAction, ToolCallParser
-from steppo.types import Observation
+from steppo.models import TinyPolicy
+from steppo.rendering import ActionParser, CommandParser, HermesParser, ParsedAction, Renderer, ToolCallParser
+from steppo.types import Action, ToolSpec, Turn
 
 ROOT = Path(__file__).parent.parent
-PARSERS: dict[str, ActionParser] = {
-    "CommandParser": CommandParser(),
-    "ToolCallParser": ToolCallParser(),
-    "ToolCallParser(strict=True)": ToolCallParser(strict=True),
+TURNS = {
+    "listed": Turn("A room.", "", ("go west", "take Coin", "look")),
+    "open": Turn("A room.", "", ("go west", "search[...]", "think: ...")),
+    "hidden": Turn("A room."),
 }
-OBSERVATIONS = {
-    "listed": Observation("A room.", "", ("go west", "take Coin", "look")),
-    "open": Observation("A room."),
-}
+TOOLS = (
+    ToolSpec("act", "", {"type": "object", "properties": {"command": {"type": "string"}}, "required": ["command"]}),
+    ToolSpec("find", "", {"type": "object", "properties": {"most": {"type": "integer", "maximum": 9}}}),
+    ToolSpec("any", "", {"type": "object"}),
+)
+
+
+ARGUMENTS = {tool.name: Draft202012Validator(tool.parameters) for tool in TOOLS}
+
+
+def hermes(template: str | None) -> HermesParser:
+    """One that has the tools, and a model's template."""
+    policy = TinyPolicy()
+    policy.build(list)
+    policy.tokenizer.chat_template = template
+    parser, renderer = HermesParser(), Renderer()
+    renderer.bind(policy.tokenizer, policy.stop_ids, TOOLS, parser.tools_text(TOOLS))
+    parser.bind(TOOLS, renderer)
+    return parser
+
+
+def parsers() -> dict[tuple[str, str], tuple[ActionParser, Turn]]:
+    """What the texts go through, by the names of parser and place."""
+    commands = {
+        "CommandParser": CommandParser(),
+        "ToolCallParser": ToolCallParser(),
+        "ToolCallParser(strict=True)": ToolCallParser(strict=True),
+    }
+    found: dict[tuple[str, str], tuple[ActionParser, Turn]] = {
+        (name, where): (parser, turn) for name, parser in commands.items() for where, turn in TURNS.items()
+    }
+    opens_thinking = "{% for message in messages %}{{ message.content }}{% endfor %}<think>\n"
+    found["HermesParser", "tools"] = hermes(None), Turn("A room.")
+    found["HermesParser", "thinking"] = hermes(opens_thinking), Turn("A room.")
+    return found
+
+
 CALL = '<tool_call>\n{"name": "act", "arguments": {"command": "go west"}}\n</tool_call>'
+CALLS = [
+    CALL.replace("act", "find").replace('"command": "go west"', '"most": 7'),
+    CALL.replace("act", "any").replace('"go west"', '[1.5e3, {"a": null}]'),
+    f"{CALL}\n{CALL}",
+    CALL.replace("\n{", "\n[{").replace("}\n", "}, {}]\n").replace("{}]", '{"name": "find", "arguments": {}}]'),
+    CALL.replace('{"command": "go west"}', '"{\\"command\\": \\"look\\"}"'),
+]
 FRAGMENTS = [
     *(
         "<think>",
@@ -52,6 +96,8 @@ FRAGMENTS = [
     ),
     *("{", "}", "[", "]", ",", ":", '"', "'", "\\", "go west", "GO LOOK", "take coin", "I think that"),
     *('"name"', '"act"', '"arguments"', '"command"', '"go west"', "None", "True", "null", "NaN", "-1e999", "1"),
+    *('"any"', '"find"', '{"name": "find", "arguments": ', '{"name": "any", "arguments": ', '{"most": 7}', '"a": 1.5e3'),
+    *("[{", "}]", "search[", "think: ", "\n</think>\n\n", "</tool_call>\n<tool_call>", "{}"),
     *('{"name": "act", "arguments": ', '{"command": "look"}', '"{\\"command\\": \\"look\\"}"'),
     *("\\ud800", "\ud800", "\x00", "\x1b[2J", "\u2028", "\u202e", "☂", "e\u0301", CALL, CALL.replace('"', "'")),
 ]
@@ -73,7 +119,7 @@ def mixture(rng: random.Random) -> str:
 
 def damaged(rng: random.Random) -> str:
     """A tool call with up to four edits: something dropped, doubled, replaced or put in."""
-    text = rng.choice(("", "<think>\nWest.\n</think>\n\n", "<think>\n", "Here: ")) + CALL
+    text = rng.choice(("", "<think>\nWest.\n</think>\n\n", "<think>\n", "Here: ")) + rng.choice((CALL, CALL, *CALLS))
     for _ in range(rng.randint(0, 4)):
         at = rng.randint(0, len(text))
         end = at + rng.choice((0, 1, 1, 2, 5, 20))
@@ -87,33 +133,59 @@ def text_of(rng: random.Random) -> str:
     return damaged(rng) if kind == 0 else characters(rng, 60) if kind == 1 else mixture(rng)
 
 
-def wrong(parsed: ParsedAction, observation: Observation) -> str:
-    """What is wrong with an answer that did not raise; empty if nothing."""
-    listed = observation.admissible_commands
-    if (parsed.command is None) != bool(parsed.feedback):
-        return "neither a command nor feedback, or both"
-    if parsed.command is not None and (not parsed.command or (listed is not None and parsed.command not in listed)):
-        return "a command that is not possible"
+def wrong(action: Action, turn: Turn) -> str:
+    """What is wrong with an action; empty if nothing."""
+    if action.command is not None:
+        if action != Action(action.command) or not action.command:
+            return "more than a command, or less"
+        ways = [re.escape(listed).replace(r"\.\.\.", r".*\S.*", 1) for listed in turn.commands or ("...",)]
+        if not any(re.fullmatch(way, action.command) for way in ways):
+            return "a command that is not possible"
+    elif not (action.tool_calls or action.text):
+        return "an empty action"
+    for number, call in enumerate(action.tool_calls):
+        if call.name not in ARGUMENTS or call.id != f"call_{number}" or not ARGUMENTS[call.name].is_valid(call.arguments):
+            return "a call that is not possible"
     try:
-        ((parsed.command or "") + parsed.feedback).encode()
-    except UnicodeEncodeError:
-        return "a text that no tokenizer takes"
+        json.dumps([call.arguments for call in action.tool_calls], allow_nan=False, ensure_ascii=False).encode()
+        f"{action}{action.text}{action.reasoning}".encode()
+    except ValueError as error:  # also letters that UTF-8 cannot hold
+        return f"an action that cannot be sent ({error})"
     return ""
 
 
+def checked(parsed: ParsedAction, parser: ActionParser, turn: Turn) -> str:
+    """What is wrong with an answer that did not raise; empty if nothing."""
+    if (parsed.action is None) != bool(parsed.feedback):
+        return "neither an action nor feedback, or both"
+    if not encodable(parsed.feedback) or len(parsed.feedback) > 400:
+        return "feedback that no prompt takes"
+    if parsed.action is None:
+        return ""
+    if fault := wrong(parsed.action, turn):
+        return fault
+    again = parser.parse(parser.answer(parsed.action), turn)
+    return "" if again.action == parsed.action else "an action that is not read back"
+
+
+def encodable(text: str) -> bool:
+    """Whether UTF-8 can hold it."""
+    return text.encode("utf-8", "replace").decode() == text
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--texts", type=int, default=1_000_000)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results" / "fuzz_parsers.json")
-    args = parser.parse_args()
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--texts", type=int, default=1_000_000)
+    options.add_argument("--seed", type=int, default=0)
+    options.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results" / "fuzz_parsers.json")
+    args = options.parse_args()
 
     rng = random.Random(args.seed)
+    places = parsers()
     rows: dict[tuple[str, str], dict[str, Any]] = {
         (name, where): {"parser": name, "commands": where, "cpu_seconds": 0.0, "exceptions": 0, "wrong": 0, "parsed": 0}
         | {"slowest_ms": 0.0, "slowest_length": 0}
-        for name in PARSERS
-        for where in OBSERVATIONS
+        for name, where in places
     }
     faults: list[dict[str, str]] = []
     length = 0
@@ -121,19 +193,20 @@ def main() -> None:
         text = text_of(rng)
         length += len(text)
         for (name, where), row in rows.items():
+            parser, turn = places[name, where]
             start = time.process_time()
             try:
-                parsed = PARSERS[name].parse(text, OBSERVATIONS[where])
+                parsed = parser.parse(text, turn)
             except Exception as error:
                 row["exceptions"] += 1
                 faults.append({"parser": name, "text": ascii(text), "fault": repr(error)})
                 continue
             seconds = time.process_time() - start
             row["cpu_seconds"] += seconds
-            row["parsed"] += parsed.command is not None
+            row["parsed"] += parsed.action is not None
             if seconds * 1000 > row["slowest_ms"]:
                 row["slowest_ms"], row["slowest_length"] = seconds * 1000, len(text)
-            if fault := wrong(parsed, OBSERVATIONS[where]):
+            if fault := checked(parsed, parser, turn):
                 row["wrong"] += 1
                 faults.append({"parser": name, "text": ascii(text), "fault": fault})
 

@@ -19,10 +19,10 @@ from tests.slow_credit import Ending, Turn, slow_credit, slow_grpo
 
 FILES = {
     "my_env": """
-        from steppo.envs import Env
-        from steppo.types import Observation, Task
+        from steppo.envs import TextGameEnv
+        from steppo.types import Task, Turn
 
-        class CoinFlip(Env):
+        class CoinFlip(TextGameEnv):
             max_steps = 1
 
             def __init__(self, coins: int = 4):
@@ -33,11 +33,11 @@ FILES = {
 
             def reset(self, task):
                 self.side = task.data["side"]
-                return Observation(f"It shows {self.side}.", "Say what it shows.", ("heads", "tails")), {}
+                return Turn(f"It shows {self.side}.", "Say what it shows.", ("heads", "tails"))
 
-            def step(self, action):
-                won = action == self.side
-                return Observation("Done."), float(won), True, False, {"success": won}
+            def command(self, command):
+                won = command == self.side
+                return Turn("Done.", reward=float(won), terminated=True, success=won)
         """,
     "my_advantage": """
         import torch
@@ -53,11 +53,12 @@ FILES = {
                 return Credit(advantage_N=self.scale * whiten(returns_E[batch.episode_N]))
         """,
     "my_context": """
-        from steppo.rendering import ContextPolicy, Message
+        from steppo.rendering import ContextPolicy
+        from steppo.types import Message
 
         class LastOnly(ContextPolicy):
-            def messages(self, observations, steps):
-                return [Message("user", "Now: " + self.render_observation(observations[-1]))]
+            def messages(self, turns, steps):
+                return [Message("user", "Now: " + self.render_observation(turns[-1]))]
         """,
     "my_packer": """
         import numpy as np

@@ -22,7 +22,7 @@ from steppo.models import TinyPolicy
 from steppo.packing import PaddedPacker
 from steppo.play.command import main
 from steppo.play.show import Show
-from steppo.types import Observation, Step
+from steppo.types import Action, Step, Turn
 from tests.callbacks.test_quantization import fit
 from tests.cli_helpers import TOY, checkpoint, evaluations
 from tests.toy_env import CorridorEnv
@@ -42,11 +42,11 @@ def moves(text: str) -> list[str]:
 
 def expert_moves(task_index: int) -> list[str]:
     env = CorridorEnv()
-    env.reset(env.tasks("valid")[task_index])
-    found, done = [], False
-    while not done:
+    turn = env.reset(env.tasks("valid")[task_index])
+    found = []
+    while not turn.terminated:
         found.append(env.expert_action() or "")
-        _, _, done, _, _ = env.step(found[-1])
+        turn = env.step(Action(found[-1]))
     return found
 
 
@@ -98,9 +98,9 @@ class KeepSteps(Show):
 
     steps: ClassVar[list[Step]] = []
 
-    def turn(self, step: Step | None, observation: Observation) -> None:
+    def turn(self, step: Step | None, turn: Turn) -> None:
         self.steps += [] if step is None else [step]
-        super().turn(step, observation)
+        super().turn(step, turn)
 
 
 def test_adapters_play_as_they_were_trained(
@@ -200,7 +200,7 @@ SPY = """
     import os
     import sys
     from steppo.envs import Env
-    from steppo.types import Observation, Task
+    from steppo.types import Task, Turn
 
     class Spy(Env):
         max_steps = 3
@@ -209,13 +209,13 @@ SPY = """
             return [Task("spy")]
 
         def reset(self, task):
-            return self.see(), {}
+            return self.see()
 
         def step(self, action):
-            return self.see(), 0.0, False, False, {}
+            return self.see()
 
         def see(self):
-            return Observation(f"process {os.getpid()}, torch: {'torch' in sys.modules}", admissible_commands=("wait",))
+            return Turn(f"process {os.getpid()}, torch: {'torch' in sys.modules}", commands=("wait",))
     """
 
 

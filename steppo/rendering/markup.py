@@ -47,6 +47,11 @@ class Markup:
         self._pattern = re.compile("|".join(map(re.escape, known)))
         self._longest = len(known[0])
 
+    def found_in(self, text: str) -> str:
+        """The first in a text; empty if there is none."""
+        found = self._pattern.search(text) or self._pattern.search(self._read(text))
+        return found.group() if found else ""
+
     def removed_from(self, text: str) -> str:
         """The text without markup, also where what is left would be markup again."""
         start = 0

@@ -12,7 +12,7 @@ from steppo.rendering.markup import END_THINK, THINK
 from steppo.rendering.renderer import Renderer
 from steppo.types import Action, ToolSpec, Turn
 
-_LONGEST_QUOTE = 60
+LONGEST_QUOTE = 60
 _UNSENDABLE = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")  # control characters, and what UTF-8 cannot hold
 _OWN_WORDS = "..."
 
@@ -92,13 +92,12 @@ def is_open(listed: str) -> bool:
 
 def _filled(listed: str, command: str) -> str | None:
     """An open command with the agent's own words, if that is what was said."""
-    before, _, after = listed.partition(_OWN_WORDS)
-    words = command[len(before) : len(command) - len(after)]
-    said_before, said_after = command[: len(before)], command[len(before) + len(words) :]
-    if not words.strip() or _UNSENDABLE.search(words):
+    first, *between, last = map(re.escape, _plain(listed).split(_OWN_WORDS))
+    form = first + "".join(f"(?>(.+?){fixed})" for fixed in between) + f"(.+){last}"  # never read twice, however long it is
+    said = re.fullmatch(form, command, re.IGNORECASE)
+    if said is None or not all(map(str.strip, said.groups())) or _UNSENDABLE.search("".join(said.groups())):
         return None
-    same = said_before.lower() == before.lower() and said_after.lower() == after.lower()
-    return before + words + after if same else None
+    return "".join(fixed + words for fixed, words in zip(listed.split(_OWN_WORDS), (*said.groups(), ""), strict=True))
 
 
 def _plain(command: str) -> str:
@@ -107,4 +106,4 @@ def _plain(command: str) -> str:
 
 def quotable(text: str) -> str:
     """The beginning of what the policy said, fit for a prompt."""
-    return _UNSENDABLE.sub("?", text[:_LONGEST_QUOTE])
+    return _UNSENDABLE.sub("?", text[:LONGEST_QUOTE])

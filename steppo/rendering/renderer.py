@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -57,6 +58,9 @@ class Renderer:
             stop_ids: Token ids that end an answer.
             tools: The environment's.
             tools_text: These and how they are called, for templates that do not say so.
+
+        Raises:
+            ConfigError: A tool's name, description or schema has markup in it.
         """
         self._tokenizer = tokenizer
         self._stop_ids = frozenset(stop_ids)
@@ -68,11 +72,19 @@ class Renderer:
             if self.template_knows_tools:
                 self._arguments = {**self._arguments, **schemas}
             else:
-                markup |= {*ANSWER_MARKUP, *markup_in(_RESPONSE)}
+                markup |= {*ANSWER_MARKUP, *markup_in(_RESPONSE), *markup_in(tools_text)}
+            self._require_plain(tools, Markup({*markup, _MARK}, tokenizer))
         self.prompt_end = self._apply([_QUESTION]).rpartition(_QUESTION["content"])[2]
         self._tools_text = "" if self.template_knows_tools else tools_text
         self._markup = Markup(markup, tokenizer)
         self._turn_markup = Markup(markup.difference(ANSWER_MARKUP), tokenizer)
+
+    @staticmethod
+    def _require_plain(tools: Sequence[ToolSpec], markup: Markup) -> None:
+        """Schemas are written as they are, and must not end what they stand in."""
+        for tool in tools:
+            if found := markup.found_in(json.dumps(tool.schema, ensure_ascii=False)):
+                raise ConfigError(f"the tool {tool.name} cannot be shown: {found} in it is markup of the model's prompts")
 
     def _differs_with(self, schemas: dict[str, Any]) -> bool:
         try:

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from jsonschema import Draft202012Validator
 from jsonschema.exceptions import SchemaError, best_match
 
-from steppo.errors import ConfigError
+from steppo.errors import ConfigError, said
 from steppo.rendering.markup import CALL, END_CALL, END_THINK, THINK
-from steppo.rendering.parsers import ActionParser, ParsedAction, parsed_command, quotable
+from steppo.rendering.parsers import LONGEST_QUOTE, ActionParser, ParsedAction, parsed_command, quotable
 from steppo.rendering.renderer import Renderer
 from steppo.types import Action, ToolCall, ToolSpec, Turn
 
 _MOST_CALLS = 16  # each attempt may read to the end of the text: their number keeps the whole linear
 _DEEPEST = 16
-_MOST_DIGITS = 18
+_MOST_DIGITS = 300
 
 _PROBE = ToolCall("find", {"what": 'it\'s "here"\n', "most": 3}, "call_0")
 
@@ -43,16 +43,12 @@ class HermesParser(ActionParser):
     feedback says what is wrong. A call whose end is cut counts if its JSON is whole.
     """
 
+    _thinks_already = False  # the prompt opens the thinking
+
     def bind(self, tools: Sequence[ToolSpec], renderer: Renderer) -> None:
         if not tools:
             raise ConfigError("HermesParser reads calls of tools, and the environment has none: use CommandParser")
-        self._schemas: dict[str, Draft202012Validator] = {}
-        for tool in tools:
-            try:
-                Draft202012Validator.check_schema(tool.parameters)
-            except SchemaError as error:
-                raise ConfigError(f"the schema of the tool {tool.name} is wrong: {error.message}") from None
-            self._schemas[tool.name] = Draft202012Validator(tool.parameters)
+        self._schemas = {tool.name: _validator(tool) for tool in tools}
         self._thinks_already = renderer.prompt_end.rstrip().endswith(THINK)
         if renderer.template_knows_tools and not self._reads(renderer):
             raise ConfigError(
@@ -75,6 +71,7 @@ class HermesParser(ActionParser):
     def parse(self, text: str, turn: Turn) -> ParsedAction:
         reasoning, ended, answer = "", "", text
         try:
+            _require_plain(text)
             if self._thinks_already or text.lstrip().startswith(THINK):
                 reasoning, ended, answer = text.partition(END_THINK)
                 if not ended:
@@ -99,7 +96,11 @@ class HermesParser(ActionParser):
     def answer(self, action: Action) -> str:
         calls = (_written(call.name, call.arguments) for call in action.tool_calls)
         said = action.text or ("" if action.tool_calls else action.command)
-        return "\n".join(part for part in (said, *calls) if part)
+        answer = "\n".join(part for part in (said, *calls) if part)
+        if self._thinks_already or action.reasoning:
+            opened = "" if self._thinks_already else f"{THINK}\n"
+            answer = f"{opened}{action.reasoning}\n{END_THINK}\n\n{answer}"
+        return answer
 
 
 class ToolCallParser(ActionParser):
@@ -150,6 +151,34 @@ class _Refused(Exception):
     """What is wrong with an answer, as a sentence."""
 
 
+def _validator(tool: ToolSpec) -> Draft202012Validator:
+    """Checks arguments of the tool, whatever they are, without an error of its own."""
+    schema = tool.schema["function"]["parameters"]
+    validator = Draft202012Validator(schema)
+    try:
+        validator.check_schema(schema)
+    except SchemaError as error:
+        raise ConfigError(f"the schema of the tool {tool.name} is wrong: {error.message}") from None
+    for reference in _references(schema):
+        try:
+            if not reference.startswith("#"):
+                raise LookupError("it is not a part of the schema")
+            list(validator.evolve(schema={"$ref": reference}).iter_errors(None))
+        except Exception as error:
+            raise ConfigError(f"the schema of the tool {tool.name} refers to {reference}: {said(error)}") from None
+    return validator
+
+
+def _references(schema: Any) -> Iterator[str]:
+    """What a schema refers to."""
+    if isinstance(schema, dict):
+        for name in ("$ref", "$dynamicRef"):
+            if isinstance(reference := schema.get(name), str):
+                yield reference
+    for part in schema.values() if isinstance(schema, dict) else schema if isinstance(schema, list) else ():
+        yield from _references(part)
+
+
 def _written(name: str, arguments: Any) -> str:
     call = json.dumps({"name": name, "arguments": arguments}, ensure_ascii=False)
     return f"{CALL}\n{call}\n{END_CALL}"
@@ -157,18 +186,18 @@ def _written(name: str, arguments: Any) -> str:
 
 def _calls(answer: str) -> tuple[str, list[ToolCall]]:
     """The words before the first call, and all calls: blocks of one object or a list of them."""
-    words, _, rest = answer.partition(CALL)
+    words, tag, rest = answer.partition(CALL)
     found: list[Any] = []
-    blocks = CALL in answer
-    while blocks:
+    blocks = 0
+    while tag:
         value, end = _decode(rest, len(rest) - len(rest.lstrip()))
         found += value if isinstance(value, list) else [value]
-        if len(found) > _MOST_CALLS:
+        blocks += 1
+        if max(len(found), blocks) > _MOST_CALLS:
             raise _Refused(f"There are more than {_MOST_CALLS} tool calls.")
-        rest = rest[end:].lstrip().removeprefix(END_CALL).lstrip()
-        if rest and not rest.startswith(CALL):
+        between, tag, rest = rest[end:].lstrip().removeprefix(END_CALL).partition(CALL)
+        if (tag or not END_CALL.startswith(between.strip())) and between.strip():
             raise _Refused("There are words behind a tool call; write them before the first.")
-        blocks, rest = bool(rest), rest.removeprefix(CALL)
     calls = []
     for number, call in enumerate(found):
         if not isinstance(call, dict) or not isinstance(call.get("name"), str):
@@ -200,15 +229,16 @@ def _require_plain(value: Any, depth: int = 0) -> None:
         try:
             value.encode()
         except UnicodeEncodeError:
-            raise _Refused("A text in the tool call has half a character.") from None
+            raise _Refused("The answer has half a character in it.") from None
     elif isinstance(value, dict | list):
         for entry in [*value, *value.values()] if isinstance(value, dict) else value:
             _require_plain(entry, depth + 1)
 
 
 def _shortened(message: str) -> str:
-    """A validator's message quotes what the policy gave, at any length."""
-    return quotable(message) + ("..." if len(message) > len(quotable(message)) else "")
+    """A validator's message quotes what the policy gave, at any length, and ends with what is wrong."""
+    first, last = quotable(message), quotable(message[len(quotable(message)) :][-LONGEST_QUOTE:])
+    return first + ("..." if len(message) > len(first + last) else "") + last
 
 
 def _exact_call(text: str) -> dict[str, Any] | None:
@@ -265,7 +295,7 @@ def _refuse_constant(name: str) -> None:
 
 
 def _whole_number(digits: str) -> int | float:
-    return int(digits) if len(digits) <= _MOST_DIGITS else float(digits)  # longer ones may raise
+    return int(digits) if len(digits) <= _MOST_DIGITS else math.inf  # int may raise, and so may float on what it gives
 
 
 _DECODER = json.JSONDecoder(parse_int=_whole_number, parse_constant=_refuse_constant)

@@ -18,7 +18,7 @@ def tokenizer_texts(
     rng = random.Random(0)
     pool.reset(0, tasks[0], want_expert=False)
     opening = pool.receive(0).turn
-    hidden = opening is None or opening.commands is None  # then the expert knows some
+    hidden = opening is None or all(map(is_open, opening.commands or ()))  # then the expert knows some
     for first in range(0, len(tasks), num_slots):
         active = list(enumerate(tasks[first : first + num_slots]))
         for slot, task in active:

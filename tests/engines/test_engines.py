@@ -13,8 +13,8 @@ from steppo.batch import Segment
 from steppo.engines import Engine, HFEngine
 from steppo.models import TinyPolicy
 from steppo.packing import PaddedPacker
-from steppo.rendering import AppendContext, ContextPolicy, StateContext
-from steppo.types import Completion, Observation, Request, Sampling, Step
+from steppo.rendering import AppendContext, ContextPolicy, Renderer, StateContext
+from steppo.types import Action, Completion, Request, Sampling, Step, Turn
 from tests.toy_env import CorridorEnv
 
 
@@ -133,24 +133,26 @@ def test_the_learner_sees_the_same_logprobs(sharp_policy: TinyPolicy, context: C
 
 def play_corridors(context: ContextPolicy, policy: TinyPolicy, engine: HFEngine, temperature: float) -> list[Step]:
     """Four steps in each of four corridors at once; the policy's text is played as it is."""
-    context.bind(policy.tokenizer, policy.stop_ids)
+    renderer = Renderer()
+    renderer.bind(policy.tokenizer, policy.stop_ids)
+    context.bind(renderer)
     envs = [CorridorEnv() for _ in range(4)]
     tasks = envs[0].tasks("train")
-    seen: list[list[Observation]] = [[env.reset(task)[0]] for env, task in zip(envs, tasks, strict=False)]
+    seen: list[list[Turn]] = [[env.reset(task)] for env, task in zip(envs, tasks, strict=False)]
     steps: list[list[Step]] = [[] for _ in envs]
     sampling = Sampling(temperature, max_new_tokens=6)
     for index in range(4):
-        prompts = [context.prompt_ids(observations, past) for observations, past in zip(seen, steps, strict=True)]
+        prompts = [context.prompt_ids(turns, past) for turns, past in zip(seen, steps, strict=True)]
         answers = run(engine, [Request(row, str(row), ids, sampling, 10 * index + row) for row, ids in enumerate(prompts)])
         for row, env in enumerate(envs):
-            answer, text = answers[row], context.decode_action(answers[row].action_ids)
-            observation, reward, *_ = env.step(text)
+            answer, text = answers[row], renderer.decode_action(answers[row].action_ids)
+            turn = env.step(Action(text))
             steps[row].append(
                 Step(
                     prompt_ids=prompts[row],
                     action_ids=answer.action_ids,
                     behaviour_logprobs=answer.logprobs,
-                    reward=reward,
+                    reward=turn.reward,
                     index=index,
                     finish_reason=answer.finish_reason,
                     terminated=False,
@@ -162,7 +164,7 @@ def play_corridors(context: ContextPolicy, policy: TinyPolicy, engine: HFEngine,
                     policy_version=0,
                 )
             )
-            seen[row].append(observation)
+            seen[row].append(turn)
     return [step for past in steps for step in past]
 
 

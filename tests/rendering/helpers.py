@@ -10,8 +10,8 @@ import numpy as np
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from steppo.rendering import ContextPolicy
-from steppo.types import Observation, Step
+from steppo.rendering import ContextPolicy, Renderer
+from steppo.types import Step, Turn
 
 # As their models have them (Apache-2.0).
 SMOLLM2, QWEN3 = ((Path(__file__).parent / "templates" / f"{name}.jinja").read_text() for name in ("smollm2", "qwen3"))
@@ -63,11 +63,11 @@ UNCLOSED = """\
 {%- for message in messages -%}{{ message.role + ': ' + message.content + '\\n' }}{%- endfor -%}
 {%- if add_generation_prompt -%}{{ 'assistant: ' }}{%- endif -%}"""
 
-OBSERVATIONS = [
-    Observation("You are in a cellar.", "Find the coin and take it.", ("go west", "go east")),
-    Observation("You are in a shower.\nThere is a coin.", "Find the coin and take it.", ("go east", "take coin")),
-    Observation("You are in a shower.", "Find the coin and take it.", ("take coin",), "'dance' is not possible here."),
-    Observation("Ceci n'est pas une pièce. ☂", "Find the coin and take it."),
+TURNS = [
+    Turn("You are in a cellar.", "Find the coin and take it.", ("go west", "go east")),
+    Turn("You are in a shower.\nThere is a coin.", "Find the coin and take it.", ("go east", "take coin")),
+    Turn("You are in a shower.", "Find the coin and take it.", ("take coin",), feedback="'dance' is not possible here."),
+    Turn("Ceci n'est pas une pièce. ☂", "Find the coin and take it."),
 ]
 ANSWERS = ["go west", "dance", "take  coin"]
 THOUGHTS = [f"<think>\nthought {number}\n</think>\n\n{answer}" for number, answer in enumerate(ANSWERS)]
@@ -89,7 +89,7 @@ def make_tokenizers() -> dict[str, Any]:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    words = [observation.text for observation in OBSERVATIONS] + ["user assistant system\n\n<think>\n\n</think>\n\n"] * 9
+    words = [turn.text for turn in TURNS] + ["user assistant system\n\n<think>\n\n</think>\n\n"] * 9
     backend.train_from_iterator(words, trainer)
     made: dict[str, Any] = {}
     for name, template in {**TEMPLATES, "plain": None}.items():
@@ -101,13 +101,15 @@ def make_tokenizers() -> dict[str, Any]:
     return made
 
 
-def bound(context: ContextPolicy, tokenizer: Any) -> ContextPolicy:
-    context.bind(tokenizer, {tokenizer.eos_token_id})
+def bound(context: ContextPolicy, tokenizer: Any, template_kwargs: dict[str, Any] | None = None) -> ContextPolicy:
+    renderer = Renderer(template_kwargs)
+    renderer.bind(tokenizer, {tokenizer.eos_token_id})
+    context.bind(renderer)
     return context
 
 
 def make_step(context: ContextPolicy, prompt_ids: np.ndarray, answer: str, index: int, stopped: bool = True) -> Step:
-    ids = context.encode_action(answer)
+    ids = context.renderer.encode_action(answer)
     return Step(
         prompt_ids=prompt_ids,
         action_ids=ids if stopped else ids[:-1],
@@ -130,10 +132,10 @@ def play(
 ) -> tuple[list[np.ndarray], list[Step]]:
     """The prompts of an episode (one more than there are steps) and its steps."""
     steps: list[Step] = []
-    prompts = [context.prompt_ids(OBSERVATIONS[:1], steps)]
+    prompts = [context.prompt_ids(TURNS[:1], steps)]
     for index, answer in enumerate(answers):
         steps.append(make_step(context, prompts[-1], answer, index, stopped))
-        prompts.append(context.prompt_ids(OBSERVATIONS[: index + 2], steps))
+        prompts.append(context.prompt_ids(TURNS[: index + 2], steps))
     return prompts, steps
 
 

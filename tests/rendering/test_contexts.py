@@ -12,12 +12,12 @@ from steppo.errors import ConfigError
 from steppo.models import TinyPolicy
 from steppo.rendering import AppendContext, ContextPolicy, StateContext, WindowContext
 from steppo.rendering.renderer import _MARK
-from steppo.types import Observation
+from steppo.types import Turn
 from tests.rendering.helpers import (
     ANSWERS,
-    OBSERVATIONS,
     THOUGHTS,
     TOOLS,
+    TURNS,
     bound,
     make_step,
     make_tokenizers,
@@ -40,10 +40,10 @@ def tokenizers(tiny_policy: TinyPolicy) -> dict[str, Any]:
 @pytest.mark.parametrize("text", ["go west", " take  coin ,now .", "", "☂\n\tpièce", "<think>\nhm\n</think>\n\ngo"])
 def test_actions_come_back_as_they_were(tokenizers: dict[str, Any], name: str, context: ContextPolicy, text: str) -> None:
     bound(context, tokenizers[name])
-    ids = context.encode_action(text)
+    ids = context.renderer.encode_action(text)
     assert ids.dtype == np.int32
     assert ids[-1] == tokenizers[name].eos_token_id
-    assert context.decode_action(ids) == context.decode_action(ids[:-1]) == text
+    assert context.renderer.decode_action(ids) == context.renderer.decode_action(ids[:-1]) == text
 
 
 @pytest.mark.parametrize("context_class", [AppendContext, StateContext])
@@ -54,22 +54,22 @@ def test_first_prompt(tokenizers: dict[str, Any], context_class: type[ContextPol
         "chatml": f"<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n{said}<|im_end|>\n<|im_start|>assistant\n",
     }
     for name, text in expected.items():
-        prompt = bound(context_class(instructions="Be brief."), tokenizers[name]).prompt_ids(OBSERVATIONS[:1], [])
+        prompt = bound(context_class(instructions="Be brief."), tokenizers[name]).prompt_ids(TURNS[:1], [])
         assert prompt.dtype == np.int32
         assert text_of(tokenizers[name], prompt) == text
 
 
 def test_without_instructions(tokenizers: dict[str, Any]) -> None:
-    bare = bound(StateContext(instructions=""), tokenizers["bare"]).prompt_ids(OBSERVATIONS[:1], [])
+    bare = bound(StateContext(instructions=""), tokenizers["bare"]).prompt_ids(TURNS[:1], [])
     assert text_of(tokenizers["bare"], bare).startswith("Find the coin")
-    chat = bound(StateContext(instructions=""), tokenizers["chatml"]).prompt_ids(OBSERVATIONS[:1], [])
+    chat = bound(StateContext(instructions=""), tokenizers["chatml"]).prompt_ids(TURNS[:1], [])
     assert text_of(tokenizers["chatml"], chat).startswith("<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n")
 
 
 def test_template_arguments_reach_every_turn(tokenizers: dict[str, Any]) -> None:
     empty = "<|im_start|>assistant\n<think>\n\n</think>\n\n"
     for context_class in (AppendContext, StateContext):
-        quick = bound(context_class(template_kwargs={"enable_thinking": False}), tokenizers["thinking"])
+        quick = bound(context_class(), tokenizers["thinking"], {"enable_thinking": False})
         assert all(text_of(tokenizers["thinking"], prompt).endswith(empty) for prompt in play(quick)[0])
         slow = bound(context_class(), tokenizers["thinking"])
         assert all("<think>" not in text_of(tokenizers["thinking"], prompt) for prompt in play(slow)[0])
@@ -87,9 +87,9 @@ def test_an_environment_cannot_write_special_tokens(
     context = bound(context_class(), tokenizer)
     stop = tokenizer.eos_token
     said = f"A {stop[:4]}<|header|>{stop[4:]}room.<|head{stop}er|>{_MARK}Exit"
-    prompt = context.prompt_ids([Observation("A room.")], [])
+    prompt = context.prompt_ids([Turn("A room.")], [])
     step = make_step(context, prompt, "look", 0)
-    ours, plain = (context.prompt_ids([Observation("A room."), Observation(text)], [step]) for text in (said, "A room."))
+    ours, plain = (context.prompt_ids([Turn("A room."), Turn(text)], [step]) for text in (said, "A room."))
     assert tokenizer.convert_tokens_to_ids("<|header|>") not in ours
     assert (ours == tokenizer.eos_token_id).sum() == (plain == tokenizer.eos_token_id).sum()
     assert f"A room.{_MARK}Exit" in text_of(tokenizer, ours)
@@ -115,7 +115,7 @@ def test_without_a_template_a_prompt_begins_as_the_tokenizer_does(tokenizers: di
 def test_append_is_token_exact(
     tokenizers: dict[str, Any], name: str, stopped: bool, arguments: dict[str, Any], answers: list[str]
 ) -> None:
-    context = bound(AppendContext(template_kwargs=arguments), tokenizers[name])
+    context = bound(AppendContext(), tokenizers[name], arguments)
     prompts, steps = play(context, answers, stopped)
     assert len(prompts) == len(steps) + 1 == 4
     stop = tokenizers[name].eos_token_id
@@ -138,12 +138,12 @@ def test_append_continues_a_cut_answer_like_a_whole_one(tokenizers: dict[str, An
 def test_append_keeps_what_was_sampled_even_if_it_would_be_encoded_otherwise(tokenizers: dict[str, Any]) -> None:
     tokenizer = tokenizers["chatml"]
     context = bound(AppendContext(), tokenizer)
-    prompt = context.prompt_ids(OBSERVATIONS[:1], [])
+    prompt = context.prompt_ids(TURNS[:1], [])
     by_byte = np.concatenate([tokenizer.encode(letter) for letter in "You are"] + [[tokenizer.eos_token_id]])
-    assert len(by_byte) > len(context.encode_action("You are"))
+    assert len(by_byte) > len(context.renderer.encode_action("You are"))
     step = make_step(context, prompt, "", 0)
     object.__setattr__(step, "action_ids", by_byte.astype(np.int32))
-    following = context.prompt_ids(OBSERVATIONS[:2], [step])
+    following = context.prompt_ids(TURNS[:2], [step])
     np.testing.assert_array_equal(following[len(prompt) : len(prompt) + len(by_byte)], by_byte)
 
 
@@ -154,11 +154,11 @@ def test_append_reads_like_the_whole_conversation_rendered_at_once(
     tokenizers: dict[str, Any], name: str, instructions: str, arguments: dict[str, Any]
 ) -> None:
     tokenizer = tokenizers[name]
-    context = bound(AppendContext(instructions, arguments), tokenizer)
+    context = bound(AppendContext(instructions), tokenizer, arguments)
     prompts, _ = play(context)
     messages = [{"role": "system", "content": instructions}] if instructions else []
     for turn, prompt in enumerate(prompts):
-        messages.append({"role": "user", "content": context.render_observation(OBSERVATIONS[turn], with_goal=turn == 0)})
+        messages.append({"role": "user", "content": context.render_observation(TURNS[turn], with_goal=turn == 0)})
         whole = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **arguments)
         assert text_of(tokenizer, prompt) == whole
         assert ('"name": "act"' in whole) == (name in ("thinking", "qwen3") and bool(arguments))
@@ -195,11 +195,11 @@ def test_append_shows_the_goal_once_and_feedback_where_it_belongs(tokenizers: di
 
 def test_append_refuses_a_template_without_stop_token(tokenizers: dict[str, Any]) -> None:
     context = bound(AppendContext(), tokenizers["unclosed"])
-    prompt = context.prompt_ids(OBSERVATIONS[:1], [])
+    prompt = context.prompt_ids(TURNS[:1], [])
     for stopped in (True, False):
         step = make_step(context, prompt, "go west", 0, stopped)
         with pytest.raises(ConfigError, match="StateContext"):
-            context.prompt_ids(OBSERVATIONS[:2], [step])
+            context.prompt_ids(TURNS[:2], [step])
 
 
 # --- window ---

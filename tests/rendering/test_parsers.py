@@ -5,15 +5,24 @@ from __future__ import annotations
 import json
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from steppo.rendering import ActionParser, CommandParser, ToolCallParser
-from steppo.types import Observation
+from steppo.rendering import ActionParser, CommandParser, ParsedAction, ToolCallParser
+from steppo.types import Action, Turn
 
-OPEN = Observation("A room.")
-LISTED = Observation("A room.", "", ("go west", "take Coin", "look"))
+OPEN = Turn("A room.")
+LISTED = Turn("A room.", "", ("go west", "take Coin", "look"))
 CALL = '<tool_call>\n{"name": "act", "arguments": {"command": "go west"}}\n</tool_call>'
+
+
+def command_of(parsed: ParsedAction) -> str | None:
+    """A command and nothing else, or ``None``."""
+    if parsed.action is None:
+        return None
+    assert parsed.action == Action(parsed.action.command)
+    return parsed.action.command
+
 
 # --- one line ---
 
@@ -34,7 +43,7 @@ CALL = '<tool_call>\n{"name": "act", "arguments": {"command": "go west"}}\n</too
 )
 def test_listed_commands(text: str, command: str) -> None:
     parsed = CommandParser().parse(text, LISTED)
-    assert parsed.command == command
+    assert command_of(parsed) == command
     assert parsed.feedback == ""
 
 
@@ -50,17 +59,17 @@ def test_listed_commands(text: str, command: str) -> None:
         "<think>look",
     ],
 )
-@pytest.mark.parametrize("observation", [OPEN, LISTED])
-def test_anything_but_one_line_is_refused(text: str, observation: Observation) -> None:
-    parsed = CommandParser().parse(text, observation)
-    assert parsed.command is None
+@pytest.mark.parametrize("turn", [OPEN, LISTED])
+def test_anything_but_one_line_is_refused(text: str, turn: Turn) -> None:
+    parsed = CommandParser().parse(text, turn)
+    assert parsed.action is None
     assert "one line" in parsed.feedback
 
 
 @pytest.mark.parametrize("text", ["dance", "go", "go west.", "go west look", "I go west"])
 def test_commands_that_are_not_listed_are_refused_by_name(text: str) -> None:
     parsed = CommandParser().parse(text, LISTED)
-    assert parsed.command is None
+    assert parsed.action is None
     assert f"'{text}'" in parsed.feedback
 
 
@@ -69,24 +78,92 @@ def test_feedback_stays_short() -> None:
 
 
 def test_without_a_list_everything_goes() -> None:
-    assert CommandParser().parse(" Open  the door ", OPEN).command == "Open the door"
+    assert command_of(CommandParser().parse(" Open  the door ", OPEN)) == "Open the door"
 
 
 def test_with_an_empty_list_nothing_goes() -> None:
-    assert CommandParser().parse("look", Observation("A room.", "", ())).command is None
+    assert command_of(CommandParser().parse("look", Turn("A room.", "", ()))) is None
 
 
 def test_commands_are_matched_however_they_are_spaced() -> None:
-    assert (
-        CommandParser().parse("Take the  coin", Observation("A room.", "", ("take  the coin",))).command == "take  the coin"
-    )
+    assert command_of(CommandParser().parse("Take the  coin", Turn("A room.", "", ("take  the coin",)))) == "take  the coin"
 
 
 @pytest.mark.parametrize("character", ["\x00", "\x1b", "\x7f", "\ud800"])
 def test_what_no_environment_can_read_is_refused(character: str) -> None:
     parsed = CommandParser().parse(f"go{character} west", OPEN)
-    assert parsed.command is None
+    assert parsed.action is None
     assert parsed.feedback == "'go? west' is not possible here."
+
+
+# --- open commands ---
+
+FREE = Turn("A page.", "", ("search[...]", "think: ...", "click  [Next]", "Ask ...", "put ... in [...]", "wait..."))
+
+
+def in_a_call(command: str) -> str:
+    return ToolCallParser().answer(Action(command))
+
+
+@pytest.mark.parametrize(
+    ("text", "command"),
+    [
+        ("search[steps]", "search[steps]"),
+        ("SEARCH[Steps of a Ladder]", "search[Steps of a Ladder]"),
+        ("search[[a] ]]", "search[[a] ]]"),
+        ("search[.]", "search[.]"),
+        ("search[...]", "search[...]"),
+        ("  search[ a   b ]\n", "search[ a b ]"),
+        ("search[piè́ce ☂]", "search[piè́ce ☂]"),
+        ("think: I am lost.", "think: I am lost."),
+        ("Think:   \t so", "think: so"),
+        ("think: search[it]", "think: search[it]"),
+        ("click [next]", "click  [Next]"),
+        ("ask who?", "Ask who?"),
+        ("Put the coin in [the box]", "put the coin in [the box]"),
+        ("put a in b in [c]", "put a in b in [c]"),
+        ("wait...", "wait..."),
+        ("WAIT...", "wait..."),
+        ("wait for it", "wait for it"),
+    ],
+)
+def test_an_open_command_takes_the_agent_s_words(text: str, command: str) -> None:
+    """Spelled as it is listed, the words as they were said."""
+    assert command_of(CommandParser().parse(text, FREE)) == command
+    assert command_of(ToolCallParser().parse(in_a_call(text), FREE)) == command
+    assert command_of(ToolCallParser(strict=True).parse(in_a_call(command), FREE)) == command
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("search[]", "search[ ]", "search[", "search]", "search", "search[a", "search a]", "search[a] now", "my search[a]"),
+        *("think:", "think: ", "think:so", "ask", "ask ", "put in [box]", "put  in [box]", "put a in []", "put a in [b"),
+        *("", "wait", "...", "click [...]", "click [Last]", "search[a\x00b]", "think: \x1b[31mred", "ask \x7f"),
+    ],
+)
+def test_what_is_no_open_command(text: str) -> None:
+    for parser in (CommandParser(), ToolCallParser()):
+        said = text if isinstance(parser, CommandParser) else in_a_call(text)
+        parsed = parser.parse(said, FREE)
+        assert parsed.action is None
+        assert parsed.feedback
+
+
+def test_a_command_that_is_listed_comes_before_one_that_is_open() -> None:
+    turn = Turn("A page.", "", ("...", "go West", "go ..."))
+    assert command_of(CommandParser().parse("go west", turn)) == "go West"
+    assert command_of(CommandParser().parse("GO east", turn)) == "GO east"
+    assert command_of(CommandParser().parse(" anything", turn)) == "anything"
+
+
+@settings(deadline=None, derandomize=True)
+@given(words=st.text(st.characters(codec="utf-8", exclude_categories=["C", "Z"]), min_size=1))
+def test_any_words_go_into_an_open_command(words: str) -> None:
+    assume("think>" not in words)
+    for command in (f"search[{words}]", f"think: {words}", f"put {words} in [{words}]"):
+        for parser in (CommandParser(), ToolCallParser()):
+            assert command_of(parser.parse(parser.answer(Action(command)), FREE)) == command
 
 
 # --- tool calls ---
@@ -98,8 +175,8 @@ def test_what_no_environment_can_read_is_refused(character: str) -> None:
 @pytest.mark.parametrize("strict", [False, True])
 def test_the_form(before: str, strict: bool) -> None:
     parser = ToolCallParser(strict=strict)
-    assert parser.parse(before + CALL, LISTED).command == "go west"
-    assert parser.parse(before + CALL + "\n", OPEN).command == "go west"
+    assert command_of(parser.parse(before + CALL, LISTED)) == "go west"
+    assert command_of(parser.parse(before + CALL + "\n", OPEN)) == "go west"
 
 
 @pytest.mark.parametrize(
@@ -122,9 +199,9 @@ def test_the_form(before: str, strict: bool) -> None:
     ],
 )
 def test_what_is_put_up_with_unless_strict(text: str) -> None:
-    assert ToolCallParser().parse(text, LISTED).command == "go west"
+    assert command_of(ToolCallParser().parse(text, LISTED)) == "go west"
     parsed = ToolCallParser(strict=True).parse(text, LISTED)
-    assert parsed.command is None
+    assert parsed.action is None
     assert "not exactly one tool call" in parsed.feedback
 
 
@@ -159,7 +236,7 @@ def test_what_is_put_up_with_unless_strict(text: str) -> None:
 @pytest.mark.parametrize("strict", [False, True])
 def test_feedback_says_what_is_wrong_and_shows_the_form(text: str, reason: str, strict: bool) -> None:
     parsed = ToolCallParser(strict=strict).parse(text, LISTED)
-    assert parsed.command is None
+    assert parsed.action is None
     assert reason in parsed.feedback
     form = 'Answer with\n<tool_call>\n{"name": "act", "arguments": {"command": "..."}}\n</tool_call>'
     assert parsed.feedback.endswith(form)
@@ -167,7 +244,7 @@ def test_feedback_says_what_is_wrong_and_shows_the_form(text: str, reason: str, 
 
 @pytest.mark.parametrize("command", ["GO  West", "go\\nwest", "go west "])
 def test_commands_of_calls_are_checked_as_others_are(command: str) -> None:
-    assert ToolCallParser().parse(CALL.replace("go west", command), LISTED).command == "go west"
+    assert command_of(ToolCallParser().parse(CALL.replace("go west", command), LISTED)) == "go west"
 
 
 @pytest.mark.parametrize("command", ["dance", "", "go\\u0000 west", "\\ud800"])
@@ -175,15 +252,15 @@ def test_impossible_commands_of_calls(command: str) -> None:
     text = CALL.replace("go west", command)
     parsed = ToolCallParser().parse(text, LISTED)
     assert parsed == CommandParser().parse(json.loads(f'"{command}"'), LISTED) or command == ""
-    assert parsed.command is None
+    assert parsed.action is None
     assert parsed.feedback.endswith("' is not possible here.")
-    assert ToolCallParser().parse(text, OPEN).command == ("dance" if command == "dance" else None)
+    assert command_of(ToolCallParser().parse(text, OPEN)) == ("dance" if command == "dance" else None)
 
 
 def test_own_names() -> None:
     parser = ToolCallParser("robot.move", "where to", strict=True)
     text = '<tool_call>\n{"name": "robot.move", "arguments": {"speed": 2, "where to": "look"}}\n</tool_call>'
-    assert parser.parse(text, LISTED).command == "look"
+    assert command_of(parser.parse(text, LISTED)) == "look"
     assert "'act', only 'robot.move'" in parser.parse(CALL, LISTED).feedback
     assert '{"name": "robot.move", "arguments": {"where to": "..."}}' in parser.parse("look", LISTED).feedback
 
@@ -192,7 +269,15 @@ def test_a_long_answer_is_read_in_one_go() -> None:
     """Read again from each brace, a million of them would take hours."""
     for unit in ("{", '{"a":', '<tool_call>{"', "<think>{", "{</think>", " ", '{"name":', "9", '{"\\u0041'):
         for text in (unit * 1_000_000, '{"name": "act", "arguments": ' + unit * 1_000_000):
-            assert ToolCallParser().parse(text, LISTED).command is None
+            assert command_of(ToolCallParser().parse(text, LISTED)) is None
+    four = Turn("A page.", "", ("search[...]", "put ... in [...] by [...] for ...]"))
+    for unit in ("search[", "a]", "]", "put ", "put in [", " in [", " by [", " for ", "think:"):
+        for text in (
+            "search[" + unit * 100_000 + ".",
+            "put a in [" + unit * 100_000 + "]",
+            "put a in [b] by [" + unit * 100_000,
+        ):
+            CommandParser().parse(text, four)
 
 
 # --- any text ---
@@ -213,14 +298,14 @@ FRAGMENTS = [
 COMMANDS = st.lists(st.text(st.characters(codec="utf-8", exclude_categories=["Z", "C"]), min_size=1), max_size=4)
 
 
-def check(text: str, observation: Observation) -> None:
+def check(text: str, turn: Turn) -> None:
     for parser in PARSERS:
-        parsed = parser.parse(text, observation)
-        assert (parsed.command is None) == bool(parsed.feedback)
-        assert parsed.command != ""
-        listed = observation.admissible_commands
-        assert parsed.command is None or listed is None or parsed.command in listed
-        ((parsed.command or "") + parsed.feedback).encode()  # a lone surrogate would break the next prompt
+        parsed = parser.parse(text, turn)
+        command = command_of(parsed)
+        assert (command is None) == bool(parsed.feedback)
+        assert command != ""
+        assert command is None or turn.commands is None or command in turn.commands
+        ((command or "") + parsed.feedback).encode()  # a lone surrogate would break the next prompt
 
 
 @settings(deadline=None, derandomize=True)
@@ -228,18 +313,18 @@ def check(text: str, observation: Observation) -> None:
 def test_any_text_has_an_answer(text: str, commands: list[str] | None, data: st.DataObject) -> None:
     if commands:
         text = data.draw(st.sampled_from([text, *commands, f" {commands[0]}\n", commands[-1].upper()]))
-    observation = Observation("A room.", "", None if commands is None else tuple(commands))
-    check(text, observation)
+    turn = Turn("A room.", "", None if commands is None else tuple(commands))
+    check(text, turn)
     if commands is not None and text in commands and "think>" not in text:  # such a command could not be said
         for parser in PARSERS:
-            assert parser.parse(parser.answer(text), observation).command == text
+            assert command_of(parser.parse(parser.answer(Action(text)), turn)) == text
 
 
 @settings(deadline=None, derandomize=True, max_examples=300)
 @given(parts=st.lists(st.sampled_from(FRAGMENTS) | st.text(st.characters(), max_size=3), max_size=12))
 def test_any_mixture_of_the_form_has_an_answer(parts: list[str]) -> None:
-    for observation in (OPEN, LISTED):
-        check("".join(parts), observation)
+    for turn in (OPEN, LISTED):
+        check("".join(parts), turn)
 
 
 @settings(deadline=None, derandomize=True, max_examples=300)
@@ -253,5 +338,5 @@ def test_any_damaged_call_has_an_answer(edits: list[tuple[int, int, str]], think
     text = thinking + CALL
     for at, width, new in edits:
         text = text[:at] + new + text[at + width :]
-    for observation in (OPEN, LISTED):
-        check(text, observation)
+    for turn in (OPEN, LISTED):
+        check(text, turn)

@@ -13,10 +13,17 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, normalizers
 
-from steppo.rendering import PLAIN_TEMPLATE, AppendContext, ContextPolicy, Message, StateContext, WindowContext
-from steppo.rendering.markup import markup_of
-from steppo.rendering.parsers import ANSWER_MARKUP, CommandParser, ToolCallParser
-from steppo.types import Observation, Step
+from steppo.rendering import (
+    PLAIN_TEMPLATE,
+    AppendContext,
+    CommandParser,
+    ContextPolicy,
+    StateContext,
+    ToolCallParser,
+    WindowContext,
+)
+from steppo.rendering.markup import ANSWER_MARKUP, markup_of
+from steppo.types import Message, Step, Turn
 from tests.rendering.helpers import TEMPLATES, bound, make_step, make_tokenizers, text_of
 
 EXACT = ["plain", "chatml", "thinking", "smollm2", "qwen3"]  # they close answers with the stop token
@@ -45,22 +52,21 @@ def tokenizers() -> dict[str, Any]:
 
 
 @st.composite
-def histories(draw: st.DrawFn, texts: st.SearchStrategy[str]) -> tuple[list[Observation], list[tuple[str, bool]]]:
-    """Observations, and between them answers and whether they stopped by themselves."""
+def histories(draw: st.DrawFn, texts: st.SearchStrategy[str]) -> tuple[list[Turn], list[tuple[str, bool]]]:
+    """Turns, and between them answers and whether they stopped by themselves."""
     goal = draw(texts)
-    observation = st.builds(
-        Observation, texts, st.just(goal), st.none() | st.lists(texts, max_size=3).map(tuple), st.just("") | texts
-    )
+    commands = st.none() | st.lists(texts, max_size=3).map(tuple)
+    turn = st.builds(Turn, texts, st.just(goal), commands, feedback=st.just("") | texts)
     answers = draw(st.lists(st.tuples(texts, st.booleans()), max_size=5))
-    return draw(st.lists(observation, min_size=len(answers) + 1, max_size=len(answers) + 1)), answers
+    return draw(st.lists(turn, min_size=len(answers) + 1, max_size=len(answers) + 1)), answers
 
 
-def play(context: ContextPolicy, history: tuple[list[Observation], list[tuple[str, bool]]]) -> list[Step]:
+def play(context: ContextPolicy, history: tuple[list[Turn], list[tuple[str, bool]]]) -> list[Step]:
     """The steps of an episode, and one more that was not taken: its prompt is the last."""
-    observations, answers = history
+    turns, answers = history
     steps: list[Step] = []
     for index, (answer, stopped) in enumerate([*answers, ("", True)]):
-        prompt = context.prompt_ids(observations[: index + 1], steps)
+        prompt = context.prompt_ids(turns[: index + 1], steps)
         steps.append(make_step(context, prompt, answer, index, stopped))
     return steps
 
@@ -73,38 +79,41 @@ def plain_texts() -> st.SearchStrategy[str]:
 @settings(deadline=None, derandomize=True, max_examples=40)
 @given(history=histories(plain_texts()), instructions=st.sampled_from(["", "Be brief."]))
 def test_prompts_are_the_template_s(
-    name: str, history: tuple[list[Observation], list[tuple[str, bool]]], instructions: str
+    name: str, history: tuple[list[Turn], list[tuple[str, bool]]], instructions: str
 ) -> None:
     """Text by text over the whole conversation, and id by id between answers. A long enough window and all messages rendered
     anew are the same."""
-    tokenizer, (observations, answers) = tokenizers()[name], history
+    tokenizer, (turns, answers) = tokenizers()[name], history
     context = bound(AppendContext(instructions), tokenizer)
     window = bound(WindowContext(len(answers), instructions), tokenizer)
     system = [Message("system", instructions)] if instructions else []
     steps = play(context, history)
-    turns = [{"role": "system", "content": instructions}] if instructions else []
+    conversation = [{"role": "system", "content": instructions}] if instructions else []
     written = ""
-    for turn, step in enumerate(steps):
-        text = context.render_observation(observations[turn], with_goal=turn == 0)
-        turns.append({"role": "user", "content": text})
+    for index, step in enumerate(steps):
+        text = context.render_observation(turns[index], with_goal=index == 0)
+        conversation.append({"role": "user", "content": text})
         whole = tokenizer.apply_chat_template(
-            turns, chat_template=tokenizer.chat_template or PLAIN_TEMPLATE, tokenize=False, add_generation_prompt=True
+            conversation,
+            chat_template=tokenizer.chat_template or PLAIN_TEMPLATE,
+            tokenize=False,
+            add_generation_prompt=True,
         )
         assert text_of(tokenizer, step.prompt_ids) == whole
         assert whole.startswith(written)
-        before = steps[turn - 1] if turn else None
+        before = steps[index - 1] if index else None
         start = len(before.prompt_ids) + len(before.action_ids) if before else 0
         suffix = tokenizer.encode(whole[len(written) :], add_special_tokens=False)
         closed = before is not None and before.finish_reason == "stop"
         assert step.prompt_ids[start:].tolist() == suffix[1 if closed else 0 :]
         assert step.prompt_ids.dtype == np.int32
 
-        past, seen = steps[:turn], observations[: turn + 1]
+        past, seen = steps[:index], turns[: index + 1]
         np.testing.assert_array_equal(window.prompt_ids(seen, past), step.prompt_ids)
         np.testing.assert_array_equal(context.renderer.render([*system, *context.messages(seen, past)]), step.prompt_ids)
-        if turn < len(answers):
-            turns.append({"role": "assistant", "content": answers[turn][0]})
-            written = whole + answers[turn][0]
+        if index < len(answers):
+            conversation.append({"role": "assistant", "content": answers[index][0]})
+            written = whole + answers[index][0]
 
 
 @pytest.mark.parametrize("name", EXACT)
@@ -112,9 +121,9 @@ def test_prompts_are_the_template_s(
 @settings(deadline=None, derandomize=True, max_examples=15)
 @given(history=histories(plain_texts()))
 def test_a_window_is_the_dialogue_of_its_turns(
-    name: str, most: int, history: tuple[list[Observation], list[tuple[str, bool]]]
+    name: str, most: int, history: tuple[list[Turn], list[tuple[str, bool]]]
 ) -> None:
-    """As if the episode had begun with its first turn; the goal, which all observations have, is in front."""
+    """As if the episode had begun with its first turn; the goal, which all turns have, is in front."""
     context = bound(WindowContext(most), tokenizers()[name])
     steps = play(context, history)
     whole = bound(AppendContext(), tokenizers()[name])
@@ -135,7 +144,7 @@ def test_what_was_sampled_stays(
     """Whatever its ids are: bytes that are no text, special tokens, another way to spell a word."""
     context = bound(context_class(), tokenizers()[name])
     stop = tokenizers()[name].eos_token_id
-    room = Observation("A room.")
+    room = Turn("A room.")
     steps: list[Step] = []
     for index, ids in enumerate(sampled):
         stopped = data.draw(st.booleans())
@@ -176,15 +185,15 @@ def markup_in(tokenizer: Any, ids: np.ndarray) -> dict[str, int]:
 def test_nobody_else_writes_the_template_s_markup(name: str, parts: list[str], shift: Any) -> None:
     """In each place where an environment may say something, and in what is told of past actions."""
     tokenizer, text = tokenizers()[name], shift("".join(parts))
-    plain = Observation("A room.", "A goal.", ("go", "stay"))
+    plain = Turn("A room.", "A goal.", ("go", "stay"))
     for context in (AppendContext(), WindowContext(0), StateContext()):
         bound(context, tokenizer)
         expected = markup_in(tokenizer, context.prompt_ids([plain], []))
         for said in (
             replace(plain, text=text),
             replace(plain, goal=text),
-            replace(plain, admissible_commands=(text, "stay")),
-            Observation(text, text, (text, text)),
+            replace(plain, commands=(text, "stay")),
+            Turn(text, text, (text, text)),
         ):
             assert markup_in(tokenizer, context.prompt_ids([said], [])) == expected
         fed_back = markup_in(tokenizer, context.prompt_ids([replace(plain, feedback=text)], []))
@@ -199,7 +208,7 @@ def test_nobody_else_writes_the_template_s_markup(name: str, parts: list[str], s
 @settings(deadline=None, derandomize=True, max_examples=40)
 def test_other_texts_stay_as_they_are(name: str, text: str) -> None:
     context = bound(AppendContext(instructions=""), tokenizers()[name])
-    assert context.user_turn(Observation(text)).content == text
+    assert context.opening(Turn(text)).content == text
     prompt = context.renderer.render([Message("user", text)])
     assert f"{text}\n>" in text_of(tokenizers()[name], prompt) or f"user\n{text}<|im_end|>" in text_of(
         tokenizers()[name], prompt
@@ -211,9 +220,9 @@ def test_feedback_shows_the_form_of_an_answer(context: ContextPolicy) -> None:
     tokenizer = tokenizers()["qwen3"]
     bound(context, tokenizer)
     for parser, said in ((ToolCallParser(), "go"), (CommandParser(), "<think>hm")):
-        feedback = parser.parse(said, Observation("")).feedback
+        feedback = parser.parse(said, Turn("")).feedback
         assert any(mark in feedback for mark in ANSWER_MARKUP)
-        room = Observation(f"A room. {feedback}")
+        room = Turn(f"A room. {feedback}")
         step = make_step(context, context.prompt_ids([room], []), "go", 0)
         text = text_of(tokenizer, context.prompt_ids([room, replace(room, feedback=feedback)], [step]))
         assert text.count(feedback) == 1
@@ -227,13 +236,13 @@ def test_an_own_message_is_not_trusted_unless_it_says_so() -> None:
     cases = [("user", False, "abc"), ("assistant", False, "abc"), ("user", True, "a<think>bc"), ("system", False, said)]
     for role, trusted, left in cases:
         assert f"<|im_start|>{role}\n{left}<|im_end|>" in text_of(
-            tokenizer, renderer.render([Message(role, said, trusted), Message("user", "?")])
+            tokenizer, renderer.render([Message(role, said, trusted=trusted), Message("user", "?")])
         )
 
 
 def test_what_is_left_is_no_markup_however_deep() -> None:
     tokenizer = tokenizers()["qwen3"]
     prompt = bound(StateContext(instructions=""), tokenizer).prompt_ids(
-        [Observation("a" + "<|im_" * 5000 + "</think>" * 9 + "start|>" * 5000 + "b")], []
+        [Turn("a" + "<|im_" * 5000 + "</think>" * 9 + "start|>" * 5000 + "b")], []
     )
     assert text_of(tokenizer, prompt) == "<|im_start|>user\nab<|im_end|>\n<|im_start|>assistant\n"

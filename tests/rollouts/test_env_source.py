@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -18,7 +19,7 @@ from steppo.metrics import EpisodeStatistics
 from steppo.models import TinyPolicy
 from steppo.rendering import ActionParser, AppendContext, ContextPolicy, ParsedAction, StateContext
 from steppo.rollouts import EnvSource, Player, ScriptedPlayer, expert_action
-from steppo.types import Completion, Episode, Group, Observation, Request, RolloutConfig, StopReason
+from steppo.types import Action, Completion, Episode, Group, Request, RolloutConfig, StopReason, ToolCall, Turn
 from tests.toy_env import CorridorEnv, FaultyEnv
 from tests.wrong_env import VerdictEnv
 
@@ -33,10 +34,10 @@ SourceMaker = Callable[..., EnvSource]
 class AnyTextParser(ActionParser):
     """Reads a command into any text, and refuses about one text in five: random weights play, too."""
 
-    def parse(self, text: str, observation: Observation) -> ParsedAction:
-        number, commands = sum(text.encode()), observation.admissible_commands
+    def parse(self, text: str, turn: Turn) -> ParsedAction:
+        number, commands = sum(text.encode()), turn.commands
         assert commands
-        return ParsedAction(None, "Not now.") if number % 5 == 0 else ParsedAction(commands[number % len(commands)])
+        return ParsedAction(None, "Not now.") if number % 5 == 0 else ParsedAction(Action(commands[number % len(commands)]))
 
 
 class ListeningEngine(Engine):
@@ -67,19 +68,19 @@ class ListeningEngine(Engine):
         self.released.append(session_id)
 
 
-Choose = Callable[[Observation, Request], str]
+Choose = Callable[[Turn, Request], str | Action]
 
 
 class ListeningPlayer(ScriptedPlayer):
     """Keeps what it was asked."""
 
-    def __init__(self, choose: Choose, encode: Callable[[str], np.ndarray]) -> None:
-        super().__init__(choose, encode)
-        self.heard: list[tuple[Request, Observation]] = []
+    def __init__(self, choose: Choose, write: Callable[[Action], np.ndarray]) -> None:
+        super().__init__(choose, write)
+        self.heard: list[tuple[Request, Turn]] = []
 
-    async def act(self, request: Request, observation: Observation) -> Completion:
-        self.heard.append((request, observation))
-        return await super().act(request, observation)
+    async def act(self, request: Request, turn: Turn) -> Completion:
+        self.heard.append((request, turn))
+        return await super().act(request, turn)
 
 
 class ScriptedSource(EnvSource):
@@ -88,17 +89,17 @@ class ScriptedSource(EnvSource):
     choose: Choose
 
     def collect(self, groups: Any, config: RolloutConfig, player: Player | None = None, *args: Any) -> Any:
-        return super().collect(groups, config, player or ScriptedPlayer(self.choose, self.context.encode_action), *args)
+        return super().collect(groups, config, player or ScriptedPlayer(self.choose, self.write), *args)
 
 
-def wander(observation: Observation, request: Request) -> str:
+def wander(turn: Turn, request: Request) -> str:
     """Walks up and down at the left end and never takes anything."""
-    commands = observation.admissible_commands
+    commands = turn.commands
     assert commands
     return commands[0]
 
 
-def dance(observation: Observation, request: Request) -> str:
+def dance(turn: Turn, request: Request) -> str:
     return "dance"
 
 
@@ -106,9 +107,9 @@ def first_dance(then: Choose) -> Choose:
     """One refused action in each episode, then another rule."""
     danced: set[str] = set()
 
-    def choose(observation: Observation, request: Request) -> str:
+    def choose(turn: Turn, request: Request) -> str | Action:
         if request.session_id in danced:
-            return then(observation, request)
+            return then(turn, request)
         danced.add(request.session_id)
         return "dance"
 
@@ -172,6 +173,11 @@ def make_source(pool: EnvPool, sharp_policy: TinyPolicy) -> Iterator[SourceMaker
         source.close()
 
 
+def with_turn(reply: EnvReply, **fields: Any) -> EnvReply:
+    assert reply.turn is not None
+    return EnvReply(replace(reply.turn, **fields))
+
+
 def groups_of(size: int, tasks: int = len(TASKS)) -> list[Group]:
     return types.groups_of(TASKS[:tasks], size)
 
@@ -207,7 +213,7 @@ def assert_same(episodes: Sequence[Episode], others: Sequence[Episode]) -> None:
 
 
 def text_of(source: EnvSource, ids: np.ndarray) -> str:
-    return source.context.decode_action(ids)
+    return source.renderer.decode_action(ids)
 
 
 # --- what is recorded ---
@@ -286,7 +292,7 @@ def test_an_environment_may_truncate(make_source: SourceMaker, pool: EnvPool, mo
 
     async def cut_the_third(slot: int) -> EnvReply:
         received.append(await answer(slot))
-        return replace(received[-1], truncated=len(received) == 3)  # the first answers the reset
+        return with_turn(received[-1], truncated=len(received) == 3)  # the first answers the reset
 
     monkeypatch.setattr(pool, "answer", cut_the_third)
     cut = play_one(make_source(wander))
@@ -364,11 +370,11 @@ def test_an_environment_may_call_an_action_invalid(
 
     async def unknown(slot: int) -> EnvReply:
         reply = await answer(slot)
-        invalid = reply.observation is not None and reply.observation.text == "There is no coin here."
-        return replace(reply, action_valid=not invalid)
+        invalid = reply.turn is not None and reply.turn.text == "There is no coin here."
+        return with_turn(reply, action_valid=not invalid)
 
     monkeypatch.setattr(pool, "answer", unknown)
-    source = make_source(lambda observation, request: "take", invalid_penalty=0.25, on_invalid=on_invalid)
+    source = make_source(lambda turn, request: "take", invalid_penalty=0.25, on_invalid=on_invalid)
     episode = play_one(source)
     assert len(episode.steps) == (1 if on_invalid == "end" else ENV_LIMIT)
     assert [(step.action_valid, step.reward) for step in episode.steps] == [(False, -0.25)] * len(episode.steps)
@@ -500,10 +506,10 @@ def test_a_player_that_raises_costs_its_own_episode_only(make_source: SourceMake
     victim = healthy[4]
     third_prompt = victim.steps[2].prompt_ids.tolist()
 
-    def choose(observation: Observation, request: Request) -> str:
+    def choose(turn: Turn, request: Request) -> str | Action:
         if request.session_id == victim.id and request.prompt_ids.tolist() == third_prompt:
             raise MemoryError("no room for the cache")
-        return wander(observation, request)
+        return wander(turn, request)
 
     episodes = play(make_source(choose), groups)
     failed = episodes.pop(4)
@@ -639,13 +645,33 @@ IDS: dict[str, tuple[Any, str]] = {
     "too large": (np.array([1, 10**6]), "gave the token id 1000000, which is none of the model's"),
     "wrapped": (np.array([2**32 + 1]), "gave the token id 4294967297, which is none of the model's"),
 }
+
+
+def _calls(*calls: Any) -> ParsedAction:
+    return ParsedAction(Action(tool_calls=calls))
+
+
 PARSED: dict[str, tuple[Any, str]] = {
     "none": (None, "parse must give a ParsedAction, not None"),
     "text": ("left", "parse must give a ParsedAction, not 'left'"),
     "tuple": (("left", ""), "parse must give a ParsedAction, not a tuple"),
-    "number": (ParsedAction(7), "the command of CommandParser.parse must be a string, not 7"),  # type: ignore[arg-type]
-    "bytes": (ParsedAction(b"left"), "the command of CommandParser.parse must be a string"),  # type: ignore[arg-type]
-    "surrogate": (ParsedAction("\ud800"), "the command of CommandParser.parse must be text that UTF-8 can hold"),
+    "number": (ParsedAction(7), "the action of CommandParser.parse must be an Action, not 7"),  # type: ignore[arg-type]
+    "command": (ParsedAction("left"), "must be an Action, not 'left'"),  # type: ignore[arg-type]
+    "bytes": (ParsedAction(Action(b"left")), "the command of CommandParser.parse must be a string"),  # type: ignore[arg-type]
+    "surrogate": (ParsedAction(Action("\ud800")), "the command of CommandParser.parse must be text that UTF-8 can hold"),
+    "words": (ParsedAction(Action(text="\ud800")), "the text of CommandParser.parse must be text that UTF-8 can hold"),
+    "thoughts": (ParsedAction(Action(reasoning=7)), "the reasoning of CommandParser.parse must be"),  # type: ignore[arg-type]
+    "no calls": (ParsedAction(Action(tool_calls=None)), "must be a list or tuple of ToolCall, not None"),  # type: ignore[arg-type]
+    "a call's text": (_calls("find()"), "the class of tool call 1 of CommandParser.parse must be ToolCall: it is 'find()'"),
+    "a call's name": (_calls(ToolCall("find"), ToolCall(7)), "the name of tool call 2 of CommandParser.parse must"),  # type: ignore[arg-type]
+    "a call's list": (_calls(ToolCall("find", ["it"])), "must be a mapping, not a list"),  # type: ignore[arg-type]
+    "a call's function": (_calls(ToolCall("find", {"what": print})), "cannot be written as JSON: TypeError: "),
+    "a call's number": (_calls(ToolCall("find", {"most": math.nan})), "cannot be written as JSON: ValueError: "),
+    "a call's digits": (_calls(ToolCall("find", {"most": 10**5000})), "cannot be written as JSON: ValueError: "),
+    "a call's letter": (
+        _calls(ToolCall("find", {"what": ["\ud800"]})),
+        "cannot be written as JSON: their text must be text",
+    ),
     "feedback": (ParsedAction(None, None), "the feedback of CommandParser.parse must be a string"),  # type: ignore[arg-type]
 }
 
@@ -660,9 +686,9 @@ def test_a_prompt_that_is_none_costs_its_episode(
     source = make_source(wander, max_steps=2)
     whole = source.context.prompt_ids
 
-    def break_one(observations: Sequence[Observation], steps: Sequence[Any]) -> Any:
-        wrong = observations[0].goal == "Take the coin in room 1." and len(steps) == (2 if last else 1)
-        return ids if wrong else whole(observations, steps)
+    def break_one(turns: Sequence[Turn], steps: Sequence[Any]) -> Any:
+        wrong = turns[0].goal == "Take the coin in room 1." and len(steps) == (2 if last else 1)
+        return ids if wrong else whole(turns, steps)
 
     monkeypatch.setattr(source.context, "prompt_ids", break_one)
     episodes = play(source, groups_of(1))
@@ -678,7 +704,7 @@ def test_a_prompt_that_is_none_costs_its_episode(
 @pytest.mark.parametrize("kind", [np.int64, np.uint8, np.int32])
 def test_prompts_of_any_integers_are_taken(kind: type, make_source: SourceMaker, monkeypatch: pytest.MonkeyPatch) -> None:
     source = make_source(wander)
-    monkeypatch.setattr(source.context, "prompt_ids", lambda observations, steps: np.arange(2, 9, dtype=kind))
+    monkeypatch.setattr(source.context, "prompt_ids", lambda turns, steps: np.arange(2, 9, dtype=kind))
     for episode in play(source, groups_of(1, tasks=2)):
         assert {step.prompt_ids.dtype for step in episode.steps} == {np.dtype(np.int32)}
 
@@ -691,8 +717,8 @@ def test_an_action_that_is_none_costs_its_episode(
     source = make_source(wander)
     whole = source.parser.parse
 
-    def break_one(text: str, observation: Observation) -> Any:
-        return parsed if observation.goal == "Take the coin in room 1." else whole(text, observation)
+    def break_one(text: str, turn: Turn) -> Any:
+        return parsed if turn.goal == "Take the coin in room 1." else whole(text, turn)
 
     monkeypatch.setattr(source.parser, "parse", break_one)
     failed = [episode for episode in play(source, groups_of(1)) if episode.stop_reason.failed]
@@ -770,12 +796,12 @@ def test_demonstrations_are_played_by_another_player(make_source: SourceMaker) -
     source = make_source(parser=None, engine=engine)
     played = {}
     for want_expert in (True, False):
-        player = ListeningPlayer(expert_action if want_expert else wander, source.context.encode_action)
+        player = ListeningPlayer(expert_action if want_expert else wander, source.write)
         plan = replace(PLAN, want_expert=want_expert)
         played[want_expert] = [group[0] for group in source.collect(groups_of(1), plan, player)]
-        assert {observation.expert_action is not None for _, observation in player.heard} == {want_expert}
+        assert {turn.expert_action is not None for _, turn in player.heard} == {want_expert}
         steps = [step for episode in played[want_expert] for step in episode.steps]
-        assert {(r.session_id, tuple(r.prompt_ids), o.text) for r, o in player.heard} == {
+        assert {(request.session_id, tuple(request.prompt_ids), turn.text) for request, turn in player.heard} == {
             (episode.id, tuple(step.prompt_ids), step.observation)
             for episode in played[want_expert]
             for step in episode.steps

@@ -9,16 +9,28 @@ from typing import Any
 import numpy as np
 import pytest
 
-from steppo.envs.checks import EnvReply, reset_reply, step_reply
+from steppo.envs.checks import EnvReply, checked_turn, opening_turn
 from steppo.errors import ConfigError
 from steppo.models import TinyPolicy
-from steppo.rendering import CommandParser, StateContext
+from steppo.rendering import CommandParser, Renderer, StateContext
 from steppo.rollouts import ScriptedPlayer, request_seed
 from steppo.rollouts.episode import play_episode
 from steppo.rollouts.place import Place
 from steppo.rollouts.players import Player
 from steppo.rollouts.rules import Rules
-from steppo.types import Completion, Episode, Group, Observation, Request, RolloutConfig, Sampling, Step, StopReason, Task
+from steppo.types import (
+    Action,
+    Completion,
+    Episode,
+    Group,
+    Request,
+    RolloutConfig,
+    Sampling,
+    Step,
+    StopReason,
+    Task,
+    Turn,
+)
 from tests.toy_env import CorridorEnv
 
 TASK = CorridorEnv().tasks("train")[3]
@@ -32,36 +44,39 @@ class Here:
         self.env = env
 
     async def reset(self, task: Task, want_expert: bool) -> EnvReply:
-        return reset_reply(self.env.reset(task))
+        return EnvReply(opening_turn(self.env.reset(task)))
 
-    async def step(self, command: str) -> EnvReply:
-        return step_reply(self.env.step(command))
+    async def step(self, action: Action) -> EnvReply:
+        return EnvReply(checked_turn(self.env.step(action)))
 
 
 @pytest.fixture
 def play(tiny_policy: TinyPolicy) -> Callable[..., Episode]:
     context = StateContext()
-    context.bind(tiny_policy.tokenizer, tiny_policy.stop_ids)
+    renderer = Renderer()
+    renderer.bind(tiny_policy.tokenizer, tiny_policy.stop_ids)
+    context.bind(renderer)
+    parser = CommandParser()
 
     def play(choose: Any, env: Any = None, player: Player | None = None, on_step: Any = None) -> Episode:
-        rules = Rules(context, CommandParser(), Sampling(0.7, 4), None, 8, 512, 0.25, "continue", None)
-        player = player or ScriptedPlayer(choose, context.encode_action)
+        rules = Rules(context, parser, Sampling(0.7, 4), None, 8, 512, 0.25, "continue", None)
+        player = player or ScriptedPlayer(choose, lambda action: renderer.encode_action(parser.answer(action)))
         return asyncio.run(play_episode(rules, PLACE, env or Here(CorridorEnv()), player, on_step))
 
     return play
 
 
-def expert(observation: Observation, request: Request) -> str:
-    room = int(observation.text.split()[-1].rstrip("."))
+def expert(turn: Turn, request: Request) -> str:
+    room = int(turn.text.split()[-1].rstrip("."))
     goal = TASK.data["goal"]
     return "take" if room == goal else "right" if room < goal else "left"
 
 
 def test_an_episode_needs_nothing_but_answers(play: Callable[..., Episode]) -> None:
     requests: list[Request] = []
-    watched: list[tuple[Step | None, Observation]] = []
-    choose = lambda observation, request: (requests.append(request), expert(observation, request))[1]  # noqa: E731
-    episode = play(choose, on_step=lambda step, observation: watched.append((step, observation)))
+    watched: list[tuple[Step | None, Turn]] = []
+    choose = lambda turn, request: (requests.append(request), expert(turn, request))[1]  # noqa: E731
+    episode = play(choose, on_step=lambda step, turn: watched.append((step, turn)))
     assert (episode.id, episode.order, episode.group_id) == (f"train/0/5/{TASK.id}/1", 11, 5)
     assert (episode.stop_reason, episode.success, episode.episode_return) == (StopReason.TERMINATED, True, 1.0)
     assert [request.session_id for request in requests] == [episode.id] * len(episode.steps)
@@ -72,7 +87,7 @@ def test_an_episode_needs_nothing_but_answers(play: Callable[..., Episode]) -> N
         np.testing.assert_array_equal(request.prompt_ids, step.prompt_ids)
         assert (step.temperature, step.policy_version, request.sampling) == (0.7, 2, Sampling(0.7, 4))
     assert [step for step, _ in watched] == [None, *episode.steps]
-    assert [observation.text for _, observation in watched][:-1] == [step.observation for step in episode.steps]
+    assert [turn.text for _, turn in watched][:-1] == [step.observation for step in episode.steps]
 
 
 class Breaks(Here):
@@ -83,14 +98,14 @@ class Breaks(Here):
     async def reset(self, task: Task, want_expert: bool) -> EnvReply:
         return self.reply if self.at == 0 else await super().reset(task, want_expert)
 
-    async def step(self, command: str) -> EnvReply:
+    async def step(self, action: Action) -> EnvReply:
         self.calls += 1
-        return self.reply if self.calls == self.at else await super().step(command)
+        return self.reply if self.calls == self.at else await super().step(action)
 
 
 @pytest.mark.parametrize("at", [0, 1, 3])
 def test_an_environment_that_breaks_ends_it_where_it_is(at: int, play: Callable[..., Episode]) -> None:
-    episode = play(lambda observation, request: "take", Breaks(at, EnvReply(error="it broke")))
+    episode = play(lambda turn, request: "take", Breaks(at, EnvReply(error="it broke")))
     assert (episode.stop_reason, episode.error, len(episode.steps)) == (StopReason.ENV_ERROR, "it broke", max(at - 1, 0))
     assert [step.truncated for step in episode.steps] == [False] * (at - 2) + [True] * (at > 1)
 
@@ -101,7 +116,7 @@ class Says(Player):
     def __init__(self, answer: Any) -> None:
         self.answer = answer
 
-    async def act(self, request: Request, observation: Observation) -> Completion:
+    async def act(self, request: Request, turn: Turn) -> Completion:
         await asyncio.sleep(0)
         if isinstance(self.answer, BaseException):
             raise self.answer

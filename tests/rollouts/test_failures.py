@@ -19,7 +19,7 @@ from steppo.learner import Experience, ReplayStatistics
 from steppo.listeners import Listener
 from steppo.models import TinyPolicy
 from steppo.rendering import ActionParser, ParsedAction
-from steppo.types import Completion, Episode, Observation, Request, Sampling, StopReason
+from steppo.types import Action, Completion, Episode, Request, Sampling, StopReason, Turn
 from tests.cli_helpers import evaluations, run
 from tests.test_ddp import fit
 from tests.toy_env import UnreliableEnv
@@ -28,10 +28,10 @@ from tests.toy_env import UnreliableEnv
 class AnyTextParser(ActionParser):
     """Reads a command into any text, and refuses about one in eight: random weights play, too."""
 
-    def parse(self, text: str, observation: Observation) -> ParsedAction:
-        number, commands = sum(text.encode()), observation.admissible_commands
+    def parse(self, text: str, turn: Turn) -> ParsedAction:
+        number, commands = sum(text.encode()), turn.commands
         assert commands
-        return ParsedAction(None, "Not now.") if number % 8 == 0 else ParsedAction(commands[number % len(commands)])
+        return ParsedAction(None, "Not now.") if number % 8 == 0 else ParsedAction(Action(commands[number % len(commands)]))
 
 
 class KeepEpisodes(Listener):
@@ -217,11 +217,11 @@ class TerminatingParser(AnyTextParser):
 
     read: ClassVar[list[str]] = []
 
-    def parse(self, text: str, observation: Observation) -> ParsedAction:
+    def parse(self, text: str, turn: Turn) -> ParsedAction:
         self.read.append(text)
         if len(self.read) == 1:
             os.kill(os.getpid(), signal.SIGTERM)
-        return super().parse(text, observation)
+        return super().parse(text, turn)
 
 
 @pytest.mark.parametrize("phase", ["evaluation", "rollout"])

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from steppo.models import TinyPolicy
-from steppo.rendering import StateContext
+from steppo.rendering import HermesParser, Renderer
 from steppo.rollouts import PolicyPlayer, ScriptedPlayer, expert_action, random_action
-from steppo.types import Completion, Observation, Request, Sampling
+from steppo.types import Action, Completion, Request, Sampling, ToolCall, Turn
 
 PROMPT = np.asarray([5], dtype=np.int32)
 
@@ -21,33 +21,43 @@ def asked(seed: int = 0) -> Request:
 
 
 def test_a_rule_answers_in_the_policy_s_tokens(tiny_policy: TinyPolicy) -> None:
-    context = StateContext()
-    context.bind(tiny_policy.tokenizer, tiny_policy.stop_ids)
-    player = ScriptedPlayer(lambda observation, request: {"cellar": "go west"}[observation.text], context.encode_action)
-    answer = asyncio.run(player.act(asked(), Observation("cellar")))
-    assert context.decode_action(answer.action_ids) == "go west"
-    assert answer.action_ids[-1] in tiny_policy.stop_ids
-    assert (answer.finish_reason, answer.error) == ("stop", "")
-    assert answer.logprobs.shape == answer.action_ids.shape
+    renderer = Renderer()
+    renderer.bind(tiny_policy.tokenizer, tiny_policy.stop_ids)
+    parser = HermesParser()
+    call = Action(tool_calls=(ToolCall("walk", {"to": "the west"}, "call_0"),))
+    rule = {"cellar": "go west", "kitchen": Action("go east"), "hall": call}
+    player = ScriptedPlayer(
+        lambda turn, request: rule[turn.text], lambda action: renderer.encode_action(parser.answer(action))
+    )
+    said = {"cellar": "go west", "kitchen": "go east", "hall": parser.answer(call)}
+    for room, text in said.items():
+        answer = asyncio.run(player.act(asked(), Turn(room)))
+        assert renderer.decode_action(answer.action_ids) == text
+        assert answer.action_ids[-1] in tiny_policy.stop_ids
+        assert (answer.finish_reason, answer.error) == ("stop", "")
+        assert answer.logprobs.shape == answer.action_ids.shape
     with pytest.raises(KeyError):
-        asyncio.run(player.act(asked(), Observation("attic")))
+        asyncio.run(player.act(asked(), Turn("attic")))
 
 
 def test_random_actions_follow_the_seed() -> None:
-    seen = Observation("", admissible_commands=("a", "b", "c"))
+    seen = Turn("", commands=("a", "b", "c"))
     drawn = Counter(random_action(seen, asked(seed)) for seed in range(600))
     assert set(drawn) == {"a", "b", "c"}
     assert min(drawn.values()) > 150
     assert random_action(seen, asked(7)) == random_action(seen, asked(7))
-    for hidden in (None, ()):
-        with pytest.raises(ValueError, match="no admissible commands"):
-            random_action(Observation("", admissible_commands=hidden), asked())
+    some = Turn("", commands=("search[...]", "a", "think: ...", "..."))
+    assert {random_action(some, asked(seed)) for seed in range(50)} == {"a"}, "it has no words of its own"
+    for hidden in (None, (), ("search[...]", "...")):
+        with pytest.raises(ValueError, match="no commands"):
+            random_action(Turn("", commands=hidden), asked())
 
 
 def test_the_expert_s_advice_is_taken() -> None:
-    assert expert_action(Observation("", expert_action="left"), asked()) == "left"
+    advice = Action("left")
+    assert expert_action(Turn("", expert_action=advice), asked()) is advice
     with pytest.raises(ValueError, match="no expert"):
-        expert_action(Observation(""), asked())
+        expert_action(Turn(""), asked())
 
 
 def test_the_policy_is_asked_by_its_prompt() -> None:
@@ -60,5 +70,5 @@ def test_the_policy_is_asked_by_its_prompt() -> None:
             return Completion(request.id, PROMPT, np.zeros(1, np.float32), "stop")
 
     engine, request = Heard(), asked()
-    assert asyncio.run(PolicyPlayer(engine).act(request, Observation("secret"))).action_ids is PROMPT
+    assert asyncio.run(PolicyPlayer(engine).act(request, Turn("secret"))).action_ids is PROMPT
     assert engine.requests == [request]

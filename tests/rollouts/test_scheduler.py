@@ -20,7 +20,7 @@ from steppo.engines import HFEngine
 from steppo.models import TinyPolicy
 from steppo.rendering import ActionParser, ParsedAction, StateContext
 from steppo.rollouts import EnvSource, Player, ScriptedPlayer, random_action
-from steppo.types import Completion, Episode, Observation, Request, RolloutConfig, groups_of
+from steppo.types import Action, Completion, Episode, Request, RolloutConfig, Turn, groups_of
 from tests.toy_env import CorridorEnv, FaultyEnv
 
 TASKS = CorridorEnv().tasks("train")
@@ -31,10 +31,10 @@ PLAN = RolloutConfig("train/0", seed=3, version=7)
 class AnyTextParser(ActionParser):
     """Reads a command into any text, and refuses about one in five."""
 
-    def parse(self, text: str, observation: Observation) -> ParsedAction:
-        number, commands = sum(text.encode()), observation.admissible_commands
+    def parse(self, text: str, turn: Turn) -> ParsedAction:
+        number, commands = sum(text.encode()), turn.commands
         assert commands
-        return ParsedAction(None, "Not now.") if number % 5 == 0 else ParsedAction(commands[number % len(commands)])
+        return ParsedAction(None, "Not now.") if number % 5 == 0 else ParsedAction(Action(commands[number % len(commands)]))
 
 
 class BatchesEngine(HFEngine):
@@ -56,7 +56,7 @@ class RestlessEnv(CorridorEnv):
         self.rest()
         return super().reset(task)
 
-    def step(self, action: str) -> Any:
+    def step(self, action: Action) -> Any:
         self.rest()
         return super().step(action)
 
@@ -145,25 +145,25 @@ class Ponders(ScriptedPlayer):
     most = 0
     pondering = 0
 
-    async def act(self, request: Request, observation: Observation) -> Completion:
+    async def act(self, request: Request, turn: Turn) -> Completion:
         self.pondering += 1
         self.most = max(self.most, self.pondering)
         await asyncio.sleep(random.SystemRandom().random() * 0.01)
         self.pondering -= 1
-        return await super().act(request, observation)
+        return await super().act(request, turn)
 
 
 def test_players_may_wait_for_something_else_than_the_engine(make_source: Callable[..., EnvSource]) -> None:
     """All of a half at once; what they play is what it would be without."""
     source = make_source()
-    quick, slow = (kind(random_action, source.context.encode_action) for kind in (ScriptedPlayer, Ponders))
+    quick, slow = (kind(random_action, source.write) for kind in (ScriptedPlayer, Ponders))
     assert told(play(source, slow)) == told(play(source, quick))
     assert isinstance(slow, Ponders)
     assert slow.most == 4
 
 
 class Never(Player):
-    async def act(self, request: Request, observation: Observation) -> Completion:
+    async def act(self, request: Request, turn: Turn) -> Completion:
         await asyncio.sleep(3600)
         raise AssertionError
 
@@ -175,7 +175,7 @@ class NeverEngine(HFEngine):
 
 
 class NeverParser(ActionParser):
-    def parse(self, text: str, observation: Observation) -> ParsedAction:
+    def parse(self, text: str, turn: Turn) -> ParsedAction:
         while True:
             time.sleep(0.01)
 
@@ -218,7 +218,7 @@ def test_an_interrupt_ends_it_whatever_is_waited_for(
         signal.signal(signal.SIGINT, before)
     assert [thread for thread in threading.enumerate() if thread.name == "engine"] == []
     if name == "player":
-        assert len(play(source, ScriptedPlayer(lambda *asked: "dance", source.context.encode_action))) == 24
+        assert len(play(source, ScriptedPlayer(lambda *asked: "dance", source.write))) == 24
 
 
 def test_every_round_ends_its_thread_and_its_files(make_source: Callable[..., EnvSource]) -> None:

@@ -1,0 +1,108 @@
+"""Which models and tools calls can be read of: others are refused before the first episode."""
+
+from __future__ import annotations
+
+from types import MappingProxyType
+from typing import Any
+
+import pytest
+
+from steppo.errors import ConfigError
+from steppo.types import Action, ToolSpec
+from tests.rendering.test_tool_calls import FIND, IT, ONE, SEEN, bound, said
+
+# As those of models whose calls are written in another way.
+CODER = """\
+{%- if tools -%}<|im_start|>system
+<tools>{%- for tool in tools -%}{{ tool | tojson }}{%- endfor -%}</tools><|im_end|>
+{% endif -%}
+{%- for message in messages -%}
+{{ '<|im_start|>' + message.role + '\\n' + message.content }}
+{%- for call in message.tool_calls or [] -%}
+{{ '<tool_call>\\n<function=' + call.function.name + '>\\n' }}
+{%- for name, value in call.function.arguments | items -%}
+{{ '<parameter=' + name + '>\\n' + value | string + '\\n</parameter>\\n' }}
+{%- endfor -%}
+{{ '</function>\\n</tool_call>' }}
+{%- endfor -%}
+{{ '<|im_end|>\\n' }}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\\n' }}{%- endif -%}"""
+CALLS = CODER[CODER.index("{%- for call") : CODER.index("{{ '<|im_end|>")]
+OTHER_FORMS = {
+    "a tag for each argument": CODER,
+    "Python": CODER.replace(CALLS, "{{ '<|tool_call_start|>[find(what=\"it\")]<|tool_call_end|>' if message.tool_calls }}"),
+    "a list of JSON": CODER.replace(
+        CALLS, "{{ '[TOOL_CALLS]' + message.tool_calls | map(attribute='function') | list | tojson }}"
+    ),
+    "parameters": CODER.replace(
+        CALLS,
+        "{%- for call in message.tool_calls or [] -%}<tool_call>"
+        '{"name": "{{ call.function.name }}", "parameters": {{ call.function.arguments | tojson }}}</tool_call>'
+        "{%- endfor -%}",
+    ),
+    "no calls at all": CODER.replace(CALLS, ""),
+    "a refusal": CODER.replace(CALLS, "{{ raise_exception('no calls, please') if message.tool_calls }}"),
+    "an error": CODER.replace(CALLS, "{{ (message.tool_calls or [0])[0] + 1 }}"),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_FORMS)
+def test_a_template_of_another_form_is_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match="in a form that HermesParser does not read") as refused:
+        bound(OTHER_FORMS[name])
+    assert len(str(refused.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        '<tool_call>\n{"name": "find", "arguments": {{ call.function.arguments | tojson }}}\n</tool_call>',
+        '<tool_call>{"arguments": {{ call.function.arguments | tojson }}, "name": "{{ call.function.name }}"}</tool_call>',
+        "<tool_call>[{{ call.function | tojson }}]</tool_call>",
+    ],
+)
+def test_other_templates_of_the_form_are_taken(form: str) -> None:
+    loop = "{%- for call in message.tool_calls or [] -%}" + form + "{%- endfor -%}"
+    assert bound(CODER.replace(CALLS, loop)).parse(said(IT), SEEN).action == Action(tool_calls=ONE)
+
+
+SCHEMAS: dict[str, tuple[dict[str, Any], str]] = {
+    "a type that is none": ({"properties": {"a": {"type": "text"}}}, "is wrong: 'text' is not"),
+    "properties of a list": ({"properties": ["a"]}, "is wrong: ['a'] is not of type 'object'"),
+    "required without a list": ({"required": "a"}, "is wrong: 'a' is not of type 'array'"),
+    "a pattern that is none": ({"properties": {"a": {"pattern": "["}}}, "is wrong: '[' is not a 'regex'"),
+    "a name's pattern that is none": ({"patternProperties": {"(": {}}}, "is wrong: '(' is not a 'regex'"),
+    "a multiple of nothing": ({"properties": {"a": {"multipleOf": 0}}}, "is wrong: 0 "),
+    "a part that is missing": ({"properties": {"a": {"$ref": "#/$defs/b"}}}, "refers to #/$defs/b: "),
+    "an anchor that is missing": ({"properties": {"a": {"$dynamicRef": "#b"}}}, "refers to #b: "),
+    "another file": ({"properties": {"a": {"$ref": "b.json"}}}, "refers to b.json: LookupError: it is not a part"),
+    "an address": ({"$ref": "https://example.invalid/b.json"}, "refers to https://example.invalid/b.json: LookupError"),
+    "a part that is itself": ({"$defs": {"b": {"$ref": "#/$defs/b"}}}, "refers to #/$defs/b: RecursionError"),
+    "a whole that is itself": ({"allOf": [{"$ref": "#"}]}, "refers to #: RecursionError"),
+}
+
+
+@pytest.mark.parametrize("name", SCHEMAS)
+def test_a_schema_that_checks_nothing_is_a_mistake(name: str) -> None:
+    """It would come to light with the first call."""
+    schema, reason = SCHEMAS[name]
+    with pytest.raises(ConfigError) as refused:
+        bound(None, (FIND, ToolSpec("other", "", {"type": "object", **schema})))
+    assert str(refused.value).startswith("the schema of the tool other ")
+    assert reason in str(refused.value)
+    assert len(str(refused.value).splitlines()) == 1
+
+
+def test_schemas_may_refer_to_their_parts_and_be_any_mapping() -> None:
+    tree = {"type": "object", "properties": {"of": {"$ref": "#/$defs/tree"}, "$ref": {"type": "string"}}}
+    schema = {"type": "object", "properties": {"tree": {"$ref": "#/$defs/tree"}}, "$defs": {"tree": tree}}
+    parser = bound(None, (ToolSpec("grow", "", MappingProxyType(schema)),))
+    assert parser.parse(said({"name": "grow", "arguments": {"tree": {"of": {"of": {}}}}}), SEEN).action is not None
+    wrong = parser.parse(said({"name": "grow", "arguments": {"tree": {"of": {"of": 7}}}}), SEEN)
+    assert wrong.feedback == "The arguments of tool call are wrong at tree.of.of: 7 is not of type 'object'."
+
+
+def test_without_tools_there_is_nothing_to_read() -> None:
+    with pytest.raises(ConfigError, match="and the environment has none: use CommandParser"):
+        bound(None, ())
