@@ -17,7 +17,8 @@ from multiprocessing.connection import Connection
 from multiprocessing.util import Finalize
 
 from steppo.envs.base import Env
-from steppo.envs.checks import EnvReply, pickled
+from steppo.envs.checks import EnvReply
+from steppo.envs.given import pickled
 from steppo.envs.guard import Guard
 from steppo.envs.worker import serve
 from steppo.errors import ConfigError, RunError, said

@@ -12,7 +12,8 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 
 from steppo.envs.base import Env
-from steppo.envs.checks import EnvReply, checked_turn, copied, opening_turn, started, with_expert
+from steppo.envs.checks import EnvReply, checked_turn, opening_turn, with_expert
+from steppo.envs.given import copied, started
 from steppo.errors import located
 from steppo.types import Action, Task, Turn
 

@@ -12,7 +12,8 @@ import numpy as np
 
 from steppo.engines import Engine
 from steppo.envs import Env
-from steppo.envs.checks import MOST_REWARD, checked_tasks, checked_tools, pickled, step_limit
+from steppo.envs.checks import MOST_REWARD
+from steppo.envs.given import checked_tasks, checked_tools, pickled, step_limit
 from steppo.envs.pool import COUNTS, EnvPool
 from steppo.errors import ConfigError, RunError, blamed_on
 from steppo.rendering import ActionParser, CommandParser, ContextPolicy, HermesParser, Renderer

@@ -26,7 +26,8 @@ from hypothesis import given, settings
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from steppo.engines import HFEngine
-from steppo.envs.checks import checked_action, checked_tasks, checked_turn, opening_turn, pickled
+from steppo.envs.checks import checked_action, checked_turn, opening_turn
+from steppo.envs.given import checked_tasks, pickled
 from steppo.envs.pool import EnvPool
 from steppo.errors import ConfigError, RunError, WrongValue, said
 from steppo.play.command import main as play_command

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from steppo.envs.checks import checked_tools
+from steppo.envs.given import checked_tools
 from steppo.errors import ConfigError, RunError
 from steppo.types import ToolSpec
 from tests.cli.test_errors import fit, refused
