@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -148,6 +149,82 @@ def test_a_human_plays_by_number_and_by_word(capsys: pytest.CaptureFixture[str],
     assert "\x1b" not in text
     assert text.count("not valid") == 1
     assert "solved: return 0.9 in 3 steps (terminated)" in text
+
+
+SEARCH = """
+    from steppo.envs import Env, TextGameEnv
+    from steppo.types import Message, Task, ToolSpec, Turn
+
+    class Search(TextGameEnv):
+        max_steps = 9
+
+        def tasks(self, split):
+            return [Task("search")]
+
+        def reset(self, task):
+            return Turn("A page.", "Find it.", ("search[...]", "think: ...", "next"))
+
+        def command(self, command):
+            return Turn(f"After <{command}>.", "", ("finish[...]", "next"), terminated=command.startswith("finish"))
+
+    class Tools(Env):
+        max_steps = 9
+        tools = (ToolSpec("find"),)
+
+        def tasks(self, split):
+            return [Task("tools")]
+
+        def reset(self, task):
+            return Turn("A page.", "Find it.")
+
+        def step(self, action):
+            found = tuple(Message("tool", f"{call.name}: no page", call.id) for call in action.tool_calls)
+            return Turn(f"After <{action}>.", messages=found, terminated=not found)
+    """
+
+
+@pytest.fixture
+def search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A module of that name, also for workers."""
+    (tmp_path / "search.py").write_text(textwrap.dedent(SEARCH))
+    monkeypatch.syspath_prepend(tmp_path)
+    yield
+    sys.modules.pop("search", None)
+
+
+def test_a_human_fills_in_open_commands(
+    search: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO("1\n\u00b2\nSearch[a  ladder]\nsearch[it]\n2\n1\nfinish[ ]\nfinish[3]\n"))
+    text = play(capsys, TOY_CONFIG, "--player=human", "--data.source.env=search.Search")
+    assert "1 search[...]   2 think: ...   3 next" in text
+    assert text.count("Type it, with words of your own: search[...]") == 1
+    assert text.count("Type it, with words of your own: finish[...]") == 1
+    said = ["\u00b2", "search[a ladder]", "search[it]", "next", "finish[ ]", "finish[3]"]
+    assert re.findall(r"\d+> (.+?)  (?:said|reward)", text) == said
+    assert "After <finish[3]>." in text
+    assert text.count("not valid") == 3
+    assert "'search[it]' is not possible here." in text
+
+
+@pytest.mark.parametrize(("env", "why"), [("Search", ""), ("Tools", "no commands are shown here")])
+def test_random_play_has_no_words_of_its_own(env: str, why: str, search: None, capsys: pytest.CaptureFixture[str]) -> None:
+    options = [TOY_CONFIG, "--player=random", f"--data.source.env=search.{env}"]
+    if not why:
+        assert moves(play(capsys, *options)) == ["next"] * 9
+        return
+    with pytest.raises(SystemExit):
+        main(options)
+    assert capsys.readouterr().err.splitlines()[-1] == f"error: no episode could be played: NoAction: {why}"
+
+
+def test_a_human_calls_tools(search: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    call = '<tool_call>{"name": "find", "arguments": {"what": "it"}}</tool_call>'
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"{call}\n{call.replace('find', 'walk')}\n1\n"))
+    text = play(capsys, TOY_CONFIG, "--player=human", "--data.source.env=search.Tools")
+    assert re.findall(r"After <(.*)>", text) == ['find({"what": "it"})'] * 2 + ["1"]  # again after what was refused
+    assert text.count("find: no page") == 2
+    assert "The tool call names 'walk', and there is no such tool." in text
 
 
 @pytest.mark.parametrize("words", ["1\nquit\nleft\n", "1\n"])

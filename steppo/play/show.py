@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from rich.console import Console
 from rich.text import Text
 
+from steppo.rendering import is_open
 from steppo.transcripts import info_text
 from steppo.types import Episode, Request, Step, Task, Turn
 
@@ -114,9 +115,12 @@ class Human:
                 raise Quit from None
             if said == "quit" and said not in commands:
                 raise Quit
-            if said.isdigit() and commands and said not in commands:
-                if 1 <= int(said) <= len(commands):
-                    return commands[int(said) - 1]
-                self._console.print(f"There are {len(commands)} commands.")
+            if said.isdecimal() and commands and said not in commands:
+                if not 1 <= int(said) <= len(commands):
+                    self._console.print(f"There are {len(commands)} commands.")
+                elif is_open(chosen := commands[int(said) - 1]):
+                    self._console.print(Text(f"Type it, with words of your own: {_printable(chosen)}"))
+                else:
+                    return chosen
             elif said:
                 return said

@@ -157,7 +157,7 @@ class Renderer:
             turn = {"role": message.role, "content": self._cleaned(message)}
             is_answer = message.role == "tool"
             if is_answer and self.template_knows_tools:
-                turn["tool_call_id"] = message.tool_call_id
+                turn["tool_call_id"] = self._markup.removed_from(message.tool_call_id)
             elif is_answer:
                 turn = {"role": "user", "content": _RESPONSE.format(turn["content"])}
                 if answered:
