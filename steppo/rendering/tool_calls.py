@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -19,6 +20,8 @@ from steppo.types import Action, ToolCall, ToolSpec, Turn
 _MOST_CALLS = 16  # each attempt may read to the end of the text: their number keeps the whole linear
 _DEEPEST = 16
 _MOST_DIGITS = 300
+
+_OPENED = re.compile(rf"^(?:\s|{THINK})+")  # by the policy, however often
 
 _PROBE = ToolCall("find", {"what": 'it\'s "here"\n', "most": 3}, "call_0")
 
@@ -83,7 +86,7 @@ class HermesParser(ActionParser):
                 raise _Refused("The answer is empty.")
         except _Refused as refused:
             return ParsedAction(None, str(refused))
-        return ParsedAction(Action(None, tuple(calls), words, reasoning.strip().removeprefix(THINK).strip()))
+        return ParsedAction(Action(None, tuple(calls), words, _OPENED.sub("", reasoning).rstrip()))
 
     def _check(self, call: ToolCall, what: str) -> None:
         if call.name not in self._schemas:

@@ -116,6 +116,8 @@ READ: dict[str, tuple[str, Action]] = {
     "thinking and words": (f"\n<think>Hm.</think>Now\n{said(IT)}", Action(None, ONE, "Now", "Hm.")),
     "thinking and an answer": ("<think>Hm.</think>7", Action(text="7", reasoning="Hm.")),
     "thinking that ends twice": ("<think>a</think>b</think>c", Action(text="b</think>c", reasoning="a")),
+    "thinking that is opened twice": ("<think> <think>\n<think>Hm.\n</think>7", Action(text="7", reasoning="Hm.")),
+    "thinking that is opened within": ("<think>a<think>b</think>7", Action(text="7", reasoning="a<think>b")),
     "thinking somewhere else": ("So <think>a</think>", Action(text="So <think>a</think>")),
 }
 
