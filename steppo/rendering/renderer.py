@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from steppo.errors import ConfigError
+from steppo.errors import ConfigError, said
 from steppo.rendering.markup import ANSWER_MARKUP, Markup, markup_in, markup_of
 from steppo.types import Action, Message, Step, ToolSpec
 
@@ -43,7 +43,6 @@ class Renderer:
 
     Attributes:
         template_knows_tools: The chat template writes them.
-        prompt_end: The text before an answer, from the last message on.
     """
 
     def __init__(self, template_kwargs: dict[str, Any] | None = None) -> None:
@@ -74,10 +73,17 @@ class Renderer:
             else:
                 markup |= {*ANSWER_MARKUP, *markup_in(_RESPONSE), *markup_in(tools_text)}
             self._require_plain(tools, Markup({*markup, _MARK}, tokenizer))
-        self.prompt_end = self._apply([_QUESTION]).rpartition(_QUESTION["content"])[2]
         self._tools_text = "" if self.template_knows_tools else tools_text
         self._markup = Markup(markup, tokenizer)
         self._turn_markup = Markup(markup.difference(ANSWER_MARKUP), tokenizer)
+
+    @property
+    def prompt_end(self) -> str:
+        """The text before an answer, from the last message on."""
+        try:
+            return self._apply([_QUESTION]).rpartition(_QUESTION["content"])[2]
+        except Exception as error:  # a template may refuse what it likes, in words of its own
+            raise ConfigError(f"the chat template cannot write a question: {said(error)}") from None
 
     @staticmethod
     def _require_plain(tools: Sequence[ToolSpec], markup: Markup) -> None:
@@ -157,7 +163,7 @@ class Renderer:
             turn = {"role": message.role, "content": self._cleaned(message)}
             is_answer = message.role == "tool"
             if is_answer and self.template_knows_tools:
-                turn["tool_call_id"] = message.tool_call_id
+                turn["tool_call_id"] = self._markup.removed_from(message.tool_call_id)
             elif is_answer:
                 turn = {"role": "user", "content": _RESPONSE.format(turn["content"])}
                 if answered:

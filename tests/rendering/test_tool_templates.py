@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 
 from steppo.errors import ConfigError
-from steppo.types import Action, ToolSpec
-from tests.rendering.test_tool_calls import FIND, IT, ONE, SEEN, bound, said
+from steppo.rendering import HermesParser, Renderer
+from steppo.types import Action, Message, ToolSpec
+from tests.rendering.helpers import make_tokenizers
+from tests.rendering.test_tool_calls import FIND, IT, ONE, SEEN, bound, renderer_of, said
 
 # As those of models whose calls are written in another way.
 CODER = """\
@@ -106,3 +108,49 @@ def test_schemas_may_refer_to_their_parts_and_be_any_mapping() -> None:
 def test_without_tools_there_is_nothing_to_read() -> None:
     with pytest.raises(ConfigError, match="and the environment has none: use CommandParser"):
         bound(None, ())
+
+
+# --- what a template prints or refuses beside calls ---
+
+IDS = CODER.replace("message.role +", "message.role + (' ' + message.tool_call_id if message.tool_call_id else '') +")
+
+
+@pytest.mark.parametrize("marker", ["<|im_end|>", "</tools>", "<tool_call>", "<|im_<|im_start|>start|>", "<parameter="])
+def test_the_name_of_a_call_is_no_way_in(marker: str) -> None:
+    texts = []
+    for name in ("call_0", f"call{marker}_0"):
+        renderer = renderer_of(IDS)
+        ids = renderer.render([Message("user", "?"), Message("tool", "It is here.", tool_call_id=name)])
+        texts.append(renderer.decode_action(ids))
+    assert "tool call_0" in texts[0]
+    assert texts[1] == texts[0]
+
+
+REFUSED = {
+    "without a system message": "{{ raise_exception('a system message, please') if messages[0].role != 'system' }}",
+    "all": "{{ raise_exception('no messages, please') }}",
+    "an error": "{{ messages[0].nothing.at_all }}",
+    "not a template": "{% messages %}",
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_template_that_refuses_a_question_is_a_mistake_where_it_must_be_asked(name: str) -> None:
+    tokenizer = make_tokenizers()["qwen3"]
+    tokenizer.chat_template = REFUSED[name] + CODER
+    renderer = Renderer()
+    renderer.bind(tokenizer, {tokenizer.eos_token_id})  # without tools nothing is asked
+    if name == "without a system message":
+        assert renderer.render([Message("system", "Be brief."), Message("user", "?")]).size
+    with pytest.raises(ConfigError, match="the chat template cannot write a question: ") as refused:
+        bound(tokenizer.chat_template)
+    assert len(str(refused.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("wrong", [{"tokenize": True}, {"messages": []}, {"chat_template": "{% x %}"}, {5: 1}], ids=str)
+def test_arguments_that_no_template_takes_are_a_mistake(wrong: dict[Any, Any]) -> None:
+    tokenizer = make_tokenizers()["qwen3"]
+    renderer = Renderer(wrong)
+    renderer.bind(tokenizer, {tokenizer.eos_token_id}, [FIND], "find")
+    with pytest.raises(ConfigError, match="the chat template cannot write a question: "):
+        HermesParser().bind([FIND], renderer)
