@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from rich.console import Console
 from rich.text import Text
 
+from steppo.rendering import is_open
 from steppo.transcripts import info_text
 from steppo.types import Episode, Request, Step, Task, Turn
 
@@ -115,8 +116,11 @@ class Human:
             if said == "quit" and said not in commands:
                 raise Quit
             if said.isdigit() and commands and said not in commands:
-                if 1 <= int(said) <= len(commands):
-                    return commands[int(said) - 1]
-                self._console.print(f"There are {len(commands)} commands.")
+                if not 1 <= int(said) <= len(commands):
+                    self._console.print(f"There are {len(commands)} commands.")
+                elif is_open(chosen := commands[int(said) - 1]):
+                    self._console.print(_printable(f"Write {chosen} with words of your own."), markup=False)
+                else:
+                    return chosen
             elif said:
                 return said
