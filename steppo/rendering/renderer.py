@@ -64,14 +64,15 @@ class Renderer:
         self._tokenizer = tokenizer
         self._stop_ids = frozenset(stop_ids)
         self._arguments = self.template_kwargs if tokenizer.chat_template else {"chat_template": PLAIN_TEMPLATE}
-        markup = markup_of(tokenizer)
+        markup = markup_of(tokenizer, str(self._arguments.get("chat_template", "")))
         if tools:
             schemas = {"tools": [tool.schema for tool in tools]}
             self.template_knows_tools = self._differs_with(schemas)
             if self.template_knows_tools:
                 self._arguments = {**self._arguments, **schemas}
             else:
-                markup |= {*ANSWER_MARKUP, *markup_in(_RESPONSE), *markup_in(tools_text)}
+                shown = "\n".join(json.dumps(tool.schema, ensure_ascii=False) for tool in tools)
+                markup |= {*ANSWER_MARKUP, *markup_in(_RESPONSE), *markup_in(tools_text, shown)}
             self._require_plain(tools, Markup({*markup, _MARK}, tokenizer))
         self._tools_text = "" if self.template_knows_tools else tools_text
         self._markup = Markup(markup, tokenizer)

@@ -10,7 +10,7 @@ import pytest
 from steppo.errors import ConfigError
 from steppo.rendering import HermesParser, Renderer
 from steppo.types import Action, Message, ToolSpec
-from tests.rendering.helpers import make_tokenizers
+from tests.rendering.helpers import QWEN3, SMOLLM2, make_tokenizers
 from tests.rendering.test_tool_calls import FIND, IT, ONE, SEEN, bound, renderer_of, said
 
 # As those of models whose calls are written in another way.
@@ -154,3 +154,47 @@ def test_arguments_that_no_template_takes_are_a_mistake(wrong: dict[Any, Any]) -
     renderer.bind(tokenizer, {tokenizer.eos_token_id}, [FIND], "find")
     with pytest.raises(ConfigError, match="the chat template cannot write a question: "):
         HermesParser().bind([FIND], renderer)
+
+
+# --- whose brackets are whose ---
+
+
+@pytest.mark.parametrize("template", [None, QWEN3])
+@pytest.mark.parametrize("words", ["<b>bold</b>", "the [ID] of a page", "<city>, <country>", "[/INST]", '<a="b">', "<|x|>"])
+def test_brackets_in_a_schema_are_text(words: str, template: str | None) -> None:
+    tokenizer = make_tokenizers()["qwen3"]
+    tokenizer.chat_template = template
+    renderer, tools = (
+        Renderer(),
+        [ToolSpec("find", f"Finds {words}.", FIND.parameters), ToolSpec("look", f"Looks at {words}.")],
+    )
+    renderer.bind(tokenizer, {tokenizer.eos_token_id}, tools, HermesParser().tools_text(tools))
+    assert words in renderer.decode_action(renderer.render([Message("user", f"Is it {words}?")])).rpartition("Is it")[2]
+
+
+@pytest.mark.parametrize("template", [None, QWEN3])
+@pytest.mark.parametrize("words", ["</tools>", "<tools>", "<tool_call>", "</tool_response>", "<think>", "<|im_end|>"])
+def test_markup_in_a_schema_is_a_mistake(words: str, template: str | None) -> None:
+    tokenizer = make_tokenizers()["qwen3"]
+    tokenizer.chat_template = template
+    tools = [ToolSpec("find", f"Finds <b>{words}</b>.", FIND.parameters)]
+    with pytest.raises(ConfigError, match=r"^the tool find cannot be shown: "):
+        Renderer().bind(tokenizer, {tokenizer.eos_token_id}, tools, HermesParser().tools_text(tools))
+
+
+OTHER = SMOLLM2 + "{{ '<function=' if messages[0].name }}{# [INST] <|user|> </invoke> \"\" #}"
+
+
+@pytest.mark.parametrize("marker", ["<function=", "[INST]", "<|user|>", "</invoke>", "<|im_end|>"])
+@pytest.mark.parametrize(
+    ("own", "arguments"),
+    [(SMOLLM2, {"chat_template": OTHER}), ({"default": SMOLLM2, "other": OTHER}, {"chat_template": "other"}), (OTHER, {})],
+    ids=["in its place", "by name", "its own"],
+)
+def test_whichever_template_writes_nobody_else_writes_its_markup(own: Any, arguments: dict[str, Any], marker: str) -> None:
+    tokenizer = make_tokenizers()["qwen3"]
+    tokenizer.chat_template = own
+    renderer = Renderer(arguments)
+    renderer.bind(tokenizer, {tokenizer.eos_token_id})
+    plain, marked = (renderer.render([Message("user", f"A{text}B")]) for text in ("", marker))
+    assert marked.tolist() == plain.tolist()
