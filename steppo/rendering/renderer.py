@@ -15,6 +15,7 @@ from steppo.types import Action, Message, Step, ToolSpec
 
 _MARK = "\u241estep\u241e"  # stands for an agent's answer when a template is cut behind it
 _QUESTION = {"role": "user", "content": "?"}
+_ANSWER = {"role": "tool", "content": "It is here.", "tool_call_id": "call00000"}
 _RESPONSE = "<tool_response>\n{}\n</tool_response>"  # as Hermes models read them
 
 # How turns are written where a tokenizer has no chat template.
@@ -35,8 +36,9 @@ class Renderer:
     A message is text. A step among the messages stands for its answer: its ids go in as they are, and what follows is
     written as the template writes it behind an answer. The template's markup is taken out of all messages but the system's.
 
-    A template that knows tools writes their schemas and answers itself. For another, schemas go into the system message, and
-    answers into messages of the user, in ``<tool_response>``, those of one action together.
+    A template that knows tools writes their schemas and answers itself. For another, also for one that writes schemas and no
+    answers, schemas go into the system message, and answers into messages of the user, in ``<tool_response>``, those of one
+    action together.
 
     Args:
         template_kwargs: Extra arguments of the chat template, such as ``enable_thinking: false``.
@@ -67,7 +69,7 @@ class Renderer:
         markup = markup_of(tokenizer, str(self._arguments.get("chat_template", "")))
         if tools:
             schemas = {"tools": [tool.schema for tool in tools]}
-            self.template_knows_tools = self._differs_with(schemas)
+            self.template_knows_tools = self._knows_tools(schemas)
             if self.template_knows_tools:
                 self._arguments = {**self._arguments, **schemas}
             else:
@@ -93,12 +95,14 @@ class Renderer:
             if found := markup.found_in(json.dumps(tool.schema, ensure_ascii=False)):
                 raise ConfigError(f"the tool {tool.name} cannot be shown: {found} in it is markup of the model's prompts")
 
-    def _differs_with(self, schemas: dict[str, Any]) -> bool:
+    def _knows_tools(self, schemas: dict[str, Any]) -> bool:
+        """Whether the template writes schemas, and a tool's answer where ``extend`` asks for it."""
         try:
             with_tools, without = (self._apply([_QUESTION], **arguments) for arguments in (schemas, {}))
-        except Exception:  # a template may refuse tools in words of its own
+            answered = self._apply([_QUESTION, {"role": "assistant", "content": _MARK}, _ANSWER], **schemas)
+            return with_tools != without and _ANSWER["content"] in answered.partition(_MARK)[2]
+        except Exception:  # a template may refuse tools, or answers without their calls, in words of its own
             return False
-        return with_tools != without
 
     def render(self, messages: Sequence[Message | Step]) -> np.ndarray:
         """Ids of a dialogue, ready for the next answer: int32."""

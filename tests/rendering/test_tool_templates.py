@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from steppo.errors import ConfigError
-from steppo.rendering import HermesParser, Renderer
-from steppo.types import Action, Message, ToolSpec
-from tests.rendering.helpers import QWEN3, SMOLLM2, make_tokenizers
+from steppo.rendering import AppendContext, HermesParser, Renderer
+from steppo.types import Action, Message, ToolSpec, Turn
+from tests.rendering.helpers import QWEN3, SMOLLM2, make_step, make_tokenizers
 from tests.rendering.test_tool_calls import FIND, IT, ONE, SEEN, bound, renderer_of, said
 
 # As those of models whose calls are written in another way.
@@ -198,3 +198,44 @@ def test_whichever_template_writes_nobody_else_writes_its_markup(own: Any, argum
     renderer.bind(tokenizer, {tokenizer.eos_token_id})
     plain, marked = (renderer.render([Message("user", f"A{text}B")]) for text in ("", marker))
     assert marked.tolist() == plain.tolist()
+
+
+# --- templates that know half of it ---
+
+ANSWERED = (
+    "{{ raise_exception('an id of nine letters, please') if message.role == 'tool' and message.tool_call_id|length != 9 }}"
+)
+LOOP = "{%- for message in messages -%}"
+HALF = {
+    "answers are left out": CODER.replace(LOOP, "{%- for message in messages if message.role != 'tool' -%}"),
+    "answers without calls are refused": CODER.replace(
+        LOOP,
+        LOOP + "{{ raise_exception('no call') if message.role == 'tool' and not loop.previtem.tool_calls }}",
+    ),
+    "the role is refused": CODER.replace(
+        LOOP, LOOP + "{{ raise_exception('no role ' + message.role) if message.role == 'tool' }}"
+    ),
+    "only names of calls": CODER.replace("+ message.content", "+ (message.tool_call_id or message.content)"),
+    "schemas are left out": CODER.replace("tool | tojson", "''").replace("{%- if tools -%}", "{%- if false -%}"),
+    "schemas are refused": "{{ raise_exception('no tools, please') if tools }}" + CODER,
+    "an error": CODER.replace(LOOP, LOOP + "{{ message.tool_calls[0].id if message.role == 'tool' }}"),
+}
+
+
+@pytest.mark.parametrize("name", HALF)
+def test_a_template_that_knows_half_of_it_writes_neither(name: str) -> None:
+    tokenizer = make_tokenizers()["qwen3"]
+    tokenizer.chat_template = HALF[name]
+    context, renderer = AppendContext("Search."), Renderer()
+    renderer.bind(tokenizer, {tokenizer.eos_token_id}, [FIND], HermesParser().tools_text([FIND]))
+    assert not renderer.template_knows_tools
+    HermesParser().bind([FIND], renderer)
+    context.bind(renderer)
+    step = make_step(context, context.prompt_ids([Turn("Where?")], []), said(IT), 0)
+    text = renderer.decode_action(context.prompt_ids([Turn("Where?"), Turn(messages=(Message("tool", "Here."),))], [step]))
+    assert text.count("Finds pages.") == 1
+    assert "user\n<tool_response>\nHere.\n</tool_response>" in text
+
+
+def test_a_template_that_asks_for_ids_of_some_length_knows_tools() -> None:
+    assert renderer_of(CODER.replace(LOOP, LOOP + ANSWERED)).template_knows_tools
