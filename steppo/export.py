@@ -170,9 +170,13 @@ def _use(name: str, parts: PartsCLI, adapter: bool) -> list[str]:
     loaded = "".join(f"    {key}={value},\n" for key, value in arguments.items())
     turns, rendering = [{"role": "user", "content": "..."}], ""
     if isinstance(source, EnvSource):
-        if source.context.instructions:
-            turns.insert(0, {"role": "system", "content": source.context.instructions})
-        rendering = "".join(f", {key}={value!r}" for key, value in source.renderer.template_kwargs.items())
+        source.bind_tokenizer(policy.tokenizer, policy.stop_ids)
+        knows = source.renderer.template_knows_tools
+        first = [source.context.instructions, "" if knows else source.parser.tools_text(source.tools)]
+        if any(first):
+            turns.insert(0, {"role": "system", "content": "\n\n".join(filter(None, first))})
+        written_with = source.renderer.template_kwargs | ({"tools": [tool.schema for tool in source.tools]} if knows else {})
+        rendering = "".join(f", {key}={value!r}" for key, value in written_with.items())
     return [
         *(["import torch"] if mixed or "torch." in loaded else []),
         *(["from peft import AutoPeftModelForCausalLM"] if adapter else []),

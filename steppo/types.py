@@ -100,7 +100,7 @@ class Turn:
 
     Attributes:
         text: What it says as the user, if anything.
-        goal: The instruction, the same all through an episode.
+        goal: The instruction, the same all through an episode; said once, it stays.
         commands: What may be said, shown in the prompt; ``None`` where that is hidden, unknown or free. In an open command,
             ``...`` stands for words of the agent's own: ``search[...]``.
         messages: What else is said, before ``text``: answers of tools (role ``tool``), other users.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,12 +17,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from steppo.batch import Segment
 from steppo.cli import SteppoCLI
-from steppo.export import clean_config, main
+from steppo.engines import HFEngine
+from steppo.export import _use, clean_config, main
 from steppo.models import Policy, TinyPolicy
 from steppo.packing import PaddedPacker
 from steppo.rendering import AppendContext, Renderer, StateContext
+from steppo.rollouts import EnvSource
 from steppo.types import RolloutConfig, Step, Turn, groups_of
 from tests.cli_helpers import TOY, checkpoint, evaluations, run
+from tests.rendering.helpers import make_tokenizers
+from tests.search_env import SearchEnv
 from tests.test_train import CHAT
 
 OPENING = Turn("You are in room 1.", "Take the coin in room 0.", ("left", "right", "take"))
@@ -287,3 +292,25 @@ def test_help_shows_an_example(capsys: pytest.CaptureFixture[str]) -> None:
         main(["--help"])
     assert stopped.value.code == 0
     assert "python -m steppo.export --ckpt_path runs/quickstart" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("template", ["smollm2", "qwen3"])
+def test_the_card_shows_the_tools(template: str) -> None:
+    """Its first prompt is that of the run, but for the question."""
+    tokenizer = make_tokenizers()[template]
+    policy = SimpleNamespace(
+        tokenizer=tokenizer, stop_ids={tokenizer.eos_token_id}, load_arguments=dict, adapters=None, base_dtype=None
+    )
+    source = EnvSource(
+        SearchEnv(), AppendContext("Search first."), HFEngine(), renderer=Renderer({"enable_thinking": False})
+    )
+    model, data = SimpleNamespace(policy=policy), SimpleNamespace(source=source)
+    lines = _use(
+        "there", SimpleNamespace(model=model, datamodule=data, resolved={"trainer": {"precision": "32-true"}}), False
+    )
+    code = "\n".join(line for line in lines if line.startswith(("prompt", "text")))
+    said = {"tokenizer": tokenizer}
+    exec(code, said)
+    expected = source.context.prompt_ids([Turn("...")], [])
+    assert said["text"] == tokenizer.decode(expected)
+    assert "Finds documents by their words." in said["text"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import sys
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from steppo.envs import Env
+from steppo.envs import Env, TextGameEnv
 from steppo.play.command import main
 from steppo.play.show import Show
 from steppo.types import Action, Episode, Message, Step, StopReason, Task, ToolCall, ToolSpec, Turn
@@ -122,3 +123,30 @@ def test_a_turn_without_words_and_one_with_messages_only() -> None:
     assert shown(("turn", (None, Turn()))) == [""]
     assert shown(("turn", (None, Turn(messages=(tool,))))) == ['tool: {"a": "[b]"}']
     assert shown(("turn", (None, Turn("hm", messages=(tool, tool))))) == ['tool: {"a": "[b]"}'] * 2 + ["hm"]
+
+
+class Shelf(TextGameEnv):
+    """Takes what is named, or goes."""
+
+    max_steps = 2
+
+    def tasks(self, split: str) -> list[Task]:
+        return [Task(f"shelf/{split}")]
+
+    def reset(self, task: Task) -> Turn:
+        return Turn("A shelf.", commands=("take ...", "go"))
+
+    def command(self, command: str) -> Turn:
+        return Turn(f"You {command}.", commands=("go", "[red]...[/red]"), terminated=command == "go")
+
+
+def test_the_number_of_an_open_command_asks_for_words(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO("1\ntake a cup\n2\n1\n"))
+    text = play(capsys, "--player=human", "--data.source.env=tests.test_play_info.Shelf")
+    assert text.count("with words of your own") == 2
+    assert "Write take ... with words of your own." in text
+    assert "Write [red]...[/red] with words of your own." in text
+    assert "You take a cup." in text
+    assert "You go." in text

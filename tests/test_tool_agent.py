@@ -88,4 +88,4 @@ def test_episodes_with_tools_are_played_and_learned_from(template: str, tmp_path
 
 @pytest.mark.skipif(not SMOLLM2.exists(), reason="needs models/smollm2-135m: see examples/convert_gguf.py")
 def test_smollm2_plays_with_tools_and_learns(tmp_path: Path) -> None:
-    check(*train(tmp_path, SMOLLM2, "--warm_start.updates=8", "--warm_start.lr=1e-4"))
+    check(*train(tmp_path, SMOLLM2, "--warm_start.updates=8", "--warm_start.lr=1e-4", "--model.policy_optimizer.lr=1e-5"))

@@ -10,7 +10,7 @@ from dataclasses import replace
 from numbers import Integral
 from typing import Any
 
-from steppo.envs.base import Env
+from steppo.envs.base import Env, TextGameEnv
 from steppo.envs.checks import plain_text, shown
 from steppo.errors import ConfigError, WrongValue, blamed_on, said
 from steppo.types import Task, ToolSpec
@@ -47,6 +47,8 @@ def checked_tools(env: Env) -> tuple[ToolSpec, ...]:
             plain_text("its schema", json.dumps(tool.schema, allow_nan=False, ensure_ascii=False))
         except Exception as error:
             raise ConfigError(f"{name}: tools[{number}] is wrong: {said(error)}") from None
+    if tools and type(env).step is TextGameEnv.step:
+        raise ConfigError(f"{name}: a TextGameEnv takes commands, and calls of tools are none: subclass Env, or define step")
     return tuple(tools)
 
 

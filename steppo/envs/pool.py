@@ -321,7 +321,7 @@ class EnvPool:
         if wanted:
             try:
                 self._replies[slot] = pickle.loads(answer)
-            except Exception as error:  # what an Observation of the user's own holds may be known to the worker only
+            except Exception as error:  # what a Turn of the user's own holds may be known to the worker only
                 self._replies[slot] = EnvReply(error=f"unreadable answer: {said(error)}")
         if outgrown:
             process.end(self._guard, patience_s=_CLOSE_S)  # it closes its environments

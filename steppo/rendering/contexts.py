@@ -137,5 +137,5 @@ class StateContext(ContextPolicy):
         current = self._cleaned(turns[-1])
         lines = [current.goal] if current.goal else []
         lines += ["Done: " + ", ".join(past)] if past else []
-        lines.append(self.render_observation(current, with_goal=False))
-        return [Message("user", "\n".join(lines), trusted=True)]
+        seen = self.render_observation(current, with_goal=False)
+        return [Message("user", "\n".join([*lines, seen] if seen or not lines else lines), trusted=True)]

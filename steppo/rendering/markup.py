@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Collection
 from typing import Any
 
@@ -14,22 +15,23 @@ ANSWER_MARKUP = (THINK, END_THINK, CALL, END_CALL)  # what a policy writes itsel
 _WRITTEN = re.compile(r"<[^\s<>'\"]+(?:>|=(?=['\"]))|\[/?[A-Z_]+\]")
 
 
-def markup_of(tokenizer: Any) -> set[str]:
-    """All that could pass for the template's own.
+def markup_of(tokenizer: Any, other_template: str = "") -> set[str]:
+    """All that could pass for the template's own, also that of another in its place.
 
     These are the special tokens, with a role (end of sequence) or without (headers of turns), other added tokens that the
     template uses, and what stands in brackets in its source, whether that is one token or several. Words that a template
     writes (``User:``) are not told from text.
     """
-    template = str(tokenizer.chat_template or "")
+    own = tokenizer.chat_template or ""
+    template = "\n".join([*(own.values() if isinstance(own, dict) else [own]), other_template])  # some have several, by name
     added = tokenizer.added_tokens_decoder.values()
     used = [token.content for token in added if token.special or (token.content.strip() and token.content in template)]
     return {*tokenizer.all_special_tokens, *used, *markup_in(template)} - {""}
 
 
-def markup_in(template: str) -> set[str]:
-    """What it has in brackets."""
-    return set(_WRITTEN.findall(template))
+def markup_in(template: str, others: str = "") -> set[str]:
+    """What it has in brackets, beside what is of others in it."""
+    return set(Counter(_WRITTEN.findall(template)) - Counter(_WRITTEN.findall(others)))
 
 
 class Markup:

@@ -9,12 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from steppo.errors import ConfigError
+from steppo.errors import ConfigError, said
 from steppo.rendering.markup import ANSWER_MARKUP, Markup, markup_in, markup_of
 from steppo.types import Action, Message, Step, ToolSpec
 
 _MARK = "\u241estep\u241e"  # stands for an agent's answer when a template is cut behind it
 _QUESTION = {"role": "user", "content": "?"}
+_ANSWER = {"role": "tool", "content": "It is here.", "tool_call_id": "call00000"}
 _RESPONSE = "<tool_response>\n{}\n</tool_response>"  # as Hermes models read them
 
 # How turns are written where a tokenizer has no chat template.
@@ -35,15 +36,15 @@ class Renderer:
     A message is text. A step among the messages stands for its answer: its ids go in as they are, and what follows is
     written as the template writes it behind an answer. The template's markup is taken out of all messages but the system's.
 
-    A template that knows tools writes their schemas and answers itself. For another, schemas go into the system message, and
-    answers into messages of the user, in ``<tool_response>``, those of one action together.
+    A template that knows tools writes their schemas and answers itself. For another, also for one that writes schemas and no
+    answers, schemas go into the system message, and answers into messages of the user, in ``<tool_response>``, those of one
+    action together.
 
     Args:
         template_kwargs: Extra arguments of the chat template, such as ``enable_thinking: false``.
 
     Attributes:
         template_knows_tools: The chat template writes them.
-        prompt_end: The text before an answer, from the last message on.
     """
 
     def __init__(self, template_kwargs: dict[str, Any] | None = None) -> None:
@@ -65,19 +66,27 @@ class Renderer:
         self._tokenizer = tokenizer
         self._stop_ids = frozenset(stop_ids)
         self._arguments = self.template_kwargs if tokenizer.chat_template else {"chat_template": PLAIN_TEMPLATE}
-        markup = markup_of(tokenizer)
+        markup = markup_of(tokenizer, str(self._arguments.get("chat_template", "")))
         if tools:
             schemas = {"tools": [tool.schema for tool in tools]}
-            self.template_knows_tools = self._differs_with(schemas)
+            self.template_knows_tools = self._knows_tools(schemas)
             if self.template_knows_tools:
                 self._arguments = {**self._arguments, **schemas}
             else:
-                markup |= {*ANSWER_MARKUP, *markup_in(_RESPONSE), *markup_in(tools_text)}
+                shown = "\n".join(json.dumps(tool.schema, ensure_ascii=False) for tool in tools)
+                markup |= {*ANSWER_MARKUP, *markup_in(_RESPONSE), *markup_in(tools_text, shown)}
             self._require_plain(tools, Markup({*markup, _MARK}, tokenizer))
-        self.prompt_end = self._apply([_QUESTION]).rpartition(_QUESTION["content"])[2]
         self._tools_text = "" if self.template_knows_tools else tools_text
         self._markup = Markup(markup, tokenizer)
         self._turn_markup = Markup(markup.difference(ANSWER_MARKUP), tokenizer)
+
+    @property
+    def prompt_end(self) -> str:
+        """The text before an answer, from the last message on."""
+        try:
+            return self._apply([_QUESTION]).rpartition(_QUESTION["content"])[2]
+        except Exception as error:  # a template may refuse what it likes, in words of its own
+            raise ConfigError(f"the chat template cannot write a question: {said(error)}") from None
 
     @staticmethod
     def _require_plain(tools: Sequence[ToolSpec], markup: Markup) -> None:
@@ -86,12 +95,14 @@ class Renderer:
             if found := markup.found_in(json.dumps(tool.schema, ensure_ascii=False)):
                 raise ConfigError(f"the tool {tool.name} cannot be shown: {found} in it is markup of the model's prompts")
 
-    def _differs_with(self, schemas: dict[str, Any]) -> bool:
+    def _knows_tools(self, schemas: dict[str, Any]) -> bool:
+        """Whether the template writes schemas, and a tool's answer where ``extend`` asks for it."""
         try:
             with_tools, without = (self._apply([_QUESTION], **arguments) for arguments in (schemas, {}))
-        except Exception:  # a template may refuse tools in words of its own
+            answered = self._apply([_QUESTION, {"role": "assistant", "content": _MARK}, _ANSWER], **schemas)
+            return with_tools != without and _ANSWER["content"] in answered.partition(_MARK)[2]
+        except Exception:  # a template may refuse tools, or answers without their calls, in words of its own
             return False
-        return with_tools != without
 
     def render(self, messages: Sequence[Message | Step]) -> np.ndarray:
         """Ids of a dialogue, ready for the next answer: int32."""

@@ -149,8 +149,12 @@ class EnvSource(EpisodeSource):
 
     def bind_tokenizer(self, tokenizer: Any, stop_ids: Collection[int]) -> None:
         """Takes what prompts are written with and answers read with."""
-        self.renderer.bind(tokenizer, stop_ids, self.tools, self.parser.tools_text(self.tools))
+        tools_text = self.parser.tools_text(self.tools)
+        self.renderer.bind(tokenizer, stop_ids, self.tools, tools_text)
         self.parser.bind(self.tools, self.renderer)
+        if self.tools and not (self.renderer.template_knows_tools or tools_text):
+            name = type(self.parser).__name__
+            raise ConfigError(f"the chat template shows no tools, so {name}.tools_text must say what there is to call")
         self.context.bind(self.renderer)
 
     def write(self, action: Action) -> np.ndarray:

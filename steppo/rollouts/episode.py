@@ -56,7 +56,7 @@ async def play_episode(rules: Rules, place: Place, env: AwaitedEnv, player: Play
         return Episode(*names, tuple(steps), reason, final_prompt_ids, success, error, metadata=opening)
 
     try:
-        turn = _given(await env.reset(task, config.want_expert))
+        turn = rules.answered(_given(await env.reset(task, config.want_expert)))
         opening = turn.info
         while True:
             success = success if turn.success is None else turn.success
@@ -87,8 +87,10 @@ async def play_episode(rules: Rules, place: Place, env: AwaitedEnv, player: Play
 
             # what it brings; after one that is refused the environment stays as it is, solved or not
             before = turn
-            action = parsed.action
-            turn = before.refused(parsed.feedback) if action is None else _given(await env.step(action))
+            if (action := parsed.action) is None:
+                turn = before.refused(parsed.feedback)
+            else:
+                turn = rules.answered(_given(await env.step(action)), before)
             turn = rules.judged(turn, len(steps) + 1)
             steps.append(
                 Step(

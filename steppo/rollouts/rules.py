@@ -56,6 +56,12 @@ class Rules:
         action = None if parsed.action is None else checked_action(call, parsed.action)
         return ParsedAction(action, plain_text(f"the feedback of {call}", parsed.feedback))
 
+    def answered(self, turn: Turn, before: Turn | None = None) -> Turn:
+        """What the environment says: a goal said once stays, and its feedback may not show a call as a parser's may."""
+        goal = turn.goal or (before.goal if before else "")
+        feedback = self.context.renderer.without_answers(turn.feedback)
+        return turn if (goal, feedback) == (turn.goal, turn.feedback) else replace(turn, goal=goal, feedback=feedback)
+
     def judged(self, turn: Turn, number: int) -> Turn:
         """What the ``number``-th step (from 1) brought: less for an invalid action, and the end at the task's limit."""
         if not turn.action_valid:

@@ -12,8 +12,9 @@ import pytest
 
 from steppo.envs.given import checked_tools
 from steppo.errors import ConfigError, RunError
-from steppo.types import ToolSpec
+from steppo.types import Action, ToolSpec, Turn
 from tests.cli.test_errors import fit, refused
+from tests.search_env import SearchEnv
 from tests.toy_env import CorridorEnv
 
 FIND = ToolSpec("find", "Looks for something.", {"type": "object", "properties": {"what": {"type": "string"}}})
@@ -106,6 +107,25 @@ def test_as_a_user_meets_it(kind: str, tmp_path: Path, capsys: pytest.CaptureFix
 
 @pytest.mark.parametrize("tools", [(), [], [FIND], (FIND, ToolSpec("find_all"))], ids=len)
 def test_what_is_right_comes_through(tools: Sequence[ToolSpec]) -> None:
-    env = CorridorEnv()
+    env = SearchEnv()
     env.tools = tools
     assert checked_tools(env) == tuple(tools)
+
+
+class BothEnv(CorridorEnv):
+    """Takes commands, and calls of its tools in a step of its own."""
+
+    tools = (FIND,)
+
+    def step(self, action: Action) -> Turn:
+        return Turn(str(len(action.tool_calls))) if action.tool_calls else super().step(action)
+
+
+def test_where_tools_would_come_as_commands_they_are_refused() -> None:
+    env = CorridorEnv()
+    env.tools = (FIND,)
+    with pytest.raises(ConfigError, match=r"^CorridorEnv: a TextGameEnv takes commands.*: subclass Env"):
+        checked_tools(env)
+    env.tools = ()
+    assert checked_tools(env) == ()
+    assert checked_tools(BothEnv()) == (FIND,)

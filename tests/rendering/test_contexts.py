@@ -254,6 +254,17 @@ def test_state_shows_some_past_actions(tokenizers: dict[str, Any], most: int | N
     assert ("Done:" not in text) if shown is None else (shown in text)
 
 
+def test_state_has_no_empty_lines(tokenizers: dict[str, Any]) -> None:
+    context = bound(StateContext(instructions=""), tokenizers["smollm2"])
+    for turn, text in (
+        (Turn(goal="Who?"), "Who?"),
+        (Turn("Here.", "Who?"), "Who?\nHere."),
+        (Turn("Here."), "Here."),
+        (Turn(), ""),
+    ):
+        assert f"<|im_start|>user\n{text}<|im_end|>" in text_of(tokenizers["smollm2"], context.prompt_ids([turn], []))
+
+
 def test_state_works_with_any_template(tokenizers: dict[str, Any]) -> None:
     context = bound(StateContext(instructions="", max_past_actions=1), tokenizers["unclosed"])
     text = text_of(tokenizers["unclosed"], play(context)[0][-1])

@@ -17,9 +17,11 @@ from steppo.envs.pool import EnvPool, EnvReply
 from steppo.errors import ConfigError, RunError
 from steppo.metrics import EpisodeStatistics
 from steppo.models import TinyPolicy
-from steppo.rendering import ActionParser, AppendContext, ContextPolicy, ParsedAction, StateContext
+from steppo.rendering import ActionParser, AppendContext, ContextPolicy, HermesParser, ParsedAction, StateContext
 from steppo.rollouts import EnvSource, Player, ScriptedPlayer, expert_action
 from steppo.types import Action, Completion, Episode, Group, Request, RolloutConfig, StopReason, ToolCall, Turn
+from tests.rendering.helpers import make_tokenizers
+from tests.search_env import SearchEnv
 from tests.toy_env import CorridorEnv, FaultyEnv
 from tests.wrong_env import VerdictEnv
 
@@ -843,3 +845,23 @@ def test_a_task_that_breaks_adds_what_could_be_read(make_source: SourceMaker) ->
     assert len([text for text in texts if text.startswith(broken)]) == 2, "the opening, and what the first step showed"
     assert len([text for text in texts if text.startswith(healthy)]) > 2
     assert_same(play(source, groups_of(1, tasks=1)), play(make_source(), groups_of(1, tasks=1)))
+
+
+class SilentParser(HermesParser):
+    """Does not say what there is to call."""
+
+    def tools_text(self, tools: Sequence[types.ToolSpec]) -> str:
+        return ""
+
+
+def test_tools_that_no_prompt_would_show_are_a_mistake() -> None:
+    source = EnvSource(SearchEnv(), AppendContext(), HFEngine(), SilentParser())
+    for name, tokenizer in make_tokenizers().items():
+        if name in ("qwen3", "thinking"):  # they know tools; one writes no calls
+            continue
+        with pytest.raises(ConfigError, match=r"SilentParser.tools_text must say"):
+            source.bind_tokenizer(tokenizer, {tokenizer.eos_token_id})
+    tokenizer = make_tokenizers()["qwen3"]
+    source.bind_tokenizer(tokenizer, {tokenizer.eos_token_id})
+    prompt = source.context.prompt_ids([Turn("?")], [])
+    assert "Finds documents by their words." in source.renderer.decode_action(prompt)
