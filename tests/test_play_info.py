@@ -146,7 +146,7 @@ def test_the_number_of_an_open_command_asks_for_words(
     monkeypatch.setattr(sys, "stdin", io.StringIO("1\ntake a cup\n2\n1\n"))
     text = play(capsys, "--player=human", "--data.source.env=tests.test_play_info.Shelf")
     assert text.count("with words of your own") == 2
-    assert "Write take ... with words of your own." in text
-    assert "Write [red]...[/red] with words of your own." in text
+    assert "Type it, with words of your own: take ..." in text
+    assert "Type it, with words of your own: [red]...[/red]" in text
     assert "You take a cup." in text
     assert "You go." in text
