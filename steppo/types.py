@@ -136,8 +136,8 @@ class Turn:
 
     def refused(self, feedback: str) -> Turn:
         """This turn again, after an answer that never reached the environment."""
-        kept = {name: getattr(self, name) for name in ("goal", "commands", "state_key", "expert_action")}
-        return Turn(self.observation, **kept, action_valid=False, feedback=feedback)
+        kept = {name: getattr(self, name) for name in ("text", "goal", "commands", "messages", "state_key", "expert_action")}
+        return Turn(**kept, action_valid=False, feedback=feedback)
 
 
 class StopReason(enum.StrEnum):

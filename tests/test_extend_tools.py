@@ -92,7 +92,8 @@ FILES = {
 
             def messages(self, turns, steps):
                 start = [self.opening(turns[0])]
-                return [*start, steps[-1], *self.following(turns[-1]), Message("user", self.last)] if steps else start
+                new = self.following(turns[-1], turns[-2]) if steps else []
+                return [*start, steps[-1], *new, Message("user", self.last)] if steps else start
         """,
     "my_renderer": """
         from dataclasses import replace
@@ -237,7 +238,7 @@ def test_a_renderer(play: Play) -> None:
     cli, episodes = play(WITH_TOOLS | state | {"renderer": ["", "  class_path: my_renderer.Framed", "  frame: '%%'"]})
     for step in (step for steps in episodes for step in steps):
         assert text_of(cli, step).startswith("%% Be brief. %%\n\nYou may call tools.")
-        assert ("\n%% Done: " if step.index else "\n%% Which shelf is the jar on?\n") in text_of(cli, step)
+        assert "\n%% Which shelf is the jar on?\n" + ("Done: " if step.index else "") in text_of(cli, step)
 
 
 def test_a_parser(play: Play, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
@@ -13,6 +14,7 @@ from steppo.rendering.renderer import Renderer
 from steppo.types import Message, Step, Turn
 
 _TASK = "Solve the task. Answer with one command and nothing else."
+_TASK_WITH_TOOLS = "Solve the task."
 
 
 class ContextPolicy(ABC):
@@ -29,8 +31,10 @@ class ContextPolicy(ABC):
         self.instructions = instructions
 
     def bind(self, renderer: Renderer) -> None:
-        """Takes what writes its messages."""
+        """Takes what writes its messages. Where there are tools, the usual instructions do not ask for a command."""
         self.renderer = renderer
+        if renderer.tools and self.instructions == _TASK:
+            self.instructions = _TASK_WITH_TOOLS
 
     @abstractmethod
     def messages(self, turns: Sequence[Turn], steps: Sequence[Step]) -> Sequence[Message | Step]:
@@ -53,20 +57,22 @@ class ContextPolicy(ABC):
         """A turn that no answer stands before: the goal, and all that is seen, as one message of the user."""
         return Message("user", self.render_observation(self._cleaned(turn)), trusted=True)
 
-    def following(self, turn: Turn) -> list[Message]:
-        """A turn behind an answer: its messages by their roles, such as answers of tools, then what the user says.
+    def following(self, turn: Turn, before: Turn) -> list[Message]:
+        """A turn behind an answer to the one ``before``: messages by their roles, such as answers of tools, then the user's.
 
-        What a parser fed back may show a call's form, what the environment says may not.
+        What a parser fed back may show a call's form, what the environment says may not. After an answer that was refused
+        the messages are those of before: they stand there already.
         """
+        messages = () if turn.messages is before.messages else turn.messages
         text = self.render_observation(self._cleaned(replace(turn, messages=())), with_goal=False)
-        user = [Message("user", text, trusted=True)] if text or not turn.messages else []
-        return [*turn.messages, *user]
+        user = [Message("user", text, trusted=True)] if text or not messages else []
+        return [*messages, *user]
 
     def dialogue(self, turns: Sequence[Turn], steps: Sequence[Step], first: int = 0) -> list[Message | Step]:
         """Turns from the ``first`` on, and answers. The goal comes first, once."""
         parts: list[Message | Step] = [self.opening(turns[first])]
-        for step, turn in zip(steps[first:], turns[first + 1 :], strict=True):
-            parts += [step, *self.following(turn)]
+        for step, (before, turn) in zip(steps[first:], itertools.pairwise(turns[first:]), strict=True):
+            parts += [step, *self.following(turn, before)]
         return parts
 
     def render_observation(self, turn: Turn, with_goal: bool = True) -> str:
@@ -94,7 +100,7 @@ class AppendContext(ContextPolicy):
         if not steps:
             return super().prompt_ids(turns, steps)
         # The ids of all messages, from the last prompt on: rendering an episode takes time linear in its length.
-        return self.renderer.extend(steps[-1].prompt_ids, steps[-1], self.following(turns[-1]))
+        return self.renderer.extend(steps[-1].prompt_ids, steps[-1], self.following(turns[-1], turns[-2]))
 
 
 class WindowContext(ContextPolicy):

@@ -37,13 +37,14 @@ class Renderer:
     written as the template writes it behind an answer. The template's markup is taken out of all messages but the system's.
 
     A template that knows tools writes their schemas and answers itself. For another, also for one that writes schemas and no
-    answers, schemas go into the system message, and answers into messages of the user, in ``<tool_response>``, those of one
-    action together.
+    answers, schemas go into the system message, and answers into a message of the user, in ``<tool_response>``, with what
+    else follows the action.
 
     Args:
         template_kwargs: Extra arguments of the chat template, such as ``enable_thinking: false``.
 
     Attributes:
+        tools: The environment's.
         template_knows_tools: The chat template writes them.
     """
 
@@ -63,6 +64,7 @@ class Renderer:
         Raises:
             ConfigError: A tool's name, description or schema has markup in it.
         """
+        self.tools = tuple(tools)
         self._tokenizer = tokenizer
         self._stop_ids = frozenset(stop_ids)
         self._arguments = self.template_kwargs if tokenizer.chat_template else {"chat_template": PLAIN_TEMPLATE}
@@ -163,18 +165,18 @@ class Renderer:
 
     def _text(self, messages: Sequence[Message]) -> str:
         turns: list[dict[str, str]] = []
-        answered = False
+        answered = False  # the last turn holds a tool's answer in the user's words
         for message in messages:
             turn = {"role": message.role, "content": self._cleaned(message)}
-            is_answer = message.role == "tool"
-            if is_answer and self.template_knows_tools:
-                turn["tool_call_id"] = self._markup.removed_from(message.tool_call_id)
-            elif is_answer:
+            answers = message.role == "tool" and not self.template_knows_tools
+            if answers:
                 turn = {"role": "user", "content": _RESPONSE.format(turn["content"])}
-                if answered:
-                    turn["content"] = f"{turns.pop()['content']}\n{turn['content']}"
+            elif message.role == "tool":
+                turn["tool_call_id"] = self._markup.removed_from(message.tool_call_id)
+            if answered:  # some templates refuse two turns of the user in a row
+                turn["content"] = f"{turns.pop()['content']}\n{turn['content']}"
             turns.append(turn)
-            answered = is_answer
+            answered = answers or (answered and turn["role"] == "user")
         return self._apply(turns)
 
     def _apply(self, turns: Sequence[dict[str, Any]], **arguments: Any) -> str:

@@ -105,13 +105,12 @@ def as_the_template_takes(answer: Action | str, native: bool) -> dict[str, Any]:
 
 
 def after_an_answer(turn: Turn, native: bool) -> list[dict[str, Any]]:
+    text = "\n".join(line for line in (turn.feedback, turn.text) if line)
     if native:
         said = [{"role": "tool", "content": one.content, "tool_call_id": one.tool_call_id} for one in turn.messages]
-    else:
-        texts = [f"<tool_response>\n{message.content}\n</tool_response>" for message in turn.messages]
-        said = [{"role": "user", "content": "\n".join(texts)}] if texts else []
-    text = "\n".join(line for line in (turn.feedback, turn.text) if line)
-    return said + ([{"role": "user", "content": text}] if text or not said else [])
+        return said + ([{"role": "user", "content": text}] if text or not said else [])
+    texts = [f"<tool_response>\n{message.content}\n</tool_response>" for message in turn.messages]
+    return [{"role": "user", "content": "\n".join([*texts, *([text] if text or not texts else [])])}]
 
 
 @pytest.mark.parametrize("name", ["qwen3", "with ids", *OWN])
@@ -191,8 +190,8 @@ def test_answers_of_one_action_are_one_turn_of_the_user(name: str) -> None:
     if tokenizer.chat_template is None:
         assert text == f"7<|im_end|>\n{three}\nBy the way.\n{four}\nGo on.\n>"
     else:
-        turns = "".join(f"<|im_start|>user\n{said}<|im_end|>\n" for said in (three, "By the way.", four, "Go on."))
-        assert text == f"7<|im_end|>\n{turns}<|im_start|>assistant\n"
+        user = "\n".join((three, "By the way.", four, "Go on."))
+        assert text == f"7<|im_end|>\n<|im_start|>user\n{user}<|im_end|>\n<|im_start|>assistant\n"
 
 
 # --- what was sampled ---
@@ -237,7 +236,7 @@ def test_what_was_sampled_stays(
         assert prompt[at : at + len(step.action_ids)] == step.action_ids.tolist()
         at += len(step.action_ids)
         rest = context.renderer.extend(
-            np.zeros(0, np.int32), replace(step, action_ids=step.action_ids[:0]), context.following(turn)
+            np.zeros(0, np.int32), replace(step, action_ids=step.action_ids[:0]), context.following(turn, Turn())
         )
         assert prompt[at : at + len(rest)] == rest.tolist()
         at += len(rest)
