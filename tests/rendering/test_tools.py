@@ -194,6 +194,21 @@ def test_answers_of_one_action_are_one_turn_of_the_user(name: str) -> None:
         assert text == f"7<|im_end|>\n<|im_start|>user\n{user}<|im_end|>\n<|im_start|>assistant\n"
 
 
+@pytest.mark.parametrize("name", ["qwen3", *OWN])
+@pytest.mark.parametrize("context", [AppendContext(), WindowContext(8)], ids=["append", "window"])
+def test_a_refused_call_brings_its_feedback_alone(context: ContextPolicy, name: str) -> None:
+    bound(context, name)
+    found = Turn(goal="Find it.", messages=answered(["A lamp.", "A jar."]))
+    turns, steps = [Turn(goal="Find it."), found, found.refused("No."), found.refused("No, again.")], []
+    for index in range(3):
+        steps.append(make_step(context, context.prompt_ids(turns[: index + 1], steps), "?", index))
+    text = text_of(tokenizers()[name], context.prompt_ids(turns, steps))
+    assert [text.count(said) for said in ("A lamp.", "A jar.", "No.", "No, again.")] == [1, 1, 1, 1]
+    state = bound(StateContext(), name)
+    text = text_of(tokenizers()[name], state.prompt_ids(turns, steps))
+    assert [text.count(said) for said in ("A lamp.", "A jar.", "No, again.")] == [1, 1, 1]
+
+
 # --- what was sampled ---
 
 SAMPLED = [
