@@ -265,7 +265,7 @@ def test_demonstrations_are_said_as_the_parser_reads_them(tmp_path: Path, monkey
     said: list[str] = []
 
     def clone(callback: WarmStartCallback, trainer: pl.Trainer, module: AgentModule, segments: list[Segment]) -> None:
-        said.extend(module.data.source.context.decode_action(segment.action_ids) for segment in segments)
+        said.extend(module.data.source.renderer.decode_action(segment.action_ids) for segment in segments)
 
     monkeypatch.setattr(WarmStartCallback, "_train", clone)
     parser = ["--data.source.parser=ToolCallParser", "--data.source.max_new_tokens=80"]

@@ -131,8 +131,8 @@ def test_demonstrations_that_the_policy_cannot_say_are_refused(tmp_path: Path, c
 @pytest.mark.parametrize(("lengths", "count"), [([3], 0), ([3, 3, 4], 1), ([9, 1], 1), ([4] * 5, 5), ([4, 70], 2), ([1], 0)])
 def test_one_that_is_too_long_is_enough(lengths: list[int], count: int) -> None:
     steps: Any = [SimpleNamespace(action_ids=np.zeros(length, dtype=np.int32)) for length in lengths]
-    context = SimpleNamespace(decode_action=lambda ids: "go " * 100)
-    source: Any = SimpleNamespace(max_new_tokens=3, context=context)
+    renderer = SimpleNamespace(decode_action=lambda ids: "go " * 100)
+    source: Any = SimpleNamespace(max_new_tokens=3, renderer=renderer)
     if not count:
         WarmStartCallback._check_lengths(steps, source)
         return
