@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 from steppo.batch import TokenBatch
+from steppo.errors import ConfigError
 from steppo.models.adapters import Adapters, LoRASettings
 
 # Most logits held at once, in numbers: 64 MiB in float32.
@@ -274,9 +275,29 @@ class AdapterView:
         self._adapters.copy("policy", self._name)
 
 
-def trunk_states(trunk: nn.Module, batch: TokenBatch) -> Tensor:
-    """Last hidden states of a trunk, [B * T, H]."""
-    output = trunk(
-        input_ids=batch.input_ids_BT, position_ids=batch.position_ids_BT, attention_mask=batch.attention, use_cache=False
-    )
+def trunk_states(trunk: Any, batch: TokenBatch) -> Tensor:
+    """Last hidden states of a trunk, [B * T, H].
+
+    Raises:
+        ConfigError: Rows branch, and the model does not attend to all that a mask lets it see.
+    """
+    mask = None
+    if batch.until_BT is not None:
+        _check_masks(trunk.config)
+        mask = batch.attention_mask(trunk.get_input_embeddings().weight.dtype)
+    output = trunk(input_ids=batch.input_ids_BT, position_ids=batch.position_ids_BT, attention_mask=mask, use_cache=False)
     return output.last_hidden_state.flatten(0, 1)
+
+
+def _check_masks(config: Any) -> None:
+    """Other kinds of layers go by a token's column, and other implementations pass the mask over."""
+    layers = set(getattr(config, "layer_types", None) or ["full_attention"]) - {"full_attention"}
+    if getattr(config, "sliding_window", None) is not None:
+        layers.add("sliding_attention")
+    if config._attn_implementation not in ("sdpa", "eager"):
+        layers.add(config._attn_implementation)
+    if layers:
+        raise ConfigError(
+            f"rows of PrefixTreePacker branch, which wants full attention by sdpa or eager; {config.model_type} has "
+            f"{', '.join(sorted(layers))}: set data.packer to PaddedPacker"
+        )
