@@ -6,6 +6,7 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from inspect import signature
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -283,21 +284,24 @@ def trunk_states(trunk: Any, batch: TokenBatch) -> Tensor:
     """
     mask = None
     if batch.until_BT is not None:
-        _check_masks(trunk.config)
+        _check_branches(trunk)
         mask = batch.attention_mask(trunk.get_input_embeddings().weight.dtype)
     output = trunk(input_ids=batch.input_ids_BT, position_ids=batch.position_ids_BT, attention_mask=mask, use_cache=False)
     return output.last_hidden_state.flatten(0, 1)
 
 
-def _check_masks(config: Any) -> None:
-    """Other kinds of layers go by a token's column, and other implementations pass the mask over."""
-    layers = set(getattr(config, "layer_types", None) or ["full_attention"]) - {"full_attention"}
+def _check_branches(trunk: Any) -> None:
+    """Layers and positions that go by a token's column, or attention that passes the mask over, would silently be wrong."""
+    config = trunk.config
+    odd = set(getattr(config, "layer_types", None) or ["full_attention"]) - {"full_attention"}
     if getattr(config, "sliding_window", None) is not None:
-        layers.add("sliding_attention")
+        odd.add("sliding_attention")
     if config._attn_implementation not in ("sdpa", "eager"):
-        layers.add(config._attn_implementation)
-    if layers:
+        odd.add(config._attn_implementation)
+    if getattr(config, "alibi", False) or "position_ids" not in signature(trunk.forward).parameters:
+        odd.add("positions of its own")
+    if odd:
         raise ConfigError(
             f"rows of PrefixTreePacker branch, which wants full attention by sdpa or eager; {config.model_type} has "
-            f"{', '.join(sorted(layers))}: set data.packer to PaddedPacker"
+            f"{', '.join(sorted(odd))}: set data.packer to PaddedPacker"
         )

@@ -17,6 +17,9 @@ from steppo.packing.padded import by_width, tokens_read
 # Most numbers in the mask of one batch, the same as logits that a policy holds at once: 64 MiB in float32, a row of 4096.
 _MASK_NUMBERS = 2**24
 
+# Most padding of a batch: a pass of its own costs about as much.
+_PADDING = 256
+
 
 class _Leaf(NamedTuple):
     """A sequence that no other one goes on from, and the steps that end along it.
@@ -55,7 +58,7 @@ class PrefixTreePacker(Packer):
         for branched, max_pairs in ((False, math.inf), (True, _MASK_NUMBERS)):
             alike = [leaves for leaves in rows if (len(leaves) > 1) == branched]
             widths = np.asarray([_size(leaves) for leaves in alike], dtype=np.int64)
-            for chosen in by_width(widths, max_tokens, max_pairs):
+            for chosen in by_width(widths, max_tokens, max_pairs, _PADDING):
                 found = _lay_out([alike[row] for row in chosen], segments, int(widths[chosen[-1]]), branched)
                 batches.append(found)
         return batches
