@@ -24,7 +24,7 @@ _PADDING = 256
 class _Leaf(NamedTuple):
     """A sequence that no other one goes on from, and the steps that end along it.
 
-    ``shared`` counts the tokens that it has in common with the leaf before, in lexicographic order.
+    ``shared`` counts the tokens that it begins with in common with the leaf before.
     """
 
     ids: np.ndarray
@@ -91,9 +91,9 @@ class PrefixTreePacker(Packer):
 
 
 def _leaves(segments: Sequence[Segment]) -> list[_Leaf]:
-    """All leaves of the steps' trie, in lexicographic order."""
+    """All leaves of the steps' trie, as a depth-first walk meets them."""
     read = [tokens_read(segment) for segment in segments]
-    keys = [ids.astype(">u4").tobytes() for ids in read]  # big-endian: bytes sort as the ids do
+    keys = [ids.tobytes() for ids in read]  # sorted in any order of tokens, those that begin alike are neighbours
     leaves: list[_Leaf] = []
     before = np.zeros(0, dtype=np.int32)
     steps: list[int] = []
