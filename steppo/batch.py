@@ -33,7 +33,8 @@ class TokenBatch:
     Attributes:
         input_ids_BT: int64 [B, T].
         position_ids_BT: int64 [B, T].
-        attention: ``None`` = causal along the row; else a float mask [B, 1, T, T] that is added to the scores.
+        until_BT: int64 [B, T], where rows branch: a token is seen from its own column on, up to this one, which no longer
+            sees it. ``None`` = causal along the row.
         predict_at_A: int64, flat position whose logits predict each action token.
         target_A: int64, the action tokens.
         step_of_A: int64 in [0, N), the step of each action token, non-decreasing.
@@ -42,7 +43,7 @@ class TokenBatch:
 
     input_ids_BT: Tensor
     position_ids_BT: Tensor
-    attention: Tensor | None
+    until_BT: Tensor | None
     predict_at_A: Tensor
     target_A: Tensor
     step_of_A: Tensor
@@ -56,6 +57,15 @@ class TokenBatch:
     def num_steps(self) -> int:
         """N."""
         return self.value_at_N.shape[0]
+
+    def attention_mask(self, dtype: torch.dtype) -> Tensor | None:
+        """What is to be added to attention scores, [B, 1, T, T]: 0 or -inf; ``None`` where attention is causal."""
+        if self.until_BT is None:
+            return None
+        column_T = torch.arange(self.until_BT.shape[1], device=self.until_BT.device)
+        query_T1 = column_T[:, None]
+        seen = (column_T <= query_T1) & (query_T1 < self.until_BT[:, None, None, :])
+        return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, -torch.inf)
 
     def value_positions(self, needs_values: str) -> Tensor:
         """Flat positions where a critic is read: each prompt's end (``step``), or wherever an action token is predicted."""

@@ -6,6 +6,7 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from inspect import signature
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 from steppo.batch import TokenBatch
+from steppo.errors import ConfigError
 from steppo.models.adapters import Adapters, LoRASettings
 
 # Most logits held at once, in numbers: 64 MiB in float32.
@@ -274,9 +276,32 @@ class AdapterView:
         self._adapters.copy("policy", self._name)
 
 
-def trunk_states(trunk: nn.Module, batch: TokenBatch) -> Tensor:
-    """Last hidden states of a trunk, [B * T, H]."""
-    output = trunk(
-        input_ids=batch.input_ids_BT, position_ids=batch.position_ids_BT, attention_mask=batch.attention, use_cache=False
-    )
+def trunk_states(trunk: Any, batch: TokenBatch) -> Tensor:
+    """Last hidden states of a trunk, [B * T, H].
+
+    Raises:
+        ConfigError: Rows branch, and the model does not attend to all that a mask lets it see.
+    """
+    mask = None
+    if batch.until_BT is not None:
+        _check_branches(trunk)
+        mask = batch.attention_mask(trunk.get_input_embeddings().weight.dtype)
+    output = trunk(input_ids=batch.input_ids_BT, position_ids=batch.position_ids_BT, attention_mask=mask, use_cache=False)
     return output.last_hidden_state.flatten(0, 1)
+
+
+def _check_branches(trunk: Any) -> None:
+    """Layers and positions that go by a token's column, or attention that passes the mask over, would silently be wrong."""
+    config = trunk.config
+    odd = set(getattr(config, "layer_types", None) or ["full_attention"]) - {"full_attention"}
+    if getattr(config, "sliding_window", None) is not None:
+        odd.add("sliding_attention")
+    if config._attn_implementation not in ("sdpa", "eager"):
+        odd.add(config._attn_implementation)
+    if getattr(config, "alibi", False) or "position_ids" not in signature(trunk.forward).parameters:
+        odd.add("positions of its own")
+    if odd:
+        raise ConfigError(
+            f"rows of PrefixTreePacker branch, which wants full attention by sdpa or eager; {config.model_type} has "
+            f"{', '.join(sorted(odd))}: set data.packer to PaddedPacker"
+        )

@@ -63,7 +63,7 @@ def test_batches_equal_rows_written_by_hand(lengths, max_tokens):
                 predict_at.append(place * width + len(prompt) + number - 1)
                 targets.append(token)
                 step_of.append(place)
-        assert batch.attention is None
+        assert batch.until_BT is None
         assert batch.input_ids_BT.shape == (len(rows), width)
         assert batch.position_ids_BT.tolist() == [list(range(width))] * len(rows)
         for actual, expected in (
