@@ -62,6 +62,19 @@ def test_an_example_trains(page: str, after: str, name: str, options: list[str],
     assert [record["iteration"] for record in evaluations(tmp_path / "run")] == [0, 1]
 
 
+@pytest.mark.parametrize("name", ["grid", "notes"])
+def test_an_environment_trains_by_its_config(name: str, module, tmp_path: Path) -> None:
+    page = "docs/add_an_environment.md"
+    module(f"{name}_env", code(page, "python", f"`{name}_env.py`"))
+    config = tmp_path / f"{name}.yaml"
+    config.write_text(code(page, "yaml", f"`{name}_env.py`"))
+    few = ["--rollout.episodes_per_iteration=4", "--data.num_minibatches=1", "--data.eval_tasks=1", "--trainer.max_epochs=1"]
+    short = ["--warm_start.updates=2", "--warm_start.episodes=4", "--warm_start.batch_size=4"]
+    options = ["--config", str(config), "--trainer.logger.version=few", *few, *short]
+    run(tmp_path, *options, config=ROOT / "configs/quickstart.yaml")
+    assert [record["iteration"] for record in evaluations(tmp_path / name / "few")] == [0, 1]
+
+
 @pytest.mark.parametrize(
     ("page", "name"),
     [
