@@ -67,7 +67,7 @@ def corridor_texts() -> list[str]:
 @pytest.fixture
 def tiny_policy() -> TinyPolicy:
     """A float32 policy with random weights and a tokenizer of the corridor's words."""
-    policy = TinyPolicy(hidden_size=32)
+    policy = TinyPolicy(hidden_size=32, seed=0)
     policy.build(corridor_texts)
     return policy
 
