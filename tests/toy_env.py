@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 import itertools
 import os
+import random
 import time
+from pathlib import Path
 from typing import Any
 
 from steppo.envs.base import TextGameEnv
 from steppo.errors import ConfigError
-from steppo.types import Task, Turn
+from steppo.types import Action, Task, Turn
 
 _SPLITS = ("train", "valid", "test")
 
@@ -152,4 +154,43 @@ class UnreliableEnv(CorridorEnv):
             raise RuntimeError("broken by chance")
         if fault == "hang":
             time.sleep(3600)
+        return super().command(command)
+
+
+class RestlessEnv(CorridorEnv):
+    """Answers now at once and now later, each time another way."""
+
+    def reset(self, task: Task) -> Turn:
+        self.rest()
+        return super().reset(task)
+
+    def step(self, action: Action) -> Turn:
+        self.rest()
+        return super().step(action)
+
+    def rest(self) -> None:
+        drawn = random.SystemRandom().random()
+        if drawn > 0.5:
+            time.sleep(0.02 * drawn)
+
+
+def wait_for(file: Path) -> None:
+    while not file.exists():
+        time.sleep(0.001)
+
+
+class PatientEnv(CorridorEnv):
+    """Gives no answer before the engine has seen that it works.
+
+    Args:
+        folder: Where each of them says so.
+    """
+
+    def __init__(self, folder: str) -> None:
+        super().__init__()
+        self.folder = folder
+
+    def command(self, command: str) -> Turn:
+        Path(self.folder, "environment").touch()
+        wait_for(Path(self.folder, "engine"))
         return super().command(command)

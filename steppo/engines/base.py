@@ -24,14 +24,14 @@ def failed(request: Request, error: Exception) -> Completion:
 
 
 class Engine(ABC):
-    """Samples actions. Requests are submitted at any time; ``poll`` gives those that are done.
+    """Samples actions, in ticks: requests are submitted between any two of them, and ``poll`` is one.
 
     ``EnvSource`` makes these calls and ``release`` in a thread of their own (``EngineThread``), one at a time; gradients are
     off there, and precision and number of threads as in the main thread.
 
     A request that cannot be served is a ``Completion`` with an ``error`` (see ``failed``). An exception out of ``submit``
-    costs the request's episode; one out of ``poll``, or an empty answer, costs those of all requests under way, and what
-    comes later for them is ignored.
+    costs the request's episode; one out of ``poll`` costs those of all requests under way, and what comes later for them is
+    ignored. So does silence: more ticks in a row without a completion than all requests under way may have tokens together.
 
     Attributes:
         logprob_tolerance: Largest difference to the learner's log-probabilities that is no cause for worry.
@@ -44,11 +44,15 @@ class Engine(ABC):
 
     @abstractmethod
     def submit(self, request: Request) -> None:
-        """Queues a request."""
+        """Queues a request; it joins in at the next tick, or later where there is no room yet."""
 
     @abstractmethod
     def poll(self) -> list[Completion]:
-        """Completions since the last call; waits for at least one while any request is under way."""
+        """One tick: the completions that are done by it.
+
+        An engine in this process makes one token of each request under way and may give nothing. One that lives elsewhere
+        waits until at least one completion is there. Only called while a request is under way.
+        """
 
     def release(self, session_id: str) -> None:
         """An episode is over: what is cached or still queued for it may go."""

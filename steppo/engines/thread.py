@@ -6,6 +6,7 @@ import asyncio
 import ctypes
 import queue
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager, suppress
@@ -59,8 +60,9 @@ class _Left(BaseException):
 class EngineThread:
     """Makes all calls of an engine, one after the other, in one thread, without gradients.
 
-    Precision, number of threads and device are those of the thread that it is made in. What is global, such as sharded
-    weights that are held whole, must hold until it is closed. It calls no collective.
+    ``submit`` and ``release`` only say what is to be done; the next ``tick`` does it, so that there is one hand-over to the
+    thread for each of them. Precision, number of threads and device are those of the thread that it is made in. What is
+    global, such as sharded weights that are held whole, must hold until it is closed. It calls no collective.
 
     Args:
         engine: To be called by nobody else until this is closed.
@@ -71,30 +73,50 @@ class EngineThread:
         self._engine = engine
         self._request_ids = request_ids
         self._surroundings = _Surroundings.here()
+        self._submitted: list[Request] = []
+        self._released: list[str] = []
+        self._waiting: dict[int, Request] = {}
+        self._empty_ticks = 0
         self._last: Future[Any] = Future()
         self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
-    async def generate(self, requests: Sequence[Request]) -> list[Completion]:
-        """One answer to each, in their order. A request that gets none from the engine has failed.
+    @property
+    def has_work(self) -> bool:
+        """Whether a tick would do anything."""
+        return bool(self._submitted or self._released or self._waiting)
+
+    def submit(self, request: Request) -> int:
+        """Gives the request to the engine with the next tick; returns its id."""
+        numbered = replace(request, id=next(self._request_ids))
+        self._submitted.append(numbered)
+        return numbered.id
+
+    def release(self, session_id: str) -> None:
+        """Releases the session with the next tick."""
+        self._released.append(session_id)
+
+    async def tick(self) -> list[Completion]:
+        """What is done by now. A request that the engine refuses, or gives no answer to, has failed.
+
+        A session that cannot be released is over all the same: a warning says so.
 
         Raises:
             SteppoError: The engine's.
         """
-        numbered = [replace(request, id=next(self._request_ids)) for request in requests]
-        return await asyncio.wrap_future(self._call(lambda: self._answers(numbered)))
-
-    async def release(self, session_ids: Sequence[str]) -> list[str]:
-        """Releases sessions; gives what went wrong. They are over, so nothing is lost where the engine cannot forget."""
-        return await asyncio.wrap_future(self._call(lambda: self._release(session_ids)))
+        completions, errors = await asyncio.wrap_future(self._call(self._tick))
+        for error in errors:
+            warnings.warn(f"the engine could not release an episode: {error}", stacklevel=2)
+        return completions
 
     def close(self, session_ids: Sequence[str]) -> None:
         """Ends the thread; where an answer is under way, in the midst of it. Releases the sessions that had one to come."""
         if not self._last.cancel() and self._last.running():  # as Ctrl-C would in the main thread, between lines of Python
             thread = ctypes.c_ulong(self._thread.ident or 0)
             ctypes.pythonapi.PyThreadState_SetAsyncExc(thread, ctypes.py_object(_Left))
-        self._call(lambda: self._release(session_ids))
+        self._released += session_ids
+        self._call(self._release)
         self._jobs.put(None)
         self._thread.join(_PATIENCE_S)
 
@@ -124,39 +146,46 @@ class EngineThread:
                         return
                     job()
 
-    def _answers(self, requests: Sequence[Request]) -> list[Completion]:
-        waiting: dict[int, Request] = {}
-        answers: dict[int, Completion] = {}
+    def _tick(self) -> tuple[list[Completion], list[str]]:
+        errors = self._release()
+        completions = self._submit()
+        if self._waiting:
+            completions += self._poll()
+        return completions, errors
 
-        def fail(those: Sequence[Request], error: Exception) -> None:
-            answers.update({request.id: failed(request, error) for request in those})
-
+    def _submit(self) -> list[Completion]:
+        """Submits what is new; gives what could not be."""
+        refused = []
+        requests, self._submitted = self._submitted, []
         for request in requests:
             try:
                 self._engine.submit(request)
-                waiting[request.id] = request
+                self._waiting[request.id] = request
             except SteppoError:
                 raise
             except Exception as error:
-                fail([request], error)
-        while waiting:
-            try:
-                completions = self._engine.poll()
-                if not completions:
-                    raise RuntimeError("the engine gave no answer")
-                for completion in completions:
-                    if completion.request_id in waiting:  # else its episode was given up before
-                        del waiting[completion.request_id]
-                        answers[completion.request_id] = completion
-            except SteppoError:
-                raise
-            except Exception as error:
-                fail(list(waiting.values()), error)
-                waiting.clear()
-        return [answers[request.id] for request in requests]
+                refused.append(failed(request, error))
+        return refused
 
-    def _release(self, session_ids: Sequence[str]) -> list[str]:
+    def _poll(self) -> list[Completion]:
+        """One tick of the engine; if it raises, or has been silent for too long, all that wait for it have failed."""
+        try:
+            completions = self._engine.poll()
+            self._empty_ticks = 0 if completions else self._empty_ticks + 1
+            if self._empty_ticks > sum(request.sampling.max_new_tokens for request in self._waiting.values()):
+                raise RuntimeError("the engine gave no answer")
+        except SteppoError:
+            raise
+        except Exception as error:
+            completions = [failed(request, error) for request in self._waiting.values()]
+            self._empty_ticks = 0
+        # Others are late: their episodes were given up before.
+        return [completion for completion in completions if self._waiting.pop(completion.request_id, None)]
+
+    def _release(self) -> list[str]:
+        """Releases what is over; gives what went wrong. Nothing is lost where the engine cannot forget."""
         errors = []
+        session_ids, self._released = self._released, []
         for session_id in session_ids:
             try:
                 self._engine.release(session_id)

@@ -52,6 +52,8 @@ class EnvSource(EpisodeSource):
             actions that cost nothing are an invitation to do nothing.
         num_slots: Episodes played at the same time.
         num_workers: Processes that step environments.
+        env_ticks: Ticks of the engine that pass between a question to an environment and its answer. More hide a slower
+            environment behind the engine, but leave fewer episodes in each tick.
         env_timeout: Seconds that one environment step may take before its episode is given up.
         start_timeout: Seconds that the environment's ``start`` may take in a worker process.
         worker_memory_mib: A process that holds more MiB after a step is replaced and its episodes are played again up to
@@ -71,6 +73,7 @@ class EnvSource(EpisodeSource):
         on_invalid: Literal["continue", "end"] = "continue",
         num_slots: int = 32,
         num_workers: int = 1,
+        env_ticks: int = 1,
         env_timeout: float = 60.0,
         worker_memory_mib: int | None = None,
         start_timeout: float = 600.0,
@@ -84,6 +87,8 @@ class EnvSource(EpisodeSource):
         ):
             if value < 1:
                 raise ConfigError(f"EnvSource: {name} must be at least 1, not {value}")
+        if env_ticks < 0:
+            raise ConfigError(f"EnvSource: env_ticks must be at least 0, not {env_ticks}")
         task_limit = step_limit(env)
         if max_steps is None and task_limit is None:
             raise ConfigError(f"EnvSource: {type(env).__name__} has no step limit, so max_steps must be given")
@@ -111,6 +116,7 @@ class EnvSource(EpisodeSource):
         self.on_invalid = on_invalid
         self.num_slots = num_slots
         self.num_workers = num_workers
+        self.env_ticks = env_ticks
         self.env_timeout = env_timeout
         self.worker_memory_mib = worker_memory_mib
         self.start_timeout = start_timeout
@@ -224,7 +230,7 @@ class EnvSource(EpisodeSource):
         def play(place: Place, seat: Seat) -> Coroutine[Any, Any, Episode]:
             return play_episode(rules, place, seat, player or PolicyPlayer(seat), on_step)
 
-        scheduler = Scheduler(self.pool, self.engine, self._request_ids, self.num_slots, play)
+        scheduler = Scheduler(self.pool, self.engine, self._request_ids, self.num_slots, self.env_ticks, play)
         unfinished: dict[int, list[Episode]] = {group.id: [] for group in groups}
         sizes = {group.id: group.size for group in groups}
         places = (Place(config, group, sample) for group in groups for sample in range(group.size))

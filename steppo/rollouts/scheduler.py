@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
-import warnings
 from collections import deque
 from collections.abc import Callable, Coroutine, Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -25,15 +23,17 @@ class Seat:
     Attributes:
         asks: The request that it wants answered, if it is one.
         waits_for_env: It waits for its environment.
+        due: The tick at which it is answered, if it waits for its environment.
         has_asked: Its session is known to the engine.
     """
 
     def __init__(self, pool: EnvPool, slot: int, place: Place) -> None:
         self._pool = pool
-        self._slot = slot
+        self.slot = slot
         self.place = place
         self.asks: Request | None = None
         self.waits_for_env = False
+        self.due = 0
         self.has_asked = False
         self._still = asyncio.Event()
         self._answer: asyncio.Future[Any]
@@ -42,17 +42,17 @@ class Seat:
     # ---- for the episode ----
 
     async def reset(self, task: Task, want_expert: bool) -> EnvReply:
-        self._pool.reset(self._slot, task, want_expert)
+        self._pool.reset(self.slot, task, want_expert)
         self.waits_for_env = True
         return await self._wait()
 
     async def step(self, action: Action) -> EnvReply:
-        self._pool.step(self._slot, action)
+        self._pool.step(self.slot, action)
         self.waits_for_env = True
         return await self._wait()
 
     async def generate(self, request: Request) -> Completion:
-        self.asks, self.has_asked = request, True
+        self.asks = request
         return await self._wait()
 
     async def _wait(self) -> Any:
@@ -85,17 +85,25 @@ class Seat:
 
 
 class Scheduler:
-    """Plays episodes in the slots of a pool.
+    """Plays episodes in the slots of a pool, tick by tick of the engine.
 
-    Slots take turns in two halves: while the engine generates for one, all worker processes step the other's environments.
-    A turn waits for all of its half's environments, then asks the engine for all of its half's actions at once. A slot whose
-    episode is over gets the next one, which joins in at the half's next turn.
+    At each tick the seats whose environments are due get their answers, in the order of the slots, and the tick waits for
+    those that are not there yet; a slot whose episode is over gets the next one; what is asked for is submitted; the engine
+    makes one tick; and what is done goes on to its environment. That is due ``env_ticks`` ticks later. So environments work
+    while the engine does, and who is asked together with whom follows from what was sampled, not from the clock. Where the
+    engine has nothing to do, time jumps to whoever is due first. Slots are first filled over as many ticks as an environment
+    has, or all would wait for the engine, and the engine for all, together.
+
+    An engine that answers whole batches has ticks as long as those take. Where it lives elsewhere and gives what is done
+    first, a tick is one such gift: there the clock does decide who is asked together, and all promises are those of the
+    engine's own numbers.
 
     Args:
         pool: The environments.
         engine: Answers what players ask it.
         request_ids: None is given twice, as a late answer must not be taken for another's.
         num_slots: Episodes played at the same time.
+        env_ticks: Ticks that pass while an environment works.
         play: The coroutine of an episode that is played from a seat.
     """
 
@@ -105,13 +113,18 @@ class Scheduler:
         engine: Engine,
         request_ids: Iterator[int],
         num_slots: int,
+        env_ticks: int,
         play: Callable[[Place, Seat], Coroutine[Any, Any, Episode]],
     ) -> None:
         self._pool = pool
         self._engine = EngineThread(engine, request_ids)
-        self._halves = halves(num_slots)
+        self._num_slots = num_slots
+        self._env_ticks = env_ticks
         self._play = play
-        self._seats: dict[int, Seat] = {}
+        self._now = 0  # ticks so far
+        self._seats: dict[int, Seat] = {}  # by slot
+        self._free: dict[int, int] = {}  # slot -> its first tick
+        self._asking: dict[int, Seat] = {}  # by request
 
     @property
     def is_playing(self) -> bool:
@@ -125,51 +138,75 @@ class Scheduler:
         there already, as in a notebook, in another.
         """
         wanted = deque(places)
+        self._free = dict(enumerate(first_ticks(min(self._num_slots, len(wanted)), self._env_ticks)))
         loop = asyncio.new_event_loop()
         try:
-            for half in itertools.cycle(self._halves):
-                if not (wanted or self._seats):
-                    return
-                yield from _run(loop, self._turn(half, wanted))
+            while wanted or self._seats:
+                yield from _run(loop, self._until_some_end(wanted))
+            if self._engine.has_work:  # the last to be released
+                _run(loop, self._engine.tick())
         finally:
             self._leave(loop)
 
-    async def _turn(self, half: range, wanted: deque[Place]) -> list[Episode]:
-        """One half's turn; gives the episodes that have ended."""
+    async def _until_some_end(self, wanted: deque[Place]) -> list[Episode]:
         ended: list[Episode] = []
-        asking: list[Seat] = []
-        seated = [(slot, self._seats[slot]) for slot in half if slot in self._seats]
-        for slot, seat in seated:  # one by one, so that contexts and parsers are called in the same order, too
-            if seat.waits_for_env:
-                seat.gets(await self._pool.answer(slot))
-        for slot, seat in seated:
-            episode = await seat.still()
-            if episode is not None:
-                ended.append(episode)
-                await self._release(slot)
-            elif seat.asks is not None:
-                asking.append(seat)
-        for slot in half:
-            if slot not in self._seats and wanted:
-                await self._begin(slot, wanted.popleft())
-        if asking:
-            answers = await self._engine.generate([seat.asks for seat in asking if seat.asks is not None])
-            for seat, answer in zip(asking, answers, strict=True):
-                seat.gets(answer)
-            for seat in asking:
-                await seat.still()
+        while not ended and (wanted or self._seats):
+            self._jump(bool(wanted))
+            for some in (self._answer_environments, self._ask_engine):
+                ended += await some()
+                await self._fill(wanted)
+            self._now += 1
         return ended
 
-    async def _begin(self, slot: int, place: Place) -> None:
-        seat = self._seats[slot] = Seat(self._pool, slot, place)
-        seat.starts(self._play(place, seat))
-        await seat.still()
+    def _jump(self, any_wanted: bool) -> None:
+        """Goes to the first tick at which anything happens: this one, if the engine has or gets something to do."""
+        dues = [seat.due if seat.waits_for_env else self._now for seat in self._seats.values()]
+        dues += self._free.values() if any_wanted else []
+        self._now = max(self._now, min(dues))
 
-    async def _release(self, slot: int) -> None:
-        seat = self._seats.pop(slot)
-        self._pool.release(slot)
-        if seat.has_asked:
-            _warn(await self._engine.release([seat.place.id]))
+    async def _answer_environments(self) -> list[Episode]:
+        """One by one, so that contexts and parsers are called in the same order, too."""
+        due = [seat for _, seat in sorted(self._seats.items()) if seat.waits_for_env and seat.due <= self._now]
+        for seat in due:
+            seat.gets(await self._pool.answer(seat.slot))
+        return await self._settle(due)
+
+    async def _fill(self, wanted: deque[Place]) -> None:
+        for slot, first in sorted(self._free.items()):
+            if wanted and first <= self._now:
+                del self._free[slot]
+                seat = self._seats[slot] = Seat(self._pool, slot, place := wanted.popleft())
+                seat.starts(self._play(place, seat))
+                await self._settle([seat])
+
+    async def _ask_engine(self) -> list[Episode]:
+        """One tick."""
+        for _, seat in sorted(self._seats.items()):
+            if seat.asks is not None:
+                self._asking[self._engine.submit(seat.asks)] = seat
+                seat.asks, seat.has_asked = None, True
+        if not self._engine.has_work:
+            return []
+        answers = {completion.request_id: completion for completion in await self._engine.tick()}
+        answered = sorted(((self._asking.pop(id), answer) for id, answer in answers.items()), key=lambda one: one[0].slot)
+        for seat, answer in answered:
+            seat.gets(answer)
+        return await self._settle([seat for seat, _ in answered])
+
+    async def _settle(self, seats: list[Seat]) -> list[Episode]:
+        """Waits until each waits for something again, and gives those that are over."""
+        ended = []
+        for seat in seats:
+            episode = await seat.still()
+            seat.due = self._now + 1 + self._env_ticks
+            if episode is not None:
+                ended.append(episode)
+                self._free[seat.slot] = self._now
+                del self._seats[seat.slot]
+                self._pool.release(seat.slot)
+                if seat.has_asked:
+                    self._engine.release(seat.place.id)
+        return ended
 
     def _leave(self, loop: asyncio.AbstractEventLoop) -> None:
         """Ends the engine's thread and all that is under way."""
@@ -182,15 +219,9 @@ class Scheduler:
         loop.close()
 
 
-def halves(num_slots: int) -> tuple[range, range]:
-    """Neighbours are served by different workers (``EnvPool``), so each half keeps all of them busy."""
-    middle = (num_slots + 1) // 2
-    return range(middle), range(middle, num_slots)
-
-
-def _warn(errors: list[str]) -> None:
-    for error in errors:
-        warnings.warn(f"the engine could not release an episode: {error}", stacklevel=2)
+def first_ticks(num_slots: int, env_ticks: int) -> list[int]:
+    """When each slot is first filled. Neighbours are served by different workers (``EnvPool``), so all are busy."""
+    return [slot * (env_ticks + 1) // num_slots for slot in range(num_slots)]
 
 
 def _run(loop: asyncio.AbstractEventLoop, work: Coroutine[Any, Any, T]) -> T:

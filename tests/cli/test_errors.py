@@ -150,6 +150,7 @@ OPTIONS = {
     "no_heads": ([f"--{POLICY}.num_heads=0"], "num_heads and max_positions must be at least 1"),
     "vocabulary": ([f"--{POLICY}.vocab_size=100"], "vocab_size must be at least 258"),
     "prompt_length": (["--data.source.max_prompt_tokens=0"], "EnvSource: max_prompt_tokens must be at least 1, not 0"),
+    "ticks": (["--data.source.env_ticks=-1"], "EnvSource: env_ticks must be at least 0, not -1"),
     "slots": (["--data.source.num_slots=0"], "EnvSource: num_slots must be at least 1, not 0"),
     "timeout": (["--data.source.env_timeout=0"], "env_timeout must be above 0 seconds"),
     "reward_for_nonsense": (["--data.source.invalid_penalty=-1"], "invalid_penalty must be from 0 to 1e+12, not -1.0"),

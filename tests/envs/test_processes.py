@@ -29,7 +29,7 @@ from steppo.errors import RunError
 from steppo.models import TinyPolicy
 from steppo.rendering import StateContext
 from steppo.rollouts import EnvSource
-from steppo.rollouts.scheduler import halves
+from steppo.rollouts.scheduler import first_ticks
 from steppo.types import Action, Completion, Request, RolloutConfig, Turn, groups_of
 from tests.cli_helpers import TOY, run
 from tests.family_env import KINDS, FamilyEnv, LargeEnv, NoStartEnv, ParallelEnv
@@ -296,22 +296,26 @@ def test_an_environment_may_use_multiprocessing() -> None:
                 assert (reply.error, reply.turn) == ("", Turn("[0, 1, 4, 9]")), (how, method)
 
 
-@given(num_slots=st.integers(1, 200), num_workers=st.integers(1, 64))
-def test_workers_share_each_half_evenly(num_slots: int, num_workers: int) -> None:
+@given(num_slots=st.integers(1, 200), num_workers=st.integers(1, 64), env_ticks=st.integers(0, 9))
+def test_workers_share_evenly_what_is_asked_together(num_slots: int, num_workers: int, env_ticks: int) -> None:
     pool = object.__new__(EnvPool)
     pool._processes = [None] * min(num_slots, num_workers)  # type: ignore[list-item]
-    both = halves(num_slots)
-    assert sorted(slot for half in both for slot in half) == list(range(num_slots))
-    assert len(both[0]) - len(both[1]) in (0, 1)
-    for slots in (*both, range(num_slots)):
+    together: dict[int, list[int]] = {}
+    for slot, tick in enumerate(first_ticks(num_slots, env_ticks)):
+        together.setdefault(tick, []).append(slot)
+    assert list(together)[0] == 0
+    assert max(together) <= env_ticks
+    assert len(together) == min(num_slots, env_ticks + 1)
+    assert max(map(len, together.values())) - min(map(len, together.values())) <= 1
+    for slots in (*together.values(), range(num_slots)):
         served = Counter(dict.fromkeys(range(len(pool._processes)), 0))
         served.update(pool._worker_of(slot) for slot in slots)
         assert max(served.values()) - min(served.values()) <= 1
 
 
 @pytest.mark.parametrize("num_workers", [2, 3])
-def test_all_workers_are_busy_while_a_half_is_stepped(num_workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Between two polls of the engine, a half's commands go out."""
+def test_all_workers_are_busy_at_each_tick(num_workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between two ticks of the engine, the commands of half the slots go out."""
     policy = TinyPolicy()
     policy.build(list)
     rounds: list[set[int]] = [set()]

@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 import asyncio
+import heapq
 import os
 import random
 import signal
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from steppo.engines import HFEngine
+from steppo.engines import Engine, HFEngine
 from steppo.models import TinyPolicy
 from steppo.rendering import ActionParser, ParsedAction, StateContext
 from steppo.rollouts import EnvSource, Player, ScriptedPlayer, random_action
-from steppo.types import Action, Completion, Episode, Request, RolloutConfig, Turn, groups_of
-from tests.toy_env import CorridorEnv, FaultyEnv
+from steppo.rollouts.place import Place
+from steppo.rollouts.scheduler import first_ticks
+from steppo.types import Action, Completion, Episode, Request, RolloutConfig, Sampling, Task, Turn, groups_of
+from tests.toy_env import CorridorEnv, FaultyEnv, PatientEnv, RestlessEnv, wait_for
 
 TASKS = CorridorEnv().tasks("train")
 GROUPS = groups_of(TASKS, 3)
@@ -49,21 +54,43 @@ class BatchesEngine(HFEngine):
         return super().poll()
 
 
-class RestlessEnv(CorridorEnv):
-    """Answers now at once and now later, each time another way."""
+class TokenEngine(BatchesEngine):
+    """Gives each request one token a tick, computed beside those of the others."""
 
-    def reset(self, task: Any) -> Any:
-        self.rest()
-        return super().reset(task)
+    def __init__(self) -> None:
+        super().__init__()
+        self._tokens: dict[int, list[Completion]] = {}
 
-    def step(self, action: Action) -> Any:
-        self.rest()
-        return super().step(action)
+    def poll(self) -> list[Completion]:
+        self.batches.append([(request.id, request.session_id) for request in self._queue])
+        asked = [self._next(request) for request in self._queue]
+        for token in self._generate(asked):
+            self._tokens.setdefault(token.request_id, []).append(token)
+        done = [request for request in self._queue if self._is_done(request)]
+        self._queue = [request for request in self._queue if request not in done]
+        return [self._whole(request.id) for request in done]
 
-    def rest(self) -> None:
-        drawn = random.SystemRandom().random()
-        if drawn > 0.5:
-            time.sleep(0.02 * drawn)
+    def _next(self, request: Request) -> Request:
+        said = self._tokens.get(request.id, [])
+        prompt = np.concatenate([request.prompt_ids, *(token.action_ids for token in said)])
+        sampling = Sampling(request.sampling.temperature, 1)
+        return Request(request.id, request.session_id, prompt, sampling, request.seed + len(said))
+
+    def _is_done(self, request: Request) -> bool:
+        said = self._tokens[request.id]
+        return said[-1].finish_reason == "stop" or len(said) == request.sampling.max_new_tokens
+
+    def _whole(self, id: int) -> Completion:
+        said = self._tokens.pop(id)
+        ids, logprobs = ([getattr(token, name) for token in said] for name in ("action_ids", "logprobs"))
+        return Completion(id, np.concatenate(ids), np.concatenate(logprobs), said[-1].finish_reason)
+
+
+class OneByOneEngine(HFEngine):
+    """Answers one request a tick, the last first."""
+
+    def poll(self) -> list[Completion]:
+        return self._generate([self._queue.pop()])
 
 
 @pytest.fixture
@@ -102,23 +129,144 @@ def told(episodes: list[Episode]) -> list[Any]:
     ]
 
 
-@pytest.mark.parametrize("num_workers", [1, 2])
-def test_the_speed_of_environments_decides_nothing(num_workers: int, make_source: Callable[..., EnvSource]) -> None:
+@pytest.mark.parametrize(
+    ("kind", "num_workers", "env_ticks"),
+    [
+        *((BatchesEngine, *sizes) for sizes in ((1, 1), (2, 0), (2, 5))),
+        *((TokenEngine, *sizes) for sizes in ((1, 1), (2, 0), (2, 5), (2, 50))),
+    ],
+)
+def test_the_speed_of_environments_decides_nothing(
+    kind: type[BatchesEngine], num_workers: int, env_ticks: int, make_source: Callable[..., EnvSource]
+) -> None:
     """Neither what is played nor what is asked together, in float32."""
-    engines = [BatchesEngine() for _ in range(3)]
+    engines = [kind() for _ in range(3)]
     envs = [CorridorEnv(), RestlessEnv(), RestlessEnv()]
     first, *others = (
-        told(play(make_source(env, engine=engine, num_workers=num_workers)))
+        told(play(make_source(env, engine=engine, num_workers=num_workers, env_ticks=env_ticks)))
         for env, engine in zip(envs, engines, strict=True)
     )
     assert len(first) == 24
     assert others == [first, first]
     assert engines[1].batches == engines[2].batches == engines[0].batches
     sizes = [len(batch) for batch in engines[0].batches]
-    assert max(sizes) == 4
+    assert sizes[0] == first_ticks(8, env_ticks).count(0)
     assert len(set(sizes)) > 1
-    numbers = [number for batch in engines[0].batches for number, _ in batch]
-    assert numbers == sorted(numbers), "in the order of the slots"
+    for batch in engines[0].batches:
+        numbers = [number for number, _ in batch]
+        assert numbers == sorted(numbers), "in the order of the slots"
+
+
+@pytest.mark.parametrize("kind", [TokenEngine, OneByOneEngine])
+def test_ticks_decide_nothing_where_numbers_are_exact(
+    kind: type[HFEngine], tiny_policy: TinyPolicy, make_source: Callable[..., EnvSource]
+) -> None:
+    tiny_policy.double()
+    expected = in_order(play(make_source(engine=kind())))
+    for env_ticks, num_slots, num_workers in ((0, 8, 1), (1, 3, 2), (5, 24, 2), (50, 8, 2)):
+        settings = {"env_ticks": env_ticks, "num_slots": num_slots, "num_workers": num_workers}
+        assert in_order(play(make_source(engine=kind(), **settings))) == expected
+    assert len({len(steps) for _, steps in expected}) > 3
+
+
+def in_order(episodes: list[Episode]) -> list[Any]:
+    """What the last bits of log-probabilities do not decide."""
+    for episode in episodes:
+        for step in episode.steps:
+            step.behaviour_logprobs.fill(0)
+    return told(sorted(episodes, key=lambda episode: episode.order))
+
+
+class CountingEngine(Engine):
+    """Takes as many ticks for a request as its seed says, and keeps who was in flight in each."""
+
+    logprob_tolerance = float("inf")
+
+    def __init__(self) -> None:
+        self.flying: dict[int, tuple[Request, int]] = {}
+        self.ticks: list[set[str]] = []
+
+    @staticmethod
+    def length(seed: int) -> int:
+        return 1 + seed % 4
+
+    def submit(self, request: Request) -> None:
+        self.flying[request.id] = request, self.length(request.seed)
+
+    def poll(self) -> list[Completion]:
+        self.ticks.append({request.session_id for request, _ in self.flying.values()})
+        left = {id: (request, ticks - 1) for id, (request, ticks) in self.flying.items()}
+        self.flying = {id: one for id, one in left.items() if one[1]}
+        return [answer(id, "left") for id, (_, ticks) in left.items() if not ticks]
+
+
+def answer(id: int, text: str) -> Completion:
+    ids = np.array([*text.encode()], np.int32)
+    return Completion(id, ids, np.zeros(len(ids), np.float32), "stop")
+
+
+class Walks(ActionParser):
+    def parse(self, text: str, turn: Turn) -> ParsedAction:
+        return ParsedAction(Action("take" if turn.commands and "take" in turn.commands else ""))
+
+
+def expected_ticks(episodes: list[Place], slots: int, env_ticks: int, steps: int) -> list[set[str]]:
+    """Who decodes together, by following each slot by itself. Only ticks with anyone in them are seen."""
+    wanted, ticks = deque(episodes), dict[int, set[str]]()
+    free = [(first, slot) for slot, first in enumerate(first_ticks(slots, env_ticks))]  # heap of (tick, slot)
+    heapq.heapify(free)
+    while wanted:
+        now, slot = heapq.heappop(free)
+        place = wanted.popleft()
+        for step in range(steps):
+            now += 1 + env_ticks  # asked at the tick, joins so many later
+            length = CountingEngine.length(place.seed(step))
+            for tick in range(now, now + length):
+                ticks.setdefault(tick, set()).add(place.id)
+            now += length - 1
+        heapq.heappush(free, (now + 1 + env_ticks, slot))
+    return [ticks[tick] for tick in sorted(ticks)]
+
+
+@pytest.mark.parametrize("num_slots", [1, 5, 8])
+@pytest.mark.parametrize("env_ticks", [0, 1, 3, 10])
+def test_who_joins_when(env_ticks: int, num_slots: int, make_source: Callable[..., EnvSource]) -> None:
+    """All episodes have three steps. A slot's next one begins at the tick at which its last environment's answer is read."""
+    engine = CountingEngine()
+    source = make_source(
+        CorridorEnv(max_steps=3), engine=engine, parser=Walks(), num_slots=num_slots, env_ticks=env_ticks, num_workers=2
+    )
+    groups = groups_of([Task("far", {"start": 0, "goal": 3})] * 4, 3)
+    played = [episode for group in source.collect(groups, PLAN) for episode in group]
+    assert [len(episode.steps) for episode in played] == [3] * 12
+    places = [Place(PLAN, group, sample) for group in groups for sample in range(3)]
+    assert engine.ticks == expected_ticks(places, num_slots, env_ticks, 3)
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("env_ticks", [1, 7])
+@pytest.mark.parametrize("kind", [HFEngine, TokenEngine])
+def test_the_engine_goes_on_while_environments_work(
+    kind: type[HFEngine],
+    env_ticks: int,
+    tmp_path: Path,
+    make_source: Callable[..., EnvSource],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its tick after the first answer waits for an environment that waits for it."""
+    answered: list[Completion] = []
+    poll = kind.poll
+
+    def meeting(engine: HFEngine) -> list[Completion]:
+        if answered:
+            wait_for(tmp_path / "environment")
+            (tmp_path / "engine").touch()
+        answered.extend(completions := poll(engine))
+        return completions
+
+    monkeypatch.setattr(kind, "poll", meeting)
+    source = make_source(PatientEnv(str(tmp_path)), engine=kind(), parser=Walks(), env_ticks=env_ticks, num_workers=2)
+    assert len(list(source.collect(groups_of(TASKS), PLAN))) == 8
 
 
 def test_the_caller_may_have_an_event_loop(make_source: Callable[..., EnvSource]) -> None:
@@ -154,7 +302,7 @@ class Ponders(ScriptedPlayer):
 
 
 def test_players_may_wait_for_something_else_than_the_engine(make_source: Callable[..., EnvSource]) -> None:
-    """All of a half at once; what they play is what it would be without."""
+    """All that are due at once; what they play is what it would be without."""
     source = make_source()
     quick, slow = (kind(random_action, source.write) for kind in (ScriptedPlayer, Ponders))
     assert told(play(source, slow)) == told(play(source, quick))
