@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import count
 from typing import Any
@@ -44,6 +45,16 @@ class Scripted(Engine):
 
     def release(self, session_id: str) -> None:
         self.released.append(session_id)
+
+
+async def answers_of(thread: EngineThread, requests: Sequence[Request]) -> list[Completion]:
+    """In the order of the requests."""
+    ids = [thread.submit(request) for request in requests]
+    answers: dict[int, Completion] = {}
+    while len(answers) < len(ids):
+        answers |= {completion.request_id: completion for completion in await thread.tick()}
+    assert not thread.has_work
+    return [answers[id] for id in ids]
 
 
 @contextmanager
@@ -104,7 +115,7 @@ def test_what_holds_for_the_caller_holds_for_the_engine(name: str) -> None:
         for context in SETTINGS[name]():
             stack.enter_context(context)
         thread = EngineThread(engine, count())
-        asyncio.run(thread.generate([request()]))
+        asyncio.run(answers_of(thread, [request()]))
         thread.close([])
         assert found == [(settings(), False, "engine")]
     assert torch.is_grad_enabled()
@@ -119,7 +130,7 @@ def test_numbers_are_those_of_the_caller_s_thread(tiny_policy: TinyPolicy, preci
     state = torch.get_rng_state()
     with torch.autocast("cpu", precision or torch.bfloat16, enabled=precision is not None):
         thread = EngineThread(engine, count(100))
-        answers = asyncio.run(thread.generate(asked))
+        answers = asyncio.run(answers_of(thread, asked))
         thread.close([])
         for one in asked:
             engine.submit(Request(one.seed, one.session_id, one.prompt_ids, one.sampling, one.seed))
@@ -139,7 +150,7 @@ def test_the_event_loop_goes_on_while_the_engine_works() -> None:
 
     async def both() -> list[Completion]:
         thread = EngineThread(Scripted(brought.wait), count())
-        answers = asyncio.ensure_future(thread.generate([request(seed=1), request(seed=2)]))
+        answers = asyncio.ensure_future(answers_of(thread, [request(seed=1), request(seed=2)]))
         await asyncio.sleep(0.01)
         assert not answers.done()
         brought.set()
@@ -158,7 +169,7 @@ def test_what_ends_a_run_comes_out(error: BaseException) -> None:
 
     async def ask() -> None:
         with pytest.raises(type(error)):
-            await thread.generate([request()])
+            await answers_of(thread, [request()])
 
     thread = EngineThread(Scripted(work), count())
     asyncio.run(ask())
@@ -179,7 +190,7 @@ def test_an_engine_is_left_in_the_midst_of_an_answer() -> None:
     thread = EngineThread(engine, count())
 
     async def leave() -> None:
-        task = asyncio.ensure_future(thread.generate([request("a"), request("b")]))
+        task = asyncio.ensure_future(answers_of(thread, [request("a"), request("b")]))
         while not begun.is_set():
             await asyncio.sleep(0.001)
         thread.close(["a", "b"])
@@ -188,3 +199,59 @@ def test_an_engine_is_left_in_the_midst_of_an_answer() -> None:
     asyncio.run(leave())
     assert not thread._thread.is_alive()
     assert engine.released == ["a", "b"]
+
+
+class Slow(Scripted):
+    """Answers in its so-many-th tick, and notes every call."""
+
+    def __init__(self, ticks: float) -> None:
+        super().__init__()
+        self.ticks = ticks
+        self.calls: list[str] = []
+
+    def submit(self, request: Request) -> None:
+        self.calls.append(f"submit {request.id}")
+        super().submit(request)
+
+    def poll(self) -> list[Completion]:
+        self.calls.append("poll")
+        return super().poll() if self.calls.count("poll") >= self.ticks else []
+
+    def release(self, session_id: str) -> None:
+        self.calls.append(f"release {session_id}")
+
+
+def test_a_tick_makes_all_calls_since_the_last() -> None:
+    engine = Slow(2)
+    thread = EngineThread(engine, count(7))
+
+    async def ticks() -> list[int]:
+        assert not thread.has_work
+        thread.release("z")
+        assert thread.has_work
+        assert await thread.tick() == []
+        assert [thread.submit(request("a")), thread.submit(request("b"))] == [7, 8]
+        assert await thread.tick() == []
+        thread.release("c")
+        return [completion.request_id for completion in await thread.tick()]
+
+    assert sorted(asyncio.run(ticks())) == [7, 8]
+    assert not thread.has_work
+    thread.release("d")
+    thread.close(["a", "b"])
+    calls = ["release z", "submit 7", "submit 8", "poll", "release c", "poll", "release d", "release a", "release b"]
+    assert engine.calls == calls
+
+
+@pytest.mark.parametrize(("ticks", "fails"), [(7, False), (8, True), (math.inf, True)])
+def test_an_engine_may_be_silent_for_as_many_ticks_as_there_may_be_tokens(ticks: float, fails: bool) -> None:
+    """Two requests of three tokens each; then it is asked once more, with as much patience."""
+    engine = Slow(ticks)
+    thread = EngineThread(engine, count())
+    answers = asyncio.run(answers_of(thread, [request("a"), request("b")]))
+    assert [answer.error for answer in answers] == ["RuntimeError: the engine gave no answer" if fails else ""] * 2
+    assert engine.calls.count("poll") == 7
+    [again] = asyncio.run(answers_of(thread, [request("c")]))
+    assert bool(again.error) == (ticks == math.inf)
+    assert engine.calls.count("poll") == (11 if again.error else 8)
+    thread.close([])
