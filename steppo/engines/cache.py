@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -31,6 +31,8 @@ class RowLayer(CacheLayerMixin):
     """One layer's keys and values, [rows, columns, heads, width]."""
 
     is_sliding = False
+    keys: Tensor
+    values: Tensor
 
     def __init__(self, cache: RowCache) -> None:
         super().__init__()
@@ -86,7 +88,7 @@ class RowCache(Cache):
     place: Place
 
     def __init__(self) -> None:
-        super().__init__(layer_class_to_replicate=lambda: RowLayer(self))
+        super().__init__(layer_class_to_replicate=cast(Any, lambda: RowLayer(self)))
         self.rows = self.columns = 0
         self.ids = np.zeros((0, 0), dtype=np.int32)
         self.held = np.zeros(0, dtype=np.int64)
@@ -120,9 +122,9 @@ class RowCache(Cache):
         """The row that begins most like a prompt, if more than ``beyond`` tokens are alike, and how many are."""
         best = 0, beyond
         if beyond < min(len(prompt), self.columns):
-            for row in np.flatnonzero((self.held > beyond) & (self.ids[:, beyond] == prompt[beyond])):
+            for row in np.flatnonzero((self.held > beyond) & (self.ids[:, beyond] == prompt[beyond])).tolist():
                 alike = self.common(row, prompt)
-                best = (int(row), alike) if alike > best[1] else best
+                best = (row, alike) if alike > best[1] else best
         return best
 
     def read(self, row: int, tokens: np.ndarray) -> None:
@@ -133,7 +135,7 @@ class RowCache(Cache):
 
     def copy(self, source: int, targets: Sequence[int], first: int, last: int) -> None:
         """Other rows take a row's columns from ``first`` until ``last``; all hold the same before."""
-        for layer in self.layers:
+        for layer in cast(list[RowLayer], self.layers):
             for kept in (layer.keys, layer.values):
                 kept[torch.tensor(targets, device=kept.device), first:last] = kept[source, first:last]
         self.ids[targets, first:last] = self.ids[source, first:last]

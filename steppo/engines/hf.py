@@ -62,8 +62,8 @@ class HFEngine(Engine):
 
     Args:
         max_batch_size: Most requests that are answered at the same time; others wait.
-        cache_tokens: Room of the cache. Sessions that do not fit are forgotten, the one that was asked longest ago first, and
-            their next prompt is read as a whole. It should hold all slots' prompts at their longest.
+        cache_tokens: Room of the cache. Sessions that do not fit are forgotten, the one that was asked longest ago first,
+            and their next prompt is read as a whole. It should hold the longest prompt as often as there are slots.
     """
 
     _policy: Policy  # from ``bind``
@@ -133,10 +133,10 @@ class HFEngine(Engine):
             except _MEMORY as error:
                 self._fail([flight for flight, _ in read], error)
         for flight in self._flights():
-            request, error = flight.request, flight.error
+            request = flight.request
             is_stopped = bool(flight.action) and flight.action[-1] in self._policy.stop_ids
-            if error is not None:
-                completions.append(failed(request, error))
+            if flight.error is not None:
+                completions.append(failed(request, flight.error))
             elif is_stopped or len(flight.action) == request.sampling.max_new_tokens:
                 action, logprobs = np.asarray(flight.action, np.int32), np.asarray(flight.logprobs, np.float32)
                 completions.append(Completion(request.id, action, logprobs, "stop" if is_stopped else "length"))
@@ -196,7 +196,7 @@ class HFEngine(Engine):
         return row
 
     def _fit(self, count: int, longest: int) -> None:
-        """Makes the cache hold so many rows of so many tokens: at least twice as much of either as before, where it grows."""
+        """Makes the cache hold so many rows of so many tokens; what grows is at least doubled, if there is room."""
         rows, columns = self._cache.rows, self._cache.columns
         room = max(self.cache_tokens, count * longest)
         if count <= rows and longest <= columns and rows * columns <= room:
@@ -343,11 +343,11 @@ def _widths(flights: Sequence[_Flight]) -> np.ndarray:
 def _pass_tokens(policy: Policy) -> int:
     """How many tokens take as long as a pass does beside its tokens.
 
-    Reading the weights takes as long as computing with a dozen tokens; what else a layer costs is the same for layers of any
-    size, and on an accelerator far more than its arithmetic.
+    Weights must come from memory, which takes as long as computing with some 30 tokens. What else a layer costs is the same
+    for layers of any size, and far more than its arithmetic on an accelerator (``benchmarks/rollout.py`` measures it).
     """
     if policy.device.type != "cpu":
         return 1024
     layers = int(policy.model.config.num_hidden_layers)
     weights = sum(parameter.numel() for parameter in policy.trunk.parameters())
-    return 12 + 30_000_000 * layers // weights
+    return min(256, 30 + 20_000_000 * layers // weights)

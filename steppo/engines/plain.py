@@ -1,4 +1,4 @@
-"""In-process generation that keeps nothing: each prompt is read as a whole. For any causal model, and the oracle of others."""
+"""In-process generation that keeps nothing: each prompt is read as a whole. For any causal model; the oracle of others."""
 
 from __future__ import annotations
 
