@@ -284,14 +284,19 @@ def trunk_states(trunk: Any, batch: TokenBatch) -> Tensor:
     """
     mask = None
     if batch.until_BT is not None:
-        _check_branches(trunk)
+        odd = beyond_full_attention(trunk)
+        if odd:
+            raise ConfigError(
+                "rows of PrefixTreePacker branch, which wants full attention by sdpa or eager; "
+                f"{trunk.config.model_type} has {odd}: set data.packer to PaddedPacker"
+            )
         mask = batch.attention_mask(trunk.get_input_embeddings().weight.dtype)
     output = trunk(input_ids=batch.input_ids_BT, position_ids=batch.position_ids_BT, attention_mask=mask, use_cache=False)
     return output.last_hidden_state.flatten(0, 1)
 
 
-def _check_branches(trunk: Any) -> None:
-    """Layers and positions that go by a token's column, or attention that passes the mask over, would silently be wrong."""
+def beyond_full_attention(trunk: Any) -> str:
+    """Layers and positions that go by a token's column, or attention that passes a mask over; empty if there are none."""
     config = trunk.config
     odd = set(getattr(config, "layer_types", None) or ["full_attention"]) - {"full_attention"}
     if getattr(config, "sliding_window", None) is not None:
@@ -300,8 +305,4 @@ def _check_branches(trunk: Any) -> None:
         odd.add(config._attn_implementation)
     if getattr(config, "alibi", False) or "position_ids" not in signature(trunk.forward).parameters:
         odd.add("positions of its own")
-    if odd:
-        raise ConfigError(
-            f"rows of PrefixTreePacker branch, which wants full attention by sdpa or eager; {config.model_type} has "
-            f"{', '.join(sorted(odd))}: set data.packer to PaddedPacker"
-        )
+    return ", ".join(sorted(odd))
