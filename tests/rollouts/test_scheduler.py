@@ -19,13 +19,13 @@ import numpy as np
 import pytest
 import torch
 
-from steppo.engines import Engine, HFEngine
+from steppo.engines import Engine, HFEngine, PlainEngine
 from steppo.models import TinyPolicy
 from steppo.rendering import ActionParser, ParsedAction, StateContext
 from steppo.rollouts import EnvSource, Player, ScriptedPlayer, random_action
 from steppo.rollouts.place import Place
 from steppo.rollouts.scheduler import first_ticks
-from steppo.types import Action, Completion, Episode, Request, RolloutConfig, Sampling, Task, Turn, groups_of
+from steppo.types import Action, Completion, Episode, Request, RolloutConfig, Task, Turn, groups_of
 from tests.toy_env import CorridorEnv, FaultyEnv, PatientEnv, RestlessEnv, wait_for
 
 TASKS = CorridorEnv().tasks("train")
@@ -42,7 +42,7 @@ class AnyTextParser(ActionParser):
         return ParsedAction(None, "Not now.") if number % 5 == 0 else ParsedAction(Action(commands[number % len(commands)]))
 
 
-class BatchesEngine(HFEngine):
+class BatchesEngine(PlainEngine):
     """Keeps who was asked together with whom, in which order."""
 
     def __init__(self) -> None:
@@ -54,39 +54,21 @@ class BatchesEngine(HFEngine):
         return super().poll()
 
 
-class TokenEngine(BatchesEngine):
-    """Gives each request one token a tick, computed beside those of the others."""
+class TokensEngine(HFEngine):
+    """Keeps whose tokens were made together. There is no room for all sessions, nor for all requests."""
 
     def __init__(self) -> None:
-        super().__init__()
-        self._tokens: dict[int, list[Completion]] = {}
+        super().__init__(max_batch_size=6, cache_tokens=1000)
+        self.batches: list[list[tuple[int, str]]] = []
 
     def poll(self) -> list[Completion]:
-        self.batches.append([(request.id, request.session_id) for request in self._queue])
-        asked = [self._next(request) for request in self._queue]
-        for token in self._generate(asked):
-            self._tokens.setdefault(token.request_id, []).append(token)
-        done = [request for request in self._queue if self._is_done(request)]
-        self._queue = [request for request in self._queue if request not in done]
-        return [self._whole(request.id) for request in done]
-
-    def _next(self, request: Request) -> Request:
-        said = self._tokens.get(request.id, [])
-        prompt = np.concatenate([request.prompt_ids, *(token.action_ids for token in said)])
-        sampling = Sampling(request.sampling.temperature, 1)
-        return Request(request.id, request.session_id, prompt, sampling, request.seed + len(said))
-
-    def _is_done(self, request: Request) -> bool:
-        said = self._tokens[request.id]
-        return said[-1].finish_reason == "stop" or len(said) == request.sampling.max_new_tokens
-
-    def _whole(self, id: int) -> Completion:
-        said = self._tokens.pop(id)
-        ids, logprobs = ([getattr(token, name) for token in said] for name in ("action_ids", "logprobs"))
-        return Completion(id, np.concatenate(ids), np.concatenate(logprobs), said[-1].finish_reason)
+        completions = super().poll()
+        done = [(completion.request_id, "done") for completion in completions]
+        self.batches.append(done + [(flight.request.id, flight.request.session_id) for flight in self._flights()])
+        return completions
 
 
-class OneByOneEngine(HFEngine):
+class OneByOneEngine(PlainEngine):
     """Answers one request a tick, the last first."""
 
     def poll(self) -> list[Completion]:
@@ -133,11 +115,11 @@ def told(episodes: list[Episode]) -> list[Any]:
     ("kind", "num_workers", "env_ticks"),
     [
         *((BatchesEngine, *sizes) for sizes in ((1, 1), (2, 0), (2, 5))),
-        *((TokenEngine, *sizes) for sizes in ((1, 1), (2, 0), (2, 5), (2, 50))),
+        *((TokensEngine, *sizes) for sizes in ((1, 1), (2, 0), (2, 5), (2, 50))),
     ],
 )
 def test_the_speed_of_environments_decides_nothing(
-    kind: type[BatchesEngine], num_workers: int, env_ticks: int, make_source: Callable[..., EnvSource]
+    kind: type[BatchesEngine | TokensEngine], num_workers: int, env_ticks: int, make_source: Callable[..., EnvSource]
 ) -> None:
     """Neither what is played nor what is asked together, in float32."""
     engines = [kind() for _ in range(3)]
@@ -150,16 +132,16 @@ def test_the_speed_of_environments_decides_nothing(
     assert others == [first, first]
     assert engines[1].batches == engines[2].batches == engines[0].batches
     sizes = [len(batch) for batch in engines[0].batches]
-    assert sizes[0] == first_ticks(8, env_ticks).count(0)
+    assert sizes[0] == min(6 if kind is TokensEngine else 8, first_ticks(8, env_ticks).count(0))
     assert len(set(sizes)) > 1
-    for batch in engines[0].batches:
-        numbers = [number for number, _ in batch]
+    if kind is BatchesEngine:
+        numbers = [number for batch in engines[0].batches for number, _ in batch]
         assert numbers == sorted(numbers), "in the order of the slots"
 
 
-@pytest.mark.parametrize("kind", [TokenEngine, OneByOneEngine])
+@pytest.mark.parametrize("kind", [TokensEngine, OneByOneEngine])
 def test_ticks_decide_nothing_where_numbers_are_exact(
-    kind: type[HFEngine], tiny_policy: TinyPolicy, make_source: Callable[..., EnvSource]
+    kind: type[Engine], tiny_policy: TinyPolicy, make_source: Callable[..., EnvSource]
 ) -> None:
     tiny_policy.double()
     expected = in_order(play(make_source(engine=kind())))
@@ -245,9 +227,9 @@ def test_who_joins_when(env_ticks: int, num_slots: int, make_source: Callable[..
 
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("env_ticks", [1, 7])
-@pytest.mark.parametrize("kind", [HFEngine, TokenEngine])
+@pytest.mark.parametrize("kind", [HFEngine, PlainEngine])
 def test_the_engine_goes_on_while_environments_work(
-    kind: type[HFEngine],
+    kind: type[Engine],
     env_ticks: int,
     tmp_path: Path,
     make_source: Callable[..., EnvSource],
@@ -257,7 +239,7 @@ def test_the_engine_goes_on_while_environments_work(
     answered: list[Completion] = []
     poll = kind.poll
 
-    def meeting(engine: HFEngine) -> list[Completion]:
+    def meeting(engine: Any) -> list[Completion]:
         if answered:
             wait_for(tmp_path / "environment")
             (tmp_path / "engine").touch()
