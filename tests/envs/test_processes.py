@@ -335,7 +335,9 @@ def test_all_workers_are_busy_at_each_tick(num_workers: int, monkeypatch: pytest
             return answers
 
     env = CorridorEnv(max_steps=6)
-    source = EnvSource(env, StateContext(), Rounds(), num_slots=6, num_workers=num_workers, max_prompt_tokens=2**20)
+    source = EnvSource(
+        env, StateContext(), Rounds(), num_slots=6, num_workers=num_workers, env_ticks=1, max_prompt_tokens=2**20
+    )
     source.bind_tokenizer(policy.tokenizer, policy.stop_ids)
     step = source.pool.step
     monkeypatch.setattr(

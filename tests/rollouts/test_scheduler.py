@@ -285,7 +285,7 @@ class Ponders(ScriptedPlayer):
 
 def test_players_may_wait_for_something_else_than_the_engine(make_source: Callable[..., EnvSource]) -> None:
     """All that are due at once; what they play is what it would be without."""
-    source = make_source()
+    source = make_source(env_ticks=1)
     quick, slow = (kind(random_action, source.write) for kind in (ScriptedPlayer, Ponders))
     assert told(play(source, slow)) == told(play(source, quick))
     assert isinstance(slow, Ponders)
