@@ -139,7 +139,7 @@ def test_a_run_of_faults_loses_the_episodes_they_hit_and_no_other(model_folder: 
 def test_engine_errors_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     engine = "--data.source.engine=tests.rollouts.test_failures.FailingEngine"
     options = [engine, "--warm_start.updates=0", "--trainer.max_epochs=1"]
-    run(tmp_path / "some", *options, "--data.source.engine.fails=[3]", "--rollout.min_valid_fraction=0")
+    run(tmp_path / "some", *options, "--data.source.engine.fails=[0]", "--rollout.min_valid_fraction=0")
     events = EventAccumulator(str(tmp_path / "some")).Reload()
     assert 0 < events.Scalars("rollout/engine_errors")[0].value < 8
     with pytest.raises(SystemExit):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import heapq
 import os
 import random
@@ -356,6 +357,7 @@ def test_every_round_ends_its_thread_and_its_files(make_source: Callable[..., En
     play(source)
 
     def held() -> tuple[int, int]:
+        gc.collect()
         return threading.active_count(), len(os.listdir("/proc/self/fd"))
 
     before = held()
