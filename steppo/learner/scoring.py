@@ -52,7 +52,13 @@ def score(
     old_A = torch.zeros(steps.num_tokens, dtype=wide)
     ref_A = None if reference is None else torch.zeros_like(old_A)
     value = torch.zeros(len(steps) if needs_values == "step" else steps.num_tokens, dtype=wide)
-    for rows, actions, batch in steps.batches(packer, max_tokens):
+    # The prompts after the last steps lie in the same batches: where dialogues are appended they cost a few tokens.
+    finals = [] if critic is None else steps.final_segments
+    bootstrap: dict[int, float] = {}
+    for rows, batch in packer.pack([*steps.segments, *finals], max_tokens):
+        mine = torch.from_numpy(rows < len(steps))
+        chosen = rows[rows < len(steps)]
+        actions = steps.tokens_of(chosen)
         batch = batch.to(policy.device)
         temperature_A = steps.temperature_A[actions].to(policy.device)
         output = policy(batch, temperature_A)
@@ -60,20 +66,17 @@ def score(
         if reference is not None and ref_A is not None:
             ref_A[actions] = reference(batch, temperature_A).logprobs_A.cpu()
         if critic is not None:
-            values = critic(batch, batch.value_positions(needs_values), output.hidden)
-            value[rows if needs_values == "step" else actions] = values.to(wide).cpu()
-
-    final: dict[int, float] = {}
-    if critic is not None:
-        for episodes, batch in steps.final_batches(packer, max_tokens):
-            batch = batch.to(policy.device)
-            hidden = policy(batch).hidden if critic.needs_policy_hidden else None
-            values = critic(batch, batch.value_at_N, hidden)
-            final.update(zip((episode.order for episode in episodes), values.tolist(), strict=True))
+            ends_N = batch.value_at_N[mine.to(policy.device)]
+            read_at = ends_N if needs_values == "step" else batch.predict_at_A
+            at_end = batch.value_at_N[~mine.to(policy.device)]
+            values = critic(batch, torch.cat([read_at, at_end]), output.hidden).to(wide).cpu()
+            value[torch.from_numpy(chosen) if needs_values == "step" else actions] = values[: len(read_at)]
+            orders = (finals[row - len(steps)].episode for row in rows[rows >= len(steps)].tolist())
+            bootstrap.update(zip(orders, values[len(read_at) :].tolist(), strict=True))
     return Scores(
         old_logprobs_A=old_A,
         ref_logprobs_A=ref_A,
         value_N=value if needs_values == "step" else None,
         value_A=value if needs_values == "token" else None,
-        bootstrap_N=torch.tensor([final.get(order, 0.0) for order in steps.order_N.tolist()], dtype=wide),
+        bootstrap_N=torch.tensor([bootstrap.get(order, 0.0) for order in steps.order_N.tolist()], dtype=wide),
     )
