@@ -258,6 +258,12 @@ class AgentModule(RunModule):
         experience = self.data.buffer.experience
         replay = ReplayStatistics.of(self._updates, len(experience.steps))
         self._updates = []
+        spread, clip_range = replay.figures["first_ratio_spread"], self.loss.clip_range
+        if spread > 0.1 * clip_range:
+            rank_zero_warn(
+                f"before anything was learned, importance ratios are up to {spread:.2g} from 1, by rounding alone: more "
+                f"than a tenth of the clip range, {clip_range:g}. Clip further out, or compute in a higher precision"
+            )
         announce(self.trainer, "on_experience", experience, replay)
         metrics = {name: value for name, value in replay.figures.items() if math.isfinite(value)}  # none of a resting policy
         for group in self.trainer.optimizers[0].param_groups:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,7 @@ TAGS = {
     "train/ratio_min",
     "train/ratio_mean",
     "train/ratio_max",
+    "train/first_ratio_spread",
     "train/entropy",
     "train/explained_variance",
     "train/grad_norm_policy",
@@ -138,6 +140,19 @@ def test_append_context_samples_what_it_learns(tmp_path: Path) -> None:
     run(tmp_path, context, "--trainer.max_epochs=1", "--data.source.max_prompt_tokens=500")
     gaps = scalars(tmp_path)["train/logprob_mismatch"]
     assert 0 < max(gap for _, gap in gaps) < 1e-4
+
+
+def test_rounding_that_reaches_into_the_clip_range_is_told(tmp_path: Path) -> None:
+    """Other relatives in a row when scored than when learned from: other masks, other rounding."""
+    narrow = ["--model.loss.clip_low=1e-6", "--trainer.max_epochs=1", "--data.packer=PrefixTreePacker"]
+    with pytest.warns(UserWarning, match="by rounding alone.*clip range, 1e-06"):
+        run(tmp_path / "rounded", *narrow)
+    [(_, spread)] = scalars(tmp_path / "rounded")["train/first_ratio_spread"]
+    assert 1e-7 < spread < 1e-5
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*by rounding alone.*")
+        run(tmp_path / "whole", *narrow, "--data.num_minibatches=1")
+    assert scalars(tmp_path / "whole")["train/first_ratio_spread"] == [(1, 0.0)]
 
 
 def test_it_learns(tmp_path: Path) -> None:

@@ -195,7 +195,8 @@ class ReplayStatistics:
     """What an iteration's updates found.
 
     Attributes:
-        figures: Means over the updates that had them, over all ranks; of ratios also the extremes, infinite without any.
+        figures: Means over the updates that had them, over all ranks; of ratios also the extremes, and how far those of the
+            first update are from 1, where nothing has been learned yet: infinite without any.
         ratio_N: float32, of each step of this rank the mean importance ratio of its tokens at its last update; NaN without.
         clipped_N: float32, likewise the share of its tokens outside the trust region.
     """
@@ -216,10 +217,15 @@ class ReplayStatistics:
         for name in sorted({name for update in updates for name in update.figures}):
             shares = [share for update in updates for share in update.figures.get(name, ())]
             mine[name] = float(sum(shares[1:], shares[0]))
-        lowest = min((float(part.lowest) for part in ratios), default=torch.inf)
-        highest = max((float(part.highest) for part in ratios), default=-torch.inf)
-        ranks = gather((mine, lowest, highest))
+        first = next((update.ratios for update in updates if "ratio_mean" in update.figures), ())
+        ranks = gather((mine, _extremes(ratios), _extremes(first)))
         counts = {name: sum(name in update.figures for update in updates) for name in mine}
         figures = {name: sum(sums[name] for sums, _, _ in ranks) / count for name, count in counts.items()}
-        figures |= {"ratio_max": max(high for *_, high in ranks), "ratio_min": min(low for _, low, _ in ranks)}
+        figures |= {"ratio_min": min(low for _, (low, _), _ in ranks), "ratio_max": max(high for _, (_, high), _ in ranks)}
+        figures["first_ratio_spread"] = max(max(1 - low, high - 1) for *_, (low, high) in ranks)
         return cls(figures, ratio_N, clipped_N)
+
+
+def _extremes(ratios: Sequence[StepRatios]) -> tuple[float, float]:
+    lowest = min((float(part.lowest) for part in ratios), default=torch.inf)
+    return lowest, max((float(part.highest) for part in ratios), default=-torch.inf)

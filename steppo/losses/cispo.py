@@ -24,6 +24,7 @@ class CISPO(PolicyLoss):
             raise ConfigError(f"CISPO: clip_low must be at most 1, not {clip_low}: a ratio is never below 0")
         self.clip_low = clip_low
         self.clip_high = clip_high
+        self.clip_range = min(clip_low, clip_high)
         self.ratio = ratio
 
     def __call__(self, inputs: LossInputs) -> LossOutput:

@@ -33,6 +33,7 @@ class ClippedLoss(PolicyLoss):
         self.ratio = ratio
         self.clip_low = clip_low
         self.clip_high = clip_high
+        self.clip_range = min(clip_low, clip_high)
         self.dual_clip = dual_clip
 
     def __call__(self, inputs: LossInputs) -> LossOutput:
