@@ -148,8 +148,9 @@ class Microbatch:
         index_N: int64, the steps' indices in this rank's buffer.
         old_value: float [N] or [A], as the critic reads them; ``None`` without critic.
         target: float, same shape.
-        update_steps: Steps in the whole update, over all microbatches and ranks.
-        update_tokens: Action tokens in the whole update.
+        update_steps: What sums over steps are divided by: the steps of the whole update, over all microbatches and ranks, or
+            of a mean one (``steppo.minibatches``).
+        update_tokens: What sums over action tokens are divided by.
         scale: 1, or 0 for a microbatch that only keeps the ranks in step with each other.
     """
 
@@ -163,8 +164,8 @@ class Microbatch:
     index_N: Tensor
     old_value: Tensor | None
     target: Tensor | None
-    update_steps: int
-    update_tokens: int
+    update_steps: float
+    update_tokens: float
     scale: float = 1.0
 
     def to(self, device: torch.device) -> Microbatch:

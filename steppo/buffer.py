@@ -12,7 +12,8 @@ from steppo.batch import Microbatch, Segment
 from steppo.distributed import gather
 from steppo.errors import RunError
 from steppo.learner import Experience
-from steppo.packing import Packer
+from steppo.minibatches import Minibatches, ShuffledSteps, StepColumns, checked_cut
+from steppo.packing import Packer, PackingCost
 
 
 @dataclass(eq=False)
@@ -25,19 +26,33 @@ class StepBuffer:
         packer: Steps -> token batches.
         max_tokens: Most tokens in one microbatch, padding included.
         update_epochs: Passes over the steps.
-        num_minibatches: Updates per pass; their sizes differ by at most one step.
+        num_minibatches: Updates per pass.
+        minibatches: Which steps each of them learns from.
     """
 
     packer: Packer
     max_tokens: int
     update_epochs: int = 1
     num_minibatches: int = 1
+    minibatches: Minibatches = field(default_factory=ShuffledSteps)
     _experience: Experience | None = field(default=None, init=False)
+    _costs: list[PackingCost] = field(default_factory=list, init=False)
 
     @property
     def updates_per_iteration(self) -> int:
         """Updates that one experience is good for."""
         return self.update_epochs * self.num_minibatches
+
+    def rehearse(self, episodes: int, group_size: int) -> None:
+        """Cuts a made-up iteration: what cannot be cut so is found before a real one is played.
+
+        Raises:
+            RunError: There are too few episodes or groups.
+            ConfigError: ``minibatches`` gave something else than the updates of a pass.
+        """
+        episode_N = np.repeat(np.arange(episodes), self.num_minibatches)
+        steps = StepColumns(episode_N, episode_N // group_size, np.ones_like(episode_N))
+        checked_cut(self.minibatches, steps, self.num_minibatches, np.random.default_rng(0))
 
     def hold(self, experience: Experience) -> None:
         """Takes an iteration's experience in place of the last."""
@@ -58,30 +73,37 @@ class StepBuffer:
         """This rank's part of each update; how steps are shuffled follows from the two numbers.
 
         Raises:
-            RunError: There are fewer steps than updates in a pass.
+            RunError: There are too few steps, or what is to stay together, for the updates of a pass.
+            ConfigError: ``minibatches`` gave something else than the updates of a pass.
         """
         experience = self.experience
-        total = experience.num_steps
-        if total < self.num_minibatches:
-            raise RunError(f"the iteration gave {total} steps, too few for {self.num_minibatches} minibatches")
-        local = np.full(total, -1)
+        columns = experience.columns
+        local = np.full(experience.num_steps, -1)
         local[experience.mine_N] = np.arange(len(experience.mine_N))
+        mean_sizes = len(local) / self.num_minibatches, int(columns.length_N.sum()) / self.num_minibatches
+        self._costs = []
         for epoch in range(self.update_epochs):
-            shuffle = np.random.default_rng([seed, iteration, epoch]).permutation(total)
-            for chosen in np.array_split(shuffle, self.num_minibatches):
+            rng = np.random.default_rng([seed, iteration, epoch])
+            for chosen in checked_cut(self.minibatches, columns, self.num_minibatches, rng):
                 mine = np.sort(local[chosen][local[chosen] >= 0])
-                sizes = len(chosen), int(experience.all_lengths_N[chosen].sum())
+                own_sizes = len(chosen), int(columns.length_N[chosen].sum())
+                sizes = mean_sizes if self.minibatches.mean_size else own_sizes
                 own = self.microbatches(mine, *sizes)
+                self._costs += [PackingCost.of(part.tokens) for part in own]
                 lacking = max(gather(len(own))) - len(own)  # all ranks make the same number of passes
                 yield own + [self.padding_microbatch(*sizes) for _ in range(lacking)]
 
-    def microbatches(self, chosen: np.ndarray, update_steps: int, update_tokens: int) -> list[Microbatch]:
+    def packing_figures(self) -> dict[str, float]:
+        """What the rows of the latest ``updates`` cost, over all ranks, of which all must ask."""
+        return PackingCost.total(gather(PackingCost.total(self._costs))).figures()
+
+    def microbatches(self, chosen: np.ndarray, update_steps: float, update_tokens: float) -> list[Microbatch]:
         """One update's part of this rank.
 
         Args:
             chosen: Indices of steps.
-            update_steps: Steps of the update over all ranks.
-            update_tokens: Action tokens of the update over all ranks.
+            update_steps: What the update's sums over steps are divided by.
+            update_tokens: What its sums over action tokens are divided by.
         """
         experience = self.experience
         table, scores, credit = experience.steps, experience.scores, experience.credit
@@ -119,7 +141,7 @@ class StepBuffer:
             )
         return found
 
-    def padding_microbatch(self, update_steps: int, update_tokens: int) -> Microbatch:
+    def padding_microbatch(self, update_steps: float, update_tokens: float) -> Microbatch:
         """A pass of weight 0, so that all ranks make the same number, also one that has no step of its own."""
         scores = self.experience.scores
         one = np.zeros(1, dtype=np.int32)

@@ -266,6 +266,7 @@ class AgentModule(RunModule):
             )
         announce(self.trainer, "on_experience", experience, replay)
         metrics = {name: value for name, value in replay.figures.items() if math.isfinite(value)}  # none of a resting policy
+        metrics |= self.data.buffer.packing_figures()
         for group in self.trainer.optimizers[0].param_groups:
             metrics["learning_rate" if group["name"] == "policy" else f"learning_rate_{group['name']}"] = group["lr"]
         self.report_iteration(metrics)

@@ -19,6 +19,7 @@ from steppo.distributed import gather, rank_and_world
 from steppo.errors import ConfigError, RunError
 from steppo.learner.scoring import Scores
 from steppo.learner.steps import StepTable
+from steppo.minibatches import StepColumns
 from steppo.types import Episode, Step, StopReason
 
 
@@ -39,6 +40,11 @@ class AssignedCredit:
     mine_N: np.ndarray
     mine: Credit
     logprob_mismatch: float
+
+    def columns(self) -> StepColumns:
+        """The steps of all ranks, to be cut into updates."""
+        batch = self.batch
+        return StepColumns(batch.episode_N.numpy(), batch.group_E[batch.episode_N].numpy(), batch.length_N.numpy())
 
     def statistics(self) -> dict[str, float]:
         """What the critic was worth, and how far sampler and learner are apart."""

@@ -20,6 +20,7 @@ from steppo.learner.scoring import Reference, Scores, score
 from steppo.learner.steps import StepTable
 from steppo.learner.update import UpdateLoss, UpdateStatistics, run_update
 from steppo.losses import ClippedLoss, ObjectiveSettings, PolicyLoss
+from steppo.minibatches import StepColumns
 from steppo.models import Critic, Policy
 from steppo.packing import Packer, PaddedPacker
 from steppo.types import Episode
@@ -80,7 +81,8 @@ class Learner:
         scores, weights = self._score(steps)
         if not self.advantage.needs_groups and any(gather(len(steps))):
             return self._with_credit(steps, scores, weights)
-        return Experience(steps, scores, weights, Credit(), np.arange(len(steps)), steps.lengths_N, len(episodes), {})
+        columns = StepColumns(steps.order_N, steps.group_N, steps.lengths_N)
+        return Experience(steps, scores, weights, Credit(), np.arange(len(steps)), columns, len(episodes), {})
 
     def update(
         self,
@@ -108,7 +110,7 @@ class Learner:
             weights=weights,
             credit=assigned.mine,
             mine_N=assigned.mine_N,
-            all_lengths_N=assigned.batch.length_N.numpy(),
+            columns=assigned.columns(),
             num_episodes=len(assigned.batch.terminated_E),
             statistics=assigned.statistics(),
         )
