@@ -140,7 +140,8 @@ class Microbatch:
     Attributes:
         tokens: The packed steps.
         temperature_A: float, what each action token was sampled with.
-        old_logprobs_A: float, log-probabilities when the iteration started.
+        old_logprobs_A: float, log-probabilities when the iteration started; ``None`` where it starts with this pass, whose
+            own they are.
         behaviour_logprobs_A: float, those of the engine that sampled.
         ref_logprobs_A: float, the reference policy's; ``None`` without KL.
         advantage_A: float, a step's advantage repeated over its tokens, or the tokens' own.
@@ -156,7 +157,7 @@ class Microbatch:
 
     tokens: TokenBatch
     temperature_A: Tensor
-    old_logprobs_A: Tensor
+    old_logprobs_A: Tensor | None
     behaviour_logprobs_A: Tensor
     ref_logprobs_A: Tensor | None
     advantage_A: Tensor

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from steppo.batch import Microbatch, Segment
 from steppo.distributed import gather
 from steppo.errors import RunError
-from steppo.learner import Experience
+from steppo.learner import Experience, OldLogprobs
 from steppo.minibatches import Minibatches, ShuffledSteps, StepColumns, checked_cut
 from steppo.packing import Packer, PackingCost
 
@@ -36,6 +37,7 @@ class StepBuffer:
     num_minibatches: int = 1
     minibatches: Minibatches = field(default_factory=ShuffledSteps)
     _experience: Experience | None = field(default=None, init=False)
+    _old_A: Tensor = field(default_factory=lambda: torch.zeros(0), init=False)
     _costs: list[PackingCost] = field(default_factory=list, init=False)
 
     @property
@@ -57,6 +59,7 @@ class StepBuffer:
     def hold(self, experience: Experience) -> None:
         """Takes an iteration's experience in place of the last."""
         self._experience = experience
+        self._old_A = experience.scores.old_logprobs_A.clone()  # those of the first update may be still to come
 
     @property
     def experience(self) -> Experience:
@@ -68,6 +71,24 @@ class StepBuffer:
         if self._experience is None:
             raise RunError("there is nothing to learn from: no callback has played episodes (RolloutCallback does)")
         return self._experience
+
+    def first_update(self, steps: StepColumns, seed: int, iteration: int) -> np.ndarray:
+        """Which steps of all ranks the first of ``updates`` will learn from. Raises as ``updates``."""
+        return self._cut(steps, seed, iteration, epoch=0)[0]
+
+    def take(self, found: Sequence[OldLogprobs]) -> None:
+        """Old log-probabilities that the first update found, for later passes."""
+        for part in found:
+            self._old_A[self.experience.steps.tokens_of(part.index_N.cpu().numpy())] = part.logprobs_A.to(self._old_A)
+
+    def logprob_mismatch(self) -> float:
+        """Largest difference between old log-probabilities, if known, and the engine's over all ranks, which must ask."""
+        difference_A = (self._old_A - self.experience.steps.behaviour_logprobs_A).abs().nan_to_num(0.0)
+        return max(gather(float(difference_A.max()) if len(difference_A) else 0.0))
+
+    def _cut(self, steps: StepColumns, seed: int, iteration: int, epoch: int) -> list[np.ndarray]:
+        rng = np.random.default_rng([seed, iteration, epoch])
+        return checked_cut(self.minibatches, steps, self.num_minibatches, rng)
 
     def updates(self, seed: int, iteration: int) -> Iterator[list[Microbatch]]:
         """This rank's part of each update; how steps are shuffled follows from the two numbers.
@@ -83,8 +104,7 @@ class StepBuffer:
         mean_sizes = len(local) / self.num_minibatches, int(columns.length_N.sum()) / self.num_minibatches
         self._costs = []
         for epoch in range(self.update_epochs):
-            rng = np.random.default_rng([seed, iteration, epoch])
-            for chosen in checked_cut(self.minibatches, columns, self.num_minibatches, rng):
+            for chosen in self._cut(columns, seed, iteration, epoch):
                 mine = np.sort(local[chosen][local[chosen] >= 0])
                 own_sizes = len(chosen), int(columns.length_N[chosen].sum())
                 sizes = mean_sizes if self.minibatches.mean_size else own_sizes
@@ -118,6 +138,7 @@ class StepBuffer:
                 advantage_A = credit.advantage_N[steps][tokens.step_of_A]
             if advantage_A is None:
                 raise ValueError("no credit was assigned: these episodes are not to be learned from")
+            old_A = self._old_A[actions]
             old_value = target = None
             if credit.target_A is not None and scores.value_A is not None:
                 old_value, target = scores.value_A[actions], credit.target_A[actions]
@@ -127,7 +148,7 @@ class StepBuffer:
                 Microbatch(
                     tokens=tokens,
                     temperature_A=table.temperature_A[actions],
-                    old_logprobs_A=scores.old_logprobs_A[actions],
+                    old_logprobs_A=None if bool(old_A.isnan().any()) else old_A,
                     behaviour_logprobs_A=behaviour_A[actions],
                     ref_logprobs_A=None if scores.ref_logprobs_A is None else scores.ref_logprobs_A[actions],
                     advantage_A=advantage_A,

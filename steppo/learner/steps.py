@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from steppo.batch import Segment
+from steppo.distributed import gather, rank_and_world
+from steppo.minibatches import StepColumns
 from steppo.types import Episode, Step
 
 
@@ -52,6 +54,15 @@ class StepTable:
     def num_tokens(self) -> int:
         """Action tokens."""
         return int(self.lengths_N.sum())
+
+    def over_ranks(self) -> tuple[StepColumns, np.ndarray]:
+        """The steps of all ranks in logical order, and the places of this rank's among them [N]. All ranks must ask."""
+        parts = gather((self.order_N, self.group_N, self.lengths_N))
+        order_N, group_N, length_N = (np.concatenate(column) for column in zip(*parts, strict=True))
+        rank_N = np.repeat(np.arange(len(parts)), [len(part[0]) for part in parts])
+        sort_N = np.argsort(order_N, kind="stable")  # an episode is one rank's, and its steps are in their order there
+        mine_N = np.flatnonzero(rank_N[sort_N] == rank_and_world()[0])
+        return StepColumns(order_N[sort_N], group_N[sort_N], length_N[sort_N]), mine_N
 
     @cached_property
     def segments(self) -> list[Segment]:

@@ -108,8 +108,8 @@ class Scored:
         tokens = codes_A(self.steps)
         weights = Weights(1 + tokens / 4096, torch.ones_like(tokens).bool())
         if isinstance(credit, AssignedCredit):
-            columns, episodes = credit.columns(), len(credit.batch.group_E)
-            return Experience(self.steps, self.scores, weights, credit.mine, credit.mine_N, columns, episodes, {})
+            (columns, mine_N), episodes = self.steps.over_ranks(), len(credit.batch.group_E)
+            return Experience(self.steps, self.scores, weights, credit.mine, mine_N, columns, episodes, {})
         places = np.arange(len(self.steps))
         columns = StepColumns(self.steps.order_N, self.steps.group_N, self.steps.lengths_N)
         return Experience(self.steps, self.scores, weights, credit, places, columns, len(self.steps.episodes), {})
