@@ -1,11 +1,14 @@
-"""Does it harm to keep episodes together? The same task by shuffled steps and by whole episodes, over several seeds.
+"""What minibatches of whole episodes save, and whether they harm.
 
     pip install -c constraints.txt -e ".[test]"
     python benchmarks/minibatches.py
 
-A corridor of four rooms (``tests/toy.yaml``), whose prompts hold the whole dialogue, and a policy of about a hundred
-thousand weights, which has seen random play. Runs of one seed begin alike and differ in ``data.minibatches`` alone.
-Compared are the success rates of the rollouts, over all iterations (how fast it learns) and over the last five (how far),
+First the tokens that the updates of one pass compute: 64 episodes of *n* steps, whose prompts begin with 200 tokens and hold
+the whole dialogue (observations of 60 tokens, actions of 8), in 4 and 8 minibatches.
+
+Then learning, by shuffled steps and by whole episodes, over several seeds: a corridor of four rooms (``tests/toy.yaml``),
+whose prompts hold the whole dialogue, and a policy of about a hundred thousand weights, which has seen random play. Runs of
+one seed begin alike and differ in ``data.minibatches`` alone. Compared are the success rates of the rollouts, over all iterations (how fast it learns) and over the last five (how far),
 by the paired differences between the seeds; and what the updates cost: process time of a run, tokens read and tokens
 computed. A run that is in ``--runs`` already is not made again. Writes ``benchmarks/results/minibatches.json`` and prints a
 table. Takes about two minutes of one core a run.
@@ -27,10 +30,15 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import torch
 import transformers
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from steppo.batch import Segment
+from steppo.minibatches import ShuffledSteps, StepColumns, WholeEpisodes, checked_cut
+from steppo.packing import PackingCost, PaddedPacker, PrefixTreePacker
 
 ROOT = Path(__file__).parent.parent
 BASE = "ShuffledSteps"
@@ -58,6 +66,33 @@ SETTINGS = {
     "model.objective.kl_coef": 0.05,
     "model.advantage.gamma": 0.9,
 }
+
+
+def tokens_of_a_pass(steps: int, minibatches: int) -> dict[str, int]:
+    """Tokens computed, padding included, by packer and cut."""
+    rng = np.random.default_rng(0)
+    head, segments = draw(rng, 200), []
+    for episode in range(64):
+        dialogue = head
+        for _ in range(steps):
+            segments.append(Segment(np.concatenate([dialogue, draw(rng, 60)]), draw(rng, 8), episode))
+            dialogue = np.concatenate([segments[-1].prompt_ids, segments[-1].action_ids])
+    episode_N = np.asarray([segment.episode for segment in segments])
+    columns = StepColumns(episode_N, episode_N // 8, np.full(len(segments), 8))
+    found = {}
+    for name, packer, cut in (
+        ("padded rows", PaddedPacker(), ShuffledSteps()),
+        ("ShuffledSteps", PrefixTreePacker(), ShuffledSteps()),
+        ("WholeEpisodes", PrefixTreePacker(), WholeEpisodes()),
+    ):
+        parts = checked_cut(cut, columns, minibatches, np.random.default_rng(0))
+        batches = (batch for part in parts for _, batch in packer.pack([segments[row] for row in np.sort(part)], 16384))
+        found[name] = PackingCost.total(map(PackingCost.of, batches)).computed
+    return found
+
+
+def draw(rng: np.random.Generator, length: int) -> np.ndarray:
+    return rng.integers(2, 512, length).astype(np.int32)
 
 
 def play(folder: Path, cut: str, seed: int, iterations: int) -> None:
@@ -116,7 +151,12 @@ def table(report: dict[str, Any]) -> str:
         "update s",
         "CPU s",
     ]
-    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
+    names = list(report["tokens"][0]["computed"])
+    lines = ["| " + " | ".join(["steps", "minibatches", *names]) + " |", "|" + "---|" * (2 + len(names))]
+    for row in report["tokens"]:
+        counts = [f"{count / 1e3:,.0f} k" for count in row["computed"].values()]
+        lines.append("| " + " | ".join([str(row["steps"]), str(row["minibatches"]), *counts]) + " |")
+    lines += ["", "| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     for cut, runs in report["runs"].items():
         mean = {name: statistics.fmean(run[name] for run in runs.values()) for name in next(iter(runs.values()))}
         cells = [cut, str(len(runs)), f"{mean['success']:.3f}", f"{mean['success_at_the_end']:.3f}"]
@@ -163,6 +203,11 @@ def main() -> None:
             "transformers": transformers.__version__,
         },
         "threads": 1,
+        "tokens": [
+            {"steps": steps, "minibatches": count, "computed": tokens_of_a_pass(steps, count)}
+            for steps in (8, 16, 32)
+            for count in (4, 8)
+        ],
         "settings": SETTINGS,
         "runs": runs,
         "differences": differences,
