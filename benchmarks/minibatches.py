@@ -8,10 +8,11 @@ the whole dialogue (observations of 60 tokens, actions of 8), in 4 and 8 minibat
 
 Then learning, by shuffled steps and by whole episodes, over several seeds: a corridor of four rooms (``tests/toy.yaml``),
 whose prompts hold the whole dialogue, and a policy of about a hundred thousand weights, which has seen random play. Runs of
-one seed begin alike and differ in ``data.minibatches`` alone. Compared are the success rates of the rollouts, over all iterations (how fast it learns) and over the last five (how far),
-by the paired differences between the seeds; and what the updates cost: process time of a run, tokens read and tokens
-computed. A run that is in ``--runs`` already is not made again. Writes ``benchmarks/results/minibatches.json`` and prints a
-table. Takes about two minutes of one core a run.
+one seed begin alike and differ in ``data.minibatches`` alone. Compared are the success rates of the rollouts, over all
+iterations (how fast it learns) and over the last five (how far), by the paired differences between the seeds; and what the
+updates cost. A run that is in ``--runs`` already is not made again.
+
+Writes ``benchmarks/results/minibatches.json`` and prints tables. Takes about two minutes of one core a run.
 """
 
 from __future__ import annotations
