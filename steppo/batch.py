@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,6 +67,18 @@ class TokenBatch:
         query_T1 = column_T[:, None]
         seen = (column_T <= query_T1) & (query_T1 < self.until_BT[:, None, None, :])
         return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, -torch.inf)
+
+    def block_mask(self) -> BlockMask:
+        """The same for ``flex_attention``, which skips blocks that nobody sees; rows must branch."""
+        until_BT = self.until_BT
+        if until_BT is None:
+            raise ValueError("no row branches: causal attention needs no mask")
+
+        def sees(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            return (key <= query) & (query < until_BT[row, key])
+
+        rows, width = until_BT.shape
+        return create_block_mask(sees, rows, None, width, width, device=until_BT.device)
 
     def value_positions(self, needs_values: str) -> Tensor:
         """Flat positions where a critic is read: each prompt's end (``step``), or wherever an action token is predicted."""

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.nn.attention.flex_attention import BlockMask
 from torch.utils.checkpoint import checkpoint
 
 from steppo.batch import TokenBatch
@@ -282,10 +283,13 @@ def trunk_states(trunk: Any, batch: TokenBatch) -> Tensor:
     Raises:
         ConfigError: Rows branch, and the model does not attend to all that a mask lets it see.
     """
-    mask = None
+    mask: Tensor | BlockMask | None = None
     if batch.until_BT is not None:
         _check_branches(trunk)
-        mask = batch.attention_mask(trunk.get_input_embeddings().weight.dtype)
+        if trunk.config._attn_implementation == "flex_attention":
+            mask = batch.block_mask()
+        else:
+            mask = batch.attention_mask(trunk.get_input_embeddings().weight.dtype)
     output = trunk(input_ids=batch.input_ids_BT, position_ids=batch.position_ids_BT, attention_mask=mask, use_cache=False)
     return output.last_hidden_state.flatten(0, 1)
 
@@ -296,12 +300,12 @@ def _check_branches(trunk: Any) -> None:
     odd = set(getattr(config, "layer_types", None) or ["full_attention"]) - {"full_attention"}
     if getattr(config, "sliding_window", None) is not None:
         odd.add("sliding_attention")
-    if config._attn_implementation not in ("sdpa", "eager"):
+    if config._attn_implementation not in ("sdpa", "eager", "flex_attention"):
         odd.add(config._attn_implementation)
     if getattr(config, "alibi", False) or "position_ids" not in signature(trunk.forward).parameters:
         odd.add("positions of its own")
     if odd:
         raise ConfigError(
-            f"rows of PrefixTreePacker branch, which wants full attention by sdpa or eager; {config.model_type} has "
-            f"{', '.join(sorted(odd))}: set data.packer to PaddedPacker"
+            "rows of PrefixTreePacker branch, which wants full attention by sdpa, eager or flex_attention; "
+            f"{config.model_type} has {', '.join(sorted(odd))}: set data.packer to PaddedPacker"
         )

@@ -41,7 +41,8 @@ class PrefixTreePacker(Packer):
     get rows of their own, as from ``PaddedPacker``. Only tokens decide what is shared. A row longer than ``max_tokens`` is
     causal, and no longer than the longest step in it, which no packer can cut.
 
-    Branched rows need full attention in each layer, computed by ``sdpa`` or ``eager``; others any causal model.
+    Branched rows need full attention in each layer, computed by ``sdpa``, ``eager`` or, on GPUs, ``flex_attention``
+    (which skips what is masked); others any causal model.
 
     Args:
         keys_per_token: To attend to so many tokens takes a layer as long as all else that it does for one. Smaller models
