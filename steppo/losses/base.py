@@ -53,12 +53,12 @@ class PolicyLoss(ABC):
 
     One file and one config each. The learner weighs the tokens, adds them up and divides by the size of the update, so that
     no loss depends on how an update is split into microbatches.
-
-    Attributes:
-        clip_range: Smallest distance from 1 at which a ratio is clipped; infinite where none is.
     """
 
-    clip_range: float = math.inf
+    @property
+    def clip_range(self) -> float:
+        """Smallest distance from 1 at which a ratio is clipped; infinite where none is."""
+        return math.inf
 
     @abstractmethod
     def __call__(self, inputs: LossInputs) -> LossOutput:

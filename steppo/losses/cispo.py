@@ -24,8 +24,11 @@ class CISPO(PolicyLoss):
             raise ConfigError(f"CISPO: clip_low must be at most 1, not {clip_low}: a ratio is never below 0")
         self.clip_low = clip_low
         self.clip_high = clip_high
-        self.clip_range = min(clip_low, clip_high)
         self.ratio = ratio
+
+    @property
+    def clip_range(self) -> float:
+        return min(self.clip_low, self.clip_high)
 
     def __call__(self, inputs: LossInputs) -> LossOutput:
         log_ratio_A = log_ratios(inputs.logprobs_A, inputs.old_logprobs_A, inputs.step_of_A, inputs.num_steps, self.ratio)

@@ -33,8 +33,11 @@ class ClippedLoss(PolicyLoss):
         self.ratio = ratio
         self.clip_low = clip_low
         self.clip_high = clip_high
-        self.clip_range = min(clip_low, clip_high)
         self.dual_clip = dual_clip
+
+    @property
+    def clip_range(self) -> float:
+        return min(self.clip_low, self.clip_high)
 
     def __call__(self, inputs: LossInputs) -> LossOutput:
         advantage_A = inputs.advantage_A
