@@ -153,7 +153,6 @@ class HFEngine(Engine):
         for flight in flights:
             flight.error = error
             flight.row.session_id = None
-            self._cache.held[flight.row.number] = 0
 
     # ---- rows ----
 
