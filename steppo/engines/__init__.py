@@ -2,6 +2,7 @@
 
 from steppo.engines.base import Engine
 from steppo.engines.hf import HFEngine
+from steppo.engines.plain import PlainEngine
 from steppo.engines.thread import EngineThread
 
-__all__ = ["Engine", "EngineThread", "HFEngine"]
+__all__ = ["Engine", "EngineThread", "HFEngine", "PlainEngine"]

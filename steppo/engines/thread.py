@@ -139,10 +139,12 @@ class EngineThread:
                 raise
             except Exception as error:
                 fail([request], error)
+        silent = 0
         while waiting:
             try:
                 completions = self._engine.poll()
-                if not completions:
+                silent = 0 if completions else silent + 1
+                if silent > sum(request.sampling.max_new_tokens for request in waiting.values()):
                     raise RuntimeError("the engine gave no answer")
                 for completion in completions:
                     if completion.request_id in waiting:  # else its episode was given up before

@@ -285,27 +285,26 @@ def trunk_states(trunk: Any, batch: TokenBatch) -> Tensor:
     """
     mask: Tensor | BlockMask | None = None
     if batch.until_BT is not None:
-        _check_branches(trunk)
-        if trunk.config._attn_implementation == "flex_attention":
-            mask = batch.block_mask()
-        else:
-            mask = batch.attention_mask(trunk.get_input_embeddings().weight.dtype)
+        flex = trunk.config._attn_implementation == "flex_attention"
+        odd = beyond_full_attention(trunk) - {"flex_attention"}
+        if odd:
+            raise ConfigError(
+                "rows of PrefixTreePacker branch, which wants full attention by sdpa, eager or flex_attention; "
+                f"{trunk.config.model_type} has {', '.join(sorted(odd))}: set data.packer to PaddedPacker"
+            )
+        mask = batch.block_mask() if flex else batch.attention_mask(trunk.get_input_embeddings().weight.dtype)
     output = trunk(input_ids=batch.input_ids_BT, position_ids=batch.position_ids_BT, attention_mask=mask, use_cache=False)
     return output.last_hidden_state.flatten(0, 1)
 
 
-def _check_branches(trunk: Any) -> None:
-    """Layers and positions that go by a token's column, or attention that passes the mask over, would silently be wrong."""
+def beyond_full_attention(trunk: Any) -> set[str]:
+    """Layers and positions that go by a token's column, or attention that takes no float mask."""
     config = trunk.config
     odd = set(getattr(config, "layer_types", None) or ["full_attention"]) - {"full_attention"}
     if getattr(config, "sliding_window", None) is not None:
         odd.add("sliding_attention")
-    if config._attn_implementation not in ("sdpa", "eager", "flex_attention"):
+    if config._attn_implementation not in ("sdpa", "eager"):
         odd.add(config._attn_implementation)
     if getattr(config, "alibi", False) or "position_ids" not in signature(trunk.forward).parameters:
         odd.add("positions of its own")
-    if odd:
-        raise ConfigError(
-            "rows of PrefixTreePacker branch, which wants full attention by sdpa, eager or flex_attention; "
-            f"{config.model_type} has {', '.join(sorted(odd))}: set data.packer to PaddedPacker"
-        )
+    return odd

@@ -120,10 +120,10 @@ def test_numbers_are_those_of_the_caller_s_thread(tiny_policy: TinyPolicy, preci
     with torch.autocast("cpu", precision or torch.bfloat16, enabled=precision is not None):
         thread = EngineThread(engine, count(100))
         answers = asyncio.run(thread.generate(asked))
-        thread.close([])
+        thread.close([one.session_id for one in asked])  # what is cached would be read in other shapes
         for one in asked:
             engine.submit(Request(one.seed, one.session_id, one.prompt_ids, one.sampling, one.seed))
-        expected = engine.poll()
+        expected = sorted((done for _ in range(3) for done in engine.poll()), key=lambda done: done.request_id)
     assert [answer.request_id for answer in answers] == list(range(100, 112))
     assert len({tuple(answer.action_ids) for answer in answers}) > 6
     for answer, other in zip(answers, expected, strict=True):

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from steppo import types
-from steppo.engines import Engine, HFEngine
+from steppo.engines import Engine, HFEngine, PlainEngine
 from steppo.envs.pool import EnvPool, EnvReply
 from steppo.errors import ConfigError, RunError
 from steppo.metrics import EpisodeStatistics
@@ -524,7 +524,7 @@ def test_a_player_that_raises_costs_its_own_episode_only(make_source: SourceMake
     assert_same(episodes, healthy)
 
 
-class BrokenEngine(HFEngine):
+class BrokenEngine(PlainEngine):
     """Raises in some polls, counted from 0, and keeps what it answers too late."""
 
     def __init__(self, *raises: int) -> None:

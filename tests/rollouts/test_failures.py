@@ -13,7 +13,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from callbacks import RolloutCallback
-from steppo.engines import HFEngine
+from steppo.engines import PlainEngine
 from steppo.errors import ConfigError
 from steppo.learner import Experience, ReplayStatistics
 from steppo.listeners import Listener
@@ -149,7 +149,7 @@ def test_engine_errors_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "the most common error: ValueError: the engine is broken" in error
 
 
-class FailingEngine(HFEngine):
+class FailingEngine(PlainEngine):
     """Raises in some polls (counted from 0) of the training's episodes, or in all of them."""
 
     def __init__(self, fails: list[int] | None = None) -> None:
@@ -241,7 +241,7 @@ def test_a_round_ends_when_the_run_is_told_to(phase: str, tmp_path: Path, monkey
 
 
 def test_running_out_of_memory_costs_one_batch(tiny_policy: TinyPolicy, monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = HFEngine(max_batch_size=2)
+    engine = PlainEngine(max_batch_size=2)
     engine.bind(tiny_policy)
     prompt = np.arange(2, 6, dtype=np.int32)
 
@@ -272,7 +272,7 @@ def test_running_out_of_memory_costs_one_batch(tiny_policy: TinyPolicy, monkeypa
 
 
 def test_released_requests_are_not_answered(tiny_policy: TinyPolicy) -> None:
-    engine = HFEngine()
+    engine = PlainEngine()
     engine.bind(tiny_policy)
     prompt = np.arange(2, 6, dtype=np.int32)
     for number in range(3):

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from steppo.engines import HFEngine
+from steppo.engines import HFEngine, PlainEngine
 from steppo.models import TinyPolicy
 from steppo.rendering import ActionParser, ParsedAction, StateContext
 from steppo.rollouts import EnvSource, Player, ScriptedPlayer, random_action
@@ -37,7 +37,7 @@ class AnyTextParser(ActionParser):
         return ParsedAction(None, "Not now.") if number % 5 == 0 else ParsedAction(Action(commands[number % len(commands)]))
 
 
-class BatchesEngine(HFEngine):
+class BatchesEngine(PlainEngine):
     """Keeps who was asked together with whom, in which order."""
 
     def __init__(self) -> None:
