@@ -1,4 +1,4 @@
-"""What sampling costs: with caches kept between steps, without, and by transformers' own ``generate``; and how near the limit.
+"""What sampling costs: with caches kept between steps, without, by transformers' ``generate``; and how near the limit is.
 
     pip install -c constraints.txt -e "."
     python benchmarks/rollout.py tiny
@@ -212,7 +212,7 @@ def decode(policy: Policy, limit: Limit, rows: int, length: int, ticks: int) -> 
         engine.poll()
     wall, process = median([timed(engine.poll) for _ in range(ticks)])
     with profile(activities=[ProfilerActivity.CPU]) as profiled:
-        total = timed(lambda: [engine.poll() for _ in range(ticks)])[1] / ticks
+        total = timed(lambda: [engine.poll() for _ in range(ticks)])[0] / ticks
     by_name = {event.key: event.self_cpu_time_total / 1e6 / ticks for event in profiled.key_averages()}
     groups = {"products": ("addmm", "mm", "bmm"), "attention": ("_scaled_dot_product_flash_attention_for_cpu",)}
     groups["drawing"] = ("exp", "cumsum", "logsumexp", "searchsorted", "argmax", "amax")

@@ -77,6 +77,8 @@ class RolloutCallback(Listener):
                 f"an iteration of {episodes} episodes (rollout.episodes_per_iteration) of at most {longest} steps is too "
                 f"small for data.num_minibatches, {data.buffer.num_minibatches}"
             )
+        if stage == "fit":
+            data.buffer.rehearse(episodes, self.group_size)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: AgentModule) -> None:
         """Says which parts of the method are at work."""

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,6 +67,18 @@ class TokenBatch:
         query_T1 = column_T[:, None]
         seen = (column_T <= query_T1) & (query_T1 < self.until_BT[:, None, None, :])
         return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, -torch.inf)
+
+    def block_mask(self) -> BlockMask:
+        """The same for ``flex_attention``, which skips blocks that nobody sees; rows must branch."""
+        until_BT = self.until_BT
+        if until_BT is None:
+            raise ValueError("no row branches: causal attention needs no mask")
+
+        def sees(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            return (key <= query) & (query < until_BT[row, key])
+
+        rows, width = until_BT.shape
+        return create_block_mask(sees, rows, None, width, width, device=until_BT.device)
 
     def value_positions(self, needs_values: str) -> Tensor:
         """Flat positions where a critic is read: each prompt's end (``step``), or wherever an action token is predicted."""
@@ -140,7 +153,8 @@ class Microbatch:
     Attributes:
         tokens: The packed steps.
         temperature_A: float, what each action token was sampled with.
-        old_logprobs_A: float, log-probabilities when the iteration started.
+        old_logprobs_A: float, log-probabilities when the iteration started; ``None`` where it starts with this pass, whose
+            own they are.
         behaviour_logprobs_A: float, those of the engine that sampled.
         ref_logprobs_A: float, the reference policy's; ``None`` without KL.
         advantage_A: float, a step's advantage repeated over its tokens, or the tokens' own.
@@ -148,14 +162,15 @@ class Microbatch:
         index_N: int64, the steps' indices in this rank's buffer.
         old_value: float [N] or [A], as the critic reads them; ``None`` without critic.
         target: float, same shape.
-        update_steps: Steps in the whole update, over all microbatches and ranks.
-        update_tokens: Action tokens in the whole update.
+        update_steps: What sums over steps are divided by: the steps of the whole update, over all microbatches and ranks, or
+            of a mean one (``steppo.minibatches``).
+        update_tokens: What sums over action tokens are divided by.
         scale: 1, or 0 for a microbatch that only keeps the ranks in step with each other.
     """
 
     tokens: TokenBatch
     temperature_A: Tensor
-    old_logprobs_A: Tensor
+    old_logprobs_A: Tensor | None
     behaviour_logprobs_A: Tensor
     ref_logprobs_A: Tensor | None
     advantage_A: Tensor
@@ -163,8 +178,8 @@ class Microbatch:
     index_N: Tensor
     old_value: Tensor | None
     target: Tensor | None
-    update_steps: int
-    update_tokens: int
+    update_steps: float
+    update_tokens: float
     scale: float = 1.0
 
     def to(self, device: torch.device) -> Microbatch:

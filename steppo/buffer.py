@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from steppo.batch import Microbatch, Segment
 from steppo.distributed import gather
 from steppo.errors import RunError
-from steppo.learner import Experience
-from steppo.packing import Packer
+from steppo.learner import Experience, OldLogprobs
+from steppo.minibatches import Minibatches, ShuffledSteps, StepColumns, checked_cut
+from steppo.packing import Packer, PackingCost
 
 
 @dataclass(eq=False)
@@ -25,23 +27,39 @@ class StepBuffer:
         packer: Steps -> token batches.
         max_tokens: Most tokens in one microbatch, padding included.
         update_epochs: Passes over the steps.
-        num_minibatches: Updates per pass; their sizes differ by at most one step.
+        num_minibatches: Updates per pass.
+        minibatches: Which steps each of them learns from.
     """
 
     packer: Packer
     max_tokens: int
     update_epochs: int = 1
     num_minibatches: int = 1
+    minibatches: Minibatches = field(default_factory=ShuffledSteps)
     _experience: Experience | None = field(default=None, init=False)
+    _old_A: Tensor = field(default_factory=lambda: torch.zeros(0), init=False)
+    _costs: list[PackingCost] = field(default_factory=list, init=False)
 
     @property
     def updates_per_iteration(self) -> int:
         """Updates that one experience is good for."""
         return self.update_epochs * self.num_minibatches
 
+    def rehearse(self, episodes: int, group_size: int) -> None:
+        """Cuts a made-up iteration: what cannot be cut so is found before a real one is played.
+
+        Raises:
+            RunError: There are too few episodes or groups.
+            ConfigError: ``minibatches`` gave something else than the updates of a pass.
+        """
+        episode_N = np.repeat(np.arange(episodes), self.num_minibatches)
+        steps = StepColumns(episode_N, episode_N // group_size, np.ones_like(episode_N))
+        checked_cut(self.minibatches, steps, self.num_minibatches, np.random.default_rng(0))
+
     def hold(self, experience: Experience) -> None:
         """Takes an iteration's experience in place of the last."""
         self._experience = experience
+        self._old_A = experience.scores.old_logprobs_A.clone()  # those of the first update may be still to come
 
     @property
     def experience(self) -> Experience:
@@ -54,34 +72,58 @@ class StepBuffer:
             raise RunError("there is nothing to learn from: no callback has played episodes (RolloutCallback does)")
         return self._experience
 
+    def first_update(self, steps: StepColumns, seed: int, iteration: int) -> np.ndarray:
+        """Which steps of all ranks the first of ``updates`` will learn from. Raises as ``updates``."""
+        return self._cut(steps, seed, iteration, epoch=0)[0]
+
+    def take(self, found: Sequence[OldLogprobs]) -> None:
+        """Old log-probabilities that the first update found, for later passes."""
+        for part in found:
+            self._old_A[self.experience.steps.tokens_of(part.index_N.cpu().numpy())] = part.logprobs_A.to(self._old_A)
+
+    def logprob_mismatch(self) -> float:
+        """Largest difference between old log-probabilities, if known, and the engine's over all ranks, which must ask."""
+        difference_A = (self._old_A - self.experience.steps.behaviour_logprobs_A).abs().nan_to_num(0.0)
+        return max(gather(float(difference_A.max()) if len(difference_A) else 0.0))
+
+    def _cut(self, steps: StepColumns, seed: int, iteration: int, epoch: int) -> list[np.ndarray]:
+        rng = np.random.default_rng([seed, iteration, epoch])
+        return checked_cut(self.minibatches, steps, self.num_minibatches, rng)
+
     def updates(self, seed: int, iteration: int) -> Iterator[list[Microbatch]]:
         """This rank's part of each update; how steps are shuffled follows from the two numbers.
 
         Raises:
-            RunError: There are fewer steps than updates in a pass.
+            RunError: There are too few steps, or what is to stay together, for the updates of a pass.
+            ConfigError: ``minibatches`` gave something else than the updates of a pass.
         """
         experience = self.experience
-        total = experience.num_steps
-        if total < self.num_minibatches:
-            raise RunError(f"the iteration gave {total} steps, too few for {self.num_minibatches} minibatches")
-        local = np.full(total, -1)
+        columns = experience.columns
+        local = np.full(experience.num_steps, -1)
         local[experience.mine_N] = np.arange(len(experience.mine_N))
+        mean_sizes = len(local) / self.num_minibatches, int(columns.length_N.sum()) / self.num_minibatches
+        self._costs = []
         for epoch in range(self.update_epochs):
-            shuffle = np.random.default_rng([seed, iteration, epoch]).permutation(total)
-            for chosen in np.array_split(shuffle, self.num_minibatches):
+            for chosen in self._cut(columns, seed, iteration, epoch):
                 mine = np.sort(local[chosen][local[chosen] >= 0])
-                sizes = len(chosen), int(experience.all_lengths_N[chosen].sum())
+                own_sizes = len(chosen), int(columns.length_N[chosen].sum())
+                sizes = mean_sizes if self.minibatches.mean_size else own_sizes
                 own = self.microbatches(mine, *sizes)
+                self._costs += [PackingCost.of(part.tokens) for part in own]
                 lacking = max(gather(len(own))) - len(own)  # all ranks make the same number of passes
                 yield own + [self.padding_microbatch(*sizes) for _ in range(lacking)]
 
-    def microbatches(self, chosen: np.ndarray, update_steps: int, update_tokens: int) -> list[Microbatch]:
+    def packing_figures(self) -> dict[str, float]:
+        """What the rows of the latest ``updates`` cost, over all ranks, of which all must ask."""
+        return PackingCost.total(gather(PackingCost.total(self._costs))).figures()
+
+    def microbatches(self, chosen: np.ndarray, update_steps: float, update_tokens: float) -> list[Microbatch]:
         """One update's part of this rank.
 
         Args:
             chosen: Indices of steps.
-            update_steps: Steps of the update over all ranks.
-            update_tokens: Action tokens of the update over all ranks.
+            update_steps: What the update's sums over steps are divided by.
+            update_tokens: What its sums over action tokens are divided by.
         """
         experience = self.experience
         table, scores, credit = experience.steps, experience.scores, experience.credit
@@ -96,6 +138,7 @@ class StepBuffer:
                 advantage_A = credit.advantage_N[steps][tokens.step_of_A]
             if advantage_A is None:
                 raise ValueError("no credit was assigned: these episodes are not to be learned from")
+            old_A = self._old_A[actions]
             old_value = target = None
             if credit.target_A is not None and scores.value_A is not None:
                 old_value, target = scores.value_A[actions], credit.target_A[actions]
@@ -105,7 +148,7 @@ class StepBuffer:
                 Microbatch(
                     tokens=tokens,
                     temperature_A=table.temperature_A[actions],
-                    old_logprobs_A=scores.old_logprobs_A[actions],
+                    old_logprobs_A=None if bool(old_A.isnan().any()) else old_A,
                     behaviour_logprobs_A=behaviour_A[actions],
                     ref_logprobs_A=None if scores.ref_logprobs_A is None else scores.ref_logprobs_A[actions],
                     advantage_A=advantage_A,
@@ -119,7 +162,7 @@ class StepBuffer:
             )
         return found
 
-    def padding_microbatch(self, update_steps: int, update_tokens: int) -> Microbatch:
+    def padding_microbatch(self, update_steps: float, update_tokens: float) -> Microbatch:
         """A pass of weight 0, so that all ranks make the same number, also one that has no step of its own."""
         scores = self.experience.scores
         one = np.zeros(1, dtype=np.int32)

@@ -17,6 +17,7 @@ from steppo.batch import Microbatch
 from steppo.buffer import StepBuffer
 from steppo.distributed import made_once, rank_and_world, require_equal
 from steppo.errors import ConfigError
+from steppo.minibatches import Minibatches, ShuffledSteps
 from steppo.packing import Packer, PaddedPacker
 from steppo.progress import phase
 from steppo.rollouts import EpisodeSource
@@ -39,7 +40,8 @@ class StepDataModule(pl.LightningDataModule):
         sampler: Which tasks an iteration plays; shuffled unless given.
         packer: Steps -> token batches; one padded row per step unless given.
         update_epochs: Passes over an iteration's steps.
-        num_minibatches: Updates per pass; their sizes differ by at most one step.
+        num_minibatches: Updates per pass.
+        minibatches: Which steps each of them learns from; shuffled one by one unless given.
         max_tokens_per_microbatch: Most tokens, padding included, in one forward and backward pass.
         train_split: Split to learn from.
         eval_split: Split of the panel that ``fit`` and ``validate`` play.
@@ -55,6 +57,7 @@ class StepDataModule(pl.LightningDataModule):
         packer: Packer | None = None,
         update_epochs: int = 1,
         num_minibatches: int = 4,
+        minibatches: Minibatches | None = None,
         max_tokens_per_microbatch: int = 16384,
         train_split: str = "train",
         eval_split: str = "valid",
@@ -74,7 +77,13 @@ class StepDataModule(pl.LightningDataModule):
                 raise ConfigError(f"StepDataModule: {name} must be at least 1, not {value}")
         self.source = source
         self.sampler = sampler or ShuffledSampler()
-        self.buffer = StepBuffer(packer or PaddedPacker(), max_tokens_per_microbatch, update_epochs, num_minibatches)
+        self.buffer = StepBuffer(
+            packer or PaddedPacker(),
+            max_tokens_per_microbatch,
+            update_epochs,
+            num_minibatches,
+            minibatches or ShuffledSteps(),
+        )
         self.splits = {"train": train_split, "validate": eval_split, "test": test_split}
         self.train_tasks = train_tasks
         self.eval_tasks = eval_tasks

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from steppo.advantages import Advantage
 from steppo.batch import Microbatch
 from steppo.checkpoints import read
+from steppo.datamodule import run_seed
 from steppo.distributed import average_gradients, rank_and_world, require_equal, shard, unsharded
 from steppo.envs.checks import checked_episode
 from steppo.errors import ConfigError, RunError
@@ -211,14 +213,9 @@ class AgentModule(RunModule):
     def learn_from(self, episodes: Sequence[Episode]) -> None:
         """Takes this rank's episodes of an iteration; updates replay them. All ranks must ask."""
         with self.timed("score"):
-            experience = self.learner.prepare(episodes)
+            first_update = partial(self.data.buffer.first_update, seed=run_seed(), iteration=self.current_epoch)
+            experience = self.learner.prepare(episodes, None if self._critic_warmup else first_update)
         self.data.buffer.hold(experience)
-        mismatch, tolerance = experience.statistics["logprob_mismatch"], self.data.source.logprob_tolerance
-        if mismatch > tolerance:
-            rank_zero_warn(
-                f"the sampler's log-probabilities are up to {mismatch:.2g} off the learner's, more than its tolerance of "
-                f"{tolerance:.2g}: what is sampled is not quite what is learned"
-            )
         self.horizon.begin(self.counters.updates, self.counters.environment_steps, experience.num_steps)
         self.counters.iterations += 1
         self.counters.environment_steps += experience.num_steps
@@ -232,7 +229,9 @@ class AgentModule(RunModule):
         unhooked = strategy.block_backward_sync() if isinstance(strategy, DDPStrategy) else nullcontext()
         with self.timed("update"), unhooked:
             cast(torch.optim.Optimizer, self.optimizers()).zero_grad()
-            return {"statistics": self.learner.update(batch, self.manual_backward, self._step, not self._critic_warmup)}
+            statistics = self.learner.update(batch, self.manual_backward, self._step, not self._critic_warmup)
+        self.data.buffer.take(statistics.old_logprobs)
+        return {"statistics": statistics}
 
     def _step(self) -> dict[str, Tensor] | None:
         """An optimizer step, unless a gradient is not finite: the gradients' norms, or nothing."""
@@ -260,9 +259,26 @@ class AgentModule(RunModule):
         self._updates = []
         announce(self.trainer, "on_experience", experience, replay)
         metrics = {name: value for name, value in replay.figures.items() if math.isfinite(value)}  # none of a resting policy
+        metrics["logprob_mismatch"] = self.data.buffer.logprob_mismatch()
+        self._warn_of_differences(metrics["logprob_mismatch"], replay.figures["first_ratio_spread"])
+        metrics |= self.data.buffer.packing_figures()
         for group in self.trainer.optimizers[0].param_groups:
             metrics["learning_rate" if group["name"] == "policy" else f"learning_rate_{group['name']}"] = group["lr"]
         self.report_iteration(metrics)
+
+    def _warn_of_differences(self, mismatch: float, spread: float) -> None:
+        """Where the same weights gave other log-probabilities."""
+        tolerance, clip_range = self.data.source.logprob_tolerance, self.loss.clip_range
+        if mismatch > tolerance:
+            rank_zero_warn(
+                f"the sampler's log-probabilities are up to {mismatch:.2g} off the learner's, more than its tolerance of "
+                f"{tolerance:.2g}: what is sampled is not quite what is learned"
+            )
+        if spread > 0.1 * clip_range:
+            rank_zero_warn(
+                f"before anything was learned, importance ratios are up to {spread:.2g} from 1, by rounding alone: more "
+                f"than a tenth of the clip range, {clip_range:g}. Clip further out, or compute in a higher precision"
+            )
 
     @property
     def _critic_warmup(self) -> bool:

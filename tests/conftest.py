@@ -100,7 +100,7 @@ def on_ranks(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Any]]:
             return work(rank)
 
         with monkeypatch.context() as patched, ThreadPoolExecutor(world) as threads:
-            for module in ("buffer", "datamodule", "learner.credit", "learner.learner", "learner.update"):
+            for module in ("buffer", "datamodule", "learner.credit", "learner.learner", "learner.steps", "learner.update"):
                 for name, fake in (("gather", gather), ("rank_and_world", lambda: (here.rank, world))):
                     patched.setattr(f"steppo.{module}.{name}", fake, raising=False)
             return list(threads.map(start, range(world)))

@@ -16,6 +16,7 @@ from steppo.batch import Credit, Microbatch
 from steppo.buffer import StepBuffer
 from steppo.datamodule import StepDataModule
 from steppo.errors import RunError
+from steppo.minibatches import ShuffledSteps, WholeEpisodes, WholeGroups
 from steppo.packing import Packer, PaddedPacker
 from steppo.rollouts import EpisodeSource
 from steppo.samplers import SequentialSampler
@@ -23,6 +24,7 @@ from steppo.types import Episode, Group, RolloutConfig, Task
 from tests.learner.fakes import (
     BOOTSTRAP,
     EPISODES,
+    LEARNED,
     LEARNED_CODES,
     WIDE,
     ScrambledPacker,
@@ -107,6 +109,9 @@ def seed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PL_GLOBAL_SEED", "11")
 
 
+CUTS = {"S": ShuffledSteps(), "E": WholeEpisodes(), "G": WholeGroups()}
+
+
 def make_data(episodes: Sequence[Episode], iteration: int = 0, **settings: Any) -> StepDataModule:
     """With credit assigned. By default a microbatch holds few steps."""
     settings = {"update_epochs": 2, "num_minibatches": 3, "max_tokens_per_microbatch": 12} | settings
@@ -164,12 +169,14 @@ def advantages_of(update: Sequence[Microbatch]) -> dict[int, float]:
 
 
 @pytest.mark.parametrize("shares", [shares_of(2), shares_of(3), [EPISODES[:9], EPISODES[9:]]], ids=["2", "3", "2 uneven"])
-@pytest.mark.parametrize("max_tokens", [1, 12, WIDE])
+@pytest.mark.parametrize(("max_tokens", "minibatches"), [(1, "S"), (12, "S"), (WIDE, "S"), (12, "E"), (12, "G")])
 def test_updates_do_not_depend_on_the_number_of_ranks(
-    on_ranks: Callable[..., list[Any]], shares: list[list[Episode]], max_tokens: int
+    on_ranks: Callable[..., list[Any]], shares: list[list[Episode]], max_tokens: int, minibatches: str
 ) -> None:
+    settings = {"max_tokens_per_microbatch": max_tokens, "minibatches": CUTS[minibatches]}
+
     def work(episodes: Sequence[Episode]) -> list[list[Microbatch]]:
-        return list(updates(make_data(episodes, max_tokens_per_microbatch=max_tokens)))
+        return list(updates(make_data(episodes, **settings)))
 
     expected = work(EPISODES)
     ranks = on_ranks(len(shares), lambda rank: work(shares[rank]))
@@ -210,6 +217,25 @@ def test_too_few_steps_for_the_updates(num_minibatches: int) -> None:
     else:
         with pytest.raises(RunError, match="gave 20 steps, too few for 21 minibatches"):
             next(found)
+
+
+def test_what_rows_cost_is_told_of_all_ranks(on_ranks: Callable[..., list[Any]]) -> None:
+    """What steps read and what is unique among it does not depend on where; padding does."""
+
+    def work(episodes: Sequence[Episode]) -> dict[str, float]:
+        data = make_data(episodes, minibatches=WholeEpisodes())
+        for _ in range(2):  # it is that of the latest pass
+            list(updates(data))
+        return data.buffer.packing_figures()
+
+    alone = work(EPISODES)
+    learned = [step for order in LEARNED for step in EPISODES[order].steps]
+    assert alone["tokens_read"] == 2 * sum(len(step.prompt_ids) + len(step.action_ids) - 1 for step in learned)
+    first, second = on_ranks(2, lambda rank: work(shares_of(2)[rank]))
+    assert first == second
+    assert {name: first[name] for name in ("tokens_read", "tokens_unique", "mask_keys")} == {
+        name: alone[name] for name in ("tokens_read", "tokens_unique", "mask_keys")
+    }
 
 
 def test_groups_are_dealt_out_to_ranks(on_ranks: Callable[..., list[Any]]) -> None:

@@ -92,14 +92,14 @@ def test_the_test_of_an_example_passes(page: str, name: str, module, tmp_path: P
 
 def test_other_parts_train_by_the_line_that_names_them(module, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     page = "docs/add_a_part.md"
-    command = code(page, "bash", "All four examples at once")
+    command = code(page, "bash", "All five examples at once")
     options = shlex.split(command.replace("\\\n", "").partition("quickstart.yaml")[2])
-    assert len(options) == 8
+    assert len(options) == 10
     for name in {option.partition(".")[0] for option in options[1::2]}:
         module(name, code(page, "python", f"`{name}.py`"))
     cli = run(tmp_path / "run", "--trainer.max_epochs=1", "--data.train_tasks=8", *options)
-    packer = type(cli.datamodule.buffer.packer)
-    parts = [type(cli.model.correction), packer, type(cli.model.critic), *map(type, cli.trainer.callbacks)]
+    named = cli.model.correction, cli.datamodule.buffer.packer, cli.datamodule.buffer.minibatches, cli.model.critic
+    parts = map(type, (*named, *cli.trainer.callbacks))
     assert {f"{part.__module__}.{part.__name__}" for part in parts} >= set(options[1::2])
     assert re.search(r"corridor/train/\d: \d steps, ratios up to \d.*\nvalid: ", capsys.readouterr().out)
 

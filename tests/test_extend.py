@@ -68,6 +68,18 @@ FILES = {
             def pack(self, segments, max_tokens):
                 return [(np.array([n]), super(OneByOne, self).pack([s], max_tokens)[0][1]) for n, s in enumerate(segments)]
         """,
+    "my_minibatches": """
+        import numpy as np
+        from steppo.minibatches import Minibatches
+
+        class ByLength(Minibatches):
+            def __init__(self, lose: int = 0):
+                self.lose = lose
+
+            def cut(self, steps, num_minibatches, rng):
+                order = np.argsort(steps.length_N, kind="stable")[self.lose:]
+                return np.array_split(order, num_minibatches)
+        """,
     "my_loss": """
         from steppo.losses import LossOutput, PolicyLoss
 
@@ -229,6 +241,7 @@ def test_own_components_train_without_touching_steppo(user_files: Path, tmp_path
         "--data.source.context=my_context.LastOnly",
         "--data.source.context.instructions=Play.",
         "--data.packer=my_packer.OneByOne",
+        "--data.minibatches=my_minibatches.ByLength",
         "--model.advantage=my_advantage.CentredReturn",
         "--model.advantage.scale=0.5",
     )
@@ -236,9 +249,21 @@ def test_own_components_train_without_touching_steppo(user_files: Path, tmp_path
     assert cli.datamodule.source.env.coins == 6
     assert cli.model.advantage.scale == 0.5
     assert cli.model.critic is None  # the credit wants no values
+    assert type(cli.datamodule.buffer.minibatches).__name__ == "ByLength"
     assert cli.trainer.global_step == 4
     assert [record["episodes"] for record in evaluations(tmp_path / "run")] == [6, 6, 6]
     assert all(torch.isfinite(weight).all() for weight in weights(tmp_path / "run").values())
+
+
+def test_own_minibatches_must_have_each_step_once(
+    user_files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        run(tmp_path, "--data.minibatches=my_minibatches.ByLength", "--data.minibatches.lose=1")
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err
+    assert "ByLength must put each of the 16 steps into exactly one update" in error
+    assert "Traceback" not in error
 
 
 def test_own_models_loss_correction_and_listener(user_files: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,7 @@ TAGS = {
     "train/ratio_min",
     "train/ratio_mean",
     "train/ratio_max",
+    "train/first_ratio_spread",
     "train/entropy",
     "train/explained_variance",
     "train/grad_norm_policy",
@@ -69,6 +71,10 @@ TAGS = {
     "train/learning_rate_critic",
     "train/skipped_updates",
     "train/logprob_mismatch",
+    "train/tokens_read",
+    "train/tokens_unique",
+    "train/padding_share",
+    "train/mask_keys",
     "train/updates",
     "train/environment_steps",
     "seconds/rollout",
@@ -138,6 +144,41 @@ def test_append_context_samples_what_it_learns(tmp_path: Path) -> None:
     run(tmp_path, context, "--trainer.max_epochs=1", "--data.source.max_prompt_tokens=500")
     gaps = scalars(tmp_path)["train/logprob_mismatch"]
     assert 0 < max(gap for _, gap in gaps) < 1e-4
+
+
+def test_rounding_that_reaches_into_the_clip_range_is_told(tmp_path: Path) -> None:
+    """Other relatives in a row when scored than when learned from: other masks, other rounding."""
+    narrow = ["--model.loss.clip_low=1e-6", "--trainer.max_epochs=1", "--data.packer=PrefixTreePacker"]
+    with pytest.warns(UserWarning, match="by rounding alone.*clip range, 1e-06"):
+        run(tmp_path / "rounded", *narrow)
+    [(_, spread)] = scalars(tmp_path / "rounded")["train/first_ratio_spread"]
+    assert 1e-7 < spread < 1e-5
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*by rounding alone.*")
+        run(tmp_path / "whole", *narrow, "--data.num_minibatches=1")
+    assert scalars(tmp_path / "whole")["train/first_ratio_spread"] == [(1, 0.0)]
+
+
+def test_whole_episodes_are_read_once(tmp_path: Path) -> None:
+    """Shuffled steps find less of their episode in the same update, and padded rows nothing."""
+    context = ["--data.source.context=AppendContext", "--data.source.max_prompt_tokens=500", "--warm_start.updates=10"]
+    curves = {}
+    for packer, minibatches in (
+        ("PaddedPacker", "ShuffledSteps"),
+        ("PrefixTreePacker", "ShuffledSteps"),
+        ("PrefixTreePacker", "WholeEpisodes"),
+    ):
+        name = f"{packer}-{minibatches}"
+        options = [f"--data.packer={packer}", f"--data.minibatches={minibatches}", "--trainer.max_epochs=1", NO_PANEL]
+        cli = run(tmp_path / name, *context, *options)
+        found = scalars(tmp_path / name)
+        curves[name] = {tag: found[f"train/{tag}"][0][1] for tag in ("tokens_read", "tokens_unique", "padding_share")}
+        steps = cli.datamodule.buffer.experience.steps.records
+        assert curves[name]["tokens_read"] == sum(len(step.prompt_ids) + len(step.action_ids) - 1 for step in steps)
+    padded, shuffled, whole = curves.values()
+    assert padded["tokens_read"] == padded["tokens_unique"] == shuffled["tokens_read"] == whole["tokens_read"]
+    assert padded["padding_share"] > 0
+    assert padded["tokens_unique"] > 1.5 * shuffled["tokens_unique"] > 1.5 * 1.2 * whole["tokens_unique"]
 
 
 def test_it_learns(tmp_path: Path) -> None:

@@ -102,7 +102,6 @@ class RowCache(Cache):
         """Another size: the rows ``kept`` come first, in their order; others are empty. All that these hold must fit."""
         width = min(columns, self.columns)
         order = torch.tensor(kept, dtype=torch.int64)
-        self.rows, self.columns = rows, columns
         for layer in self.layers:
             for name in ("keys", "values"):
                 old = getattr(layer, name)
@@ -112,7 +111,7 @@ class RowCache(Cache):
         ids, held = np.zeros((rows, columns), dtype=np.int32), np.zeros(rows, dtype=np.int64)
         ids[: len(kept), :width] = self.ids[kept, :width]
         held[: len(kept)] = self.held[kept]
-        self.ids, self.held = ids, held
+        self.rows, self.columns, self.ids, self.held = rows, columns, ids, held
 
     def common(self, row: int, prompt: np.ndarray) -> int:
         """How many tokens a row and a prompt begin with alike."""

@@ -4,7 +4,7 @@ from steppo.learner.correction import Correction, ImportanceCorrection, NoCorrec
 from steppo.learner.experience import Experience
 from steppo.learner.learner import Learner
 from steppo.learner.optim import OptimizerSettings
-from steppo.learner.update import ReplayStatistics, UpdateStatistics
+from steppo.learner.update import OldLogprobs, ReplayStatistics, UpdateStatistics
 
 __all__ = [
     "Correction",
@@ -12,6 +12,7 @@ __all__ = [
     "ImportanceCorrection",
     "Learner",
     "NoCorrection",
+    "OldLogprobs",
     "OptimizerSettings",
     "ReplayStatistics",
     "UpdateStatistics",

@@ -28,7 +28,12 @@ class Correction(ABC):
 
     What is not kept has weight 0 in the losses of policy and critic. It stays in credit, in whitening and group statistics,
     and in the number that losses are divided by, so that the other steps weigh what they would weigh without it.
+
+    Attributes:
+        needs_old_logprobs: Whether weights depend on them; else they may be NaN, where they are not known yet.
     """
+
+    needs_old_logprobs: bool = True
 
     @abstractmethod
     def __call__(self, behaviour_logprobs_A: Tensor, old_logprobs_A: Tensor, step_of_A: Tensor, num_steps: int) -> Weights:
@@ -44,6 +49,8 @@ class Correction(ABC):
 
 class NoCorrection(Correction):
     """Weight 1 for all: the policies are taken for one."""
+
+    needs_old_logprobs = False
 
     def __call__(self, behaviour_logprobs_A: Tensor, old_logprobs_A: Tensor, step_of_A: Tensor, num_steps: int) -> Weights:
         ones_A = torch.ones_like(old_logprobs_A)

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -29,30 +28,24 @@ class AssignedCredit:
     Attributes:
         batch: What it was assigned from.
         credit: What was assigned, float64.
-        mine_N: Indices of this rank's steps, in the order of its table.
         mine: The credit of this rank's steps, in their order and in the dtype of their scores.
-        logprob_mismatch: Largest difference between the log-probabilities of sampler and learner.
     """
 
     batch: CreditBatch
     credit: Credit
-    mine_N: np.ndarray
     mine: Credit
-    logprob_mismatch: float
 
     def statistics(self) -> dict[str, float]:
-        """What the critic was worth, and how far sampler and learner are apart."""
-        figures = {"logprob_mismatch": self.logprob_mismatch}
+        """What the critic was worth."""
         by_step = self.credit.target_N is not None
         target = self.credit.target_N if by_step else self.credit.target_A
         value = self.batch.value_N if by_step else self.batch.value_A
-        if target is not None and value is not None and target.numel() > 1:
-            variance = float(target.var())
-            # Of equal targets only rounding is left.
-            explained = 1 - float((target - value).var()) / variance if variance > 1e-12 else 0.0
-            means = {"value_mean": float(value.mean()), "target_mean": float(target.mean())}
-            figures |= {"explained_variance": explained} | means
-        return figures
+        if target is None or value is None or target.numel() < 2:
+            return {}
+        variance = float(target.var())
+        # Of equal targets only rounding is left.
+        explained = 1 - float((target - value).var()) / variance if variance > 1e-12 else 0.0
+        return {"explained_variance": explained, "value_mean": float(value.mean()), "target_mean": float(target.mean())}
 
 
 def assign_credit(steps: StepTable, scores: Scores, advantage: Advantage, kl_coef: float) -> AssignedCredit:
@@ -69,9 +62,7 @@ def assign_credit(steps: StepTable, scores: Scores, advantage: Advantage, kl_coe
         ConfigError: The scheme gave credit of the wrong kind or shape.
     """
     parts = gather(_local_part(steps, scores, kl_coef, advantage.needs_observations))
-    joined = {
-        name: torch.cat([part[name] for part in parts]) for name in parts[0] if name not in ("logprob_mismatch", "texts")
-    }
+    joined = {name: torch.cat([part[name] for part in parts]) for name in parts[0] if name != "texts"}
     if joined["order_N"].numel() == 0:
         raise RunError(f"the iteration gave no step to learn from: {why_nothing(steps.episodes)}")
     rank, _ = rank_and_world()
@@ -125,8 +116,7 @@ def assign_credit(steps: StepTable, scores: Scores, advantage: Advantage, kl_coe
         target_N=_pick(credit.target_N, mine_N, dtype),
         target_A=_pick(credit.target_A, mine_A, dtype),
     )
-    mismatch = max(float(part["logprob_mismatch"]) for part in parts)
-    return AssignedCredit(batch, credit, mine_N.numpy(), mine, mismatch)
+    return AssignedCredit(batch, credit, mine)
 
 
 def check_orders(episodes: Sequence[Episode]) -> None:
@@ -182,7 +172,6 @@ def _local_part(steps: StepTable, scores: Scores, kl_coef: float, with_texts: bo
     episode_of = {episode.order: episode for episode in steps.episodes}
     episodes = [episode_of[order] for order in steps.order_N.tolist()]
     agents = {name: _text_key(name) for name in {step.agent_id for step in steps.records}}
-    difference = scores.old_logprobs_A - steps.behaviour_logprobs_A if len(steps) else torch.zeros(1)
     part = {
         "order_N": torch.from_numpy(steps.order_N),
         "group_N": torch.from_numpy(steps.group_N),
@@ -196,7 +185,6 @@ def _local_part(steps: StepTable, scores: Scores, kl_coef: float, with_texts: bo
         "terminated_N": torch.tensor([e.stop_reason == StopReason.TERMINATED for e in episodes], dtype=torch.bool),
         "bootstrap_N": scores.bootstrap_N.to(dtype),
         "anchor_N": torch.tensor([_text_key(_state(s), agents[s.agent_id]) for s in steps.records], dtype=torch.int64),
-        "logprob_mismatch": difference.abs().max(),
         "texts": [step.observation for step in steps.records] if with_texts else [],
     }
     if scores.value_N is not None:

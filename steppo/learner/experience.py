@@ -11,6 +11,7 @@ from steppo.batch import Credit
 from steppo.learner.correction import Weights
 from steppo.learner.scoring import Scores
 from steppo.learner.steps import StepTable
+from steppo.minibatches import StepColumns
 from steppo.types import Episode
 
 
@@ -24,7 +25,7 @@ class Experience:
         weights: What they count for, where another policy sampled them.
         credit: Their advantages and the critic's targets; without any where none were assigned.
         mine_N: int64, places of these steps among those of all ranks, in logical order.
-        all_lengths_N: int64, action tokens of each step of all ranks.
+        columns: Of the steps of all ranks.
         num_episodes: Episodes with a step, over all ranks.
         statistics: Figures by name, the same on all ranks.
     """
@@ -34,7 +35,7 @@ class Experience:
     weights: Weights
     credit: Credit
     mine_N: np.ndarray
-    all_lengths_N: np.ndarray
+    columns: StepColumns
     num_episodes: int
     statistics: Mapping[str, float]
 
@@ -46,4 +47,4 @@ class Experience:
     @property
     def num_steps(self) -> int:
         """Environment steps over all ranks."""
-        return len(self.all_lengths_N)
+        return len(self.columns.length_N)

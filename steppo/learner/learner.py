@@ -20,6 +20,7 @@ from steppo.learner.scoring import Reference, Scores, score
 from steppo.learner.steps import StepTable
 from steppo.learner.update import UpdateLoss, UpdateStatistics, run_update
 from steppo.losses import ClippedLoss, ObjectiveSettings, PolicyLoss
+from steppo.minibatches import StepColumns
 from steppo.models import Critic, Policy
 from steppo.packing import Packer, PaddedPacker
 from steppo.types import Episode
@@ -56,11 +57,15 @@ class Learner:
     def __post_init__(self) -> None:
         self._update_loss = UpdateLoss(self.policy, self.critic, self.advantage.needs_values, self.loss, self.objective)
 
-    def prepare(self, episodes: Sequence[Episode]) -> Experience:
+    def prepare(
+        self, episodes: Sequence[Episode], first_update: Callable[[StepColumns], np.ndarray] | None = None
+    ) -> Experience:
         """Scores an iteration's episodes and assigns credit over all ranks, of which all must ask.
 
         Args:
             episodes: This rank's, in whatever order they were finished.
+            first_update: Which steps of all ranks the first update learns from, with the policy as it is now: it finds their
+                old log-probabilities by itself, so they are left out here, unless something needs them before.
 
         Raises:
             RunError: There is not one step on any rank, or two episodes have the same order.
@@ -68,7 +73,17 @@ class Learner:
         """
         check_orders(episodes)
         steps = StepTable.of(episodes)
-        return self._with_credit(steps, *self._score(steps))
+        columns, mine_N = steps.over_ranks()
+        left_out_N = None
+        if first_update is not None and len(columns.length_N) and not self._needs_old_logprobs:
+            left_out_N = np.isin(mine_N, first_update(columns))
+        return self._with_credit(steps, columns, mine_N, *self._score(steps, left_out_N))
+
+    @property
+    def _needs_old_logprobs(self) -> bool:
+        """Of all steps, before the first update: for rewards or weights, or because the critic reads the same pass."""
+        of_critic = self.critic is not None and self.critic.needs_policy_hidden
+        return of_critic or self.correction.needs_old_logprobs or self.objective.reward_kl_coef > 0
 
     def score_episodes(self, episodes: Sequence[Episode]) -> Experience:
         """Scores episodes that are not learned from, and assigns credit among them; training does not notice.
@@ -79,8 +94,9 @@ class Learner:
         steps = StepTable.of(episodes)
         scores, weights = self._score(steps)
         if not self.advantage.needs_groups and any(gather(len(steps))):
-            return self._with_credit(steps, scores, weights)
-        return Experience(steps, scores, weights, Credit(), np.arange(len(steps)), steps.lengths_N, len(episodes), {})
+            return self._with_credit(steps, *steps.over_ranks(), scores, weights)
+        columns = StepColumns(steps.order_N, steps.group_N, steps.lengths_N)
+        return Experience(steps, scores, weights, Credit(), np.arange(len(steps)), columns, len(episodes), {})
 
     def update(
         self,
@@ -92,23 +108,25 @@ class Learner:
         """One update: see ``run_update``."""
         return run_update(self._update_loss, batch, backward, step, policy_learns)
 
-    def _score(self, steps: StepTable) -> tuple[Scores, Weights]:
+    def _score(self, steps: StepTable, left_out_N: np.ndarray | None = None) -> tuple[Scores, Weights]:
         models = self.policy, self.reference, self.critic
         with self.inference():
-            scores = score(steps, *models, self.advantage.needs_values, self.packer, self.max_tokens)
+            scores = score(steps, *models, self.advantage.needs_values, self.packer, self.max_tokens, left_out_N)
             old_A = scores.old_logprobs_A
             behaviour_A = steps.behaviour_logprobs_A.to(old_A.dtype)
             return scores, self.correction(behaviour_A, old_A, steps.step_of_A, len(steps))
 
-    def _with_credit(self, steps: StepTable, scores: Scores, weights: Weights) -> Experience:
+    def _with_credit(
+        self, steps: StepTable, columns: StepColumns, mine_N: np.ndarray, scores: Scores, weights: Weights
+    ) -> Experience:
         assigned = assign_credit(steps, scores, self.advantage, self.objective.reward_kl_coef)
         return Experience(
             steps=steps,
             scores=scores,
             weights=weights,
             credit=assigned.mine,
-            mine_N=assigned.mine_N,
-            all_lengths_N=assigned.batch.length_N.numpy(),
+            mine_N=mine_N,
+            columns=columns,
             num_episodes=len(assigned.batch.terminated_E),
             statistics=assigned.statistics(),
         )

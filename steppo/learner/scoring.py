@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,7 +25,7 @@ class Scores:
     """What policy, reference and critic say when an iteration starts, on the CPU.
 
     Attributes:
-        old_logprobs_A: By action token, in the order of the table.
+        old_logprobs_A: By action token, in the order of the table; NaN where they were left out.
         ref_logprobs_A: The same from the reference policy, if there is one.
         value_N: By step, if the credit wants step values.
         value_A: By action token, if it wants token values.
@@ -46,34 +47,48 @@ def score(
     needs_values: ValueKind,
     packer: Packer,
     max_tokens: int,
+    left_out_N: np.ndarray | None = None,
 ) -> Scores:
-    """Log-probabilities under policy and reference, and values, in batches of at most ``max_tokens``."""
+    """Log-probabilities under policy and reference, and values, in batches of at most ``max_tokens``.
+
+    ``left_out_N`` bool, the steps whose log-probabilities under the policy nobody needs now.
+    """
     wide = torch.promote_types(policy.dtype, torch.float32)
-    old_A = torch.zeros(steps.num_tokens, dtype=wide)
+    old_A = torch.full((steps.num_tokens,), torch.nan, dtype=wide)
     ref_A = None if reference is None else torch.zeros_like(old_A)
     value = torch.zeros(len(steps) if needs_values == "step" else steps.num_tokens, dtype=wide)
-    for rows, actions, batch in steps.batches(packer, max_tokens):
-        batch = batch.to(policy.device)
-        temperature_A = steps.temperature_A[actions].to(policy.device)
-        output = policy(batch, temperature_A)
-        old_A[actions] = output.logprobs_A.cpu()
-        if reference is not None and ref_A is not None:
-            ref_A[actions] = reference(batch, temperature_A).logprobs_A.cpu()
-        if critic is not None:
-            values = critic(batch, batch.value_positions(needs_values), output.hidden)
-            value[rows if needs_values == "step" else actions] = values.to(wide).cpu()
-
-    final: dict[int, float] = {}
-    if critic is not None:
-        for episodes, batch in steps.final_batches(packer, max_tokens):
+    # The prompts after the last steps lie in the same batches: where dialogues are appended they cost a few tokens.
+    finals = [] if critic is None else steps.final_segments
+    segments = [*steps.segments, *finals]
+    left_out = np.zeros(len(segments), dtype=bool)
+    if left_out_N is not None:
+        left_out[: len(steps)] = left_out_N
+    bootstrap: dict[int, float] = {}
+    for reads_policy in (True, False) if reference is not None or critic is not None else (True,):
+        places = np.flatnonzero(left_out != reads_policy)
+        for rows, batch in packer.pack([segments[place] for place in places], max_tokens):
+            rows = places[rows]
+            is_step = rows < len(steps)
+            actions = steps.tokens_of(rows[is_step])
             batch = batch.to(policy.device)
-            hidden = policy(batch).hidden if critic.needs_policy_hidden else None
-            values = critic(batch, batch.value_at_N, hidden)
-            final.update(zip((episode.order for episode in episodes), values.tolist(), strict=True))
+            temperature_A = steps.temperature_A[actions].to(policy.device)
+            hidden = None
+            if reads_policy:
+                hidden, logprobs_A, _ = policy(batch, temperature_A)
+                old_A[actions] = logprobs_A.cpu()
+            if reference is not None and ref_A is not None:
+                ref_A[actions] = reference(batch, temperature_A).logprobs_A.cpu()
+            if critic is not None:
+                of_step_N = torch.from_numpy(is_step).to(policy.device)
+                read_at = batch.value_at_N[of_step_N] if needs_values == "step" else batch.predict_at_A
+                values = critic(batch, torch.cat([read_at, batch.value_at_N[~of_step_N]]), hidden).to(wide).cpu()
+                value[torch.from_numpy(rows[is_step]) if needs_values == "step" else actions] = values[: len(read_at)]
+                orders = (finals[row - len(steps)].episode for row in rows[~is_step].tolist())
+                bootstrap.update(zip(orders, values[len(read_at) :].tolist(), strict=True))
     return Scores(
         old_logprobs_A=old_A,
         ref_logprobs_A=ref_A,
         value_N=value if needs_values == "step" else None,
         value_A=value if needs_values == "token" else None,
-        bootstrap_N=torch.tensor([final.get(order, 0.0) for order in steps.order_N.tolist()], dtype=wide),
+        bootstrap_N=torch.tensor([bootstrap.get(order, 0.0) for order in steps.order_N.tolist()], dtype=wide),
     )

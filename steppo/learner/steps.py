@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from steppo.batch import Segment, TokenBatch
-from steppo.packing import Packer
+from steppo.batch import Segment
+from steppo.distributed import gather, rank_and_world
+from steppo.minibatches import StepColumns
 from steppo.types import Episode, Step
 
 
@@ -54,6 +55,15 @@ class StepTable:
         """Action tokens."""
         return int(self.lengths_N.sum())
 
+    def over_ranks(self) -> tuple[StepColumns, np.ndarray]:
+        """The steps of all ranks in logical order, and the places of this rank's among them [N]. All ranks must ask."""
+        parts = gather((self.order_N, self.group_N, self.lengths_N))
+        order_N, group_N, length_N = (np.concatenate(column) for column in zip(*parts, strict=True))
+        rank_N = np.repeat(np.arange(len(parts)), [len(part[0]) for part in parts])
+        sort_N = np.argsort(order_N, kind="stable")  # an episode is one rank's, and its steps are in their order there
+        mine_N = np.flatnonzero(rank_N[sort_N] == rank_and_world()[0])
+        return StepColumns(order_N[sort_N], group_N[sort_N], length_N[sort_N]), mine_N
+
     @cached_property
     def segments(self) -> list[Segment]:
         """The steps, to be packed."""
@@ -87,17 +97,12 @@ class StepTable:
     def _starts_N(self) -> np.ndarray:
         return np.cumsum(self.lengths_N) - self.lengths_N
 
-    def batches(self, packer: Packer, max_tokens: int) -> Iterator[tuple[Tensor, Tensor, TokenBatch]]:
-        """All steps for a forward pass: indices of the steps [n], of their action tokens [a], and the batch."""
-        for rows, batch in packer.pack(self.segments, max_tokens):
-            yield torch.from_numpy(rows), self.tokens_of(rows), batch
-
-    def final_batches(self, packer: Packer, max_tokens: int) -> Iterator[tuple[list[Episode], TokenBatch]]:
-        """The prompts after the last step of truncated episodes, and their episodes."""
-        cut = [
-            (episode, Segment(episode.final_prompt_ids, np.zeros(0, dtype=np.int32), episode.order, episode.group_id))
+    @cached_property
+    def final_segments(self) -> list[Segment]:
+        """The prompts after the last steps of truncated episodes, to be valued."""
+        none = np.zeros(0, dtype=np.int32)
+        return [
+            Segment(episode.final_prompt_ids, none, episode.order, episode.group_id)
             for episode in self.episodes
             if episode.steps and episode.final_prompt_ids is not None
         ]
-        for rows, batch in packer.pack([segment for _, segment in cut], max_tokens):
-            yield [cut[row][0] for row in rows], batch

@@ -38,25 +38,35 @@ class StepRatios(NamedTuple):
     highest: Tensor
 
 
+class OldLogprobs(NamedTuple):
+    """What an iteration's first update found: ``index_N`` int64, the steps' places in the table; ``logprobs_A`` float."""
+
+    index_N: Tensor
+    logprobs_A: Tensor
+
+
 class LossPart(NamedTuple):
     """A part of an update's loss, with its graph, and its share of the update's figures, without."""
 
     loss: Tensor
     figures: dict[str, Tensor]
     ratios: StepRatios | None
+    old_logprobs: OldLogprobs | None = None
 
 
 @dataclass(frozen=True, eq=False)
 class UpdateStatistics:
-    """What one update found on this rank; nothing if it was skipped.
+    """What one update found on this rank; of figures and ratios nothing if it was skipped.
 
     Attributes:
         figures: Shares of each figure, which is their sum over microbatches and ranks.
         ratios: By microbatch.
+        old_logprobs: By microbatch, where they were not known before.
     """
 
     figures: Mapping[str, Sequence[Tensor]] = field(default_factory=dict)
     ratios: Sequence[StepRatios] = ()
+    old_logprobs: Sequence[OldLogprobs] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,7 +100,7 @@ class UpdateLoss:
             of_policy, hidden = self._of_policy(batch, policy_learns)
             of_critic = self._of_critic(critic, batch, hidden)
             loss = (1.0 if policy_learns else 0.0) * of_policy.loss + of_critic.loss
-            yield LossPart(loss, of_policy.figures | of_critic.figures, of_policy.ratios)
+            yield of_policy._replace(loss=loss, figures=of_policy.figures | of_critic.figures)
             return
         if policy_learns:
             yield self._of_policy(batch, policy_learns)[0]
@@ -101,12 +111,13 @@ class UpdateLoss:
         settings, tokens = self.settings, batch.tokens
         total = batch.update_steps if settings.aggregation == "step-mean" else batch.update_tokens
         hidden, logprobs_A, entropy_A = self.policy(tokens, batch.temperature_A)
+        old_A = logprobs_A.detach() if batch.old_logprobs_A is None else batch.old_logprobs_A
         share_A = token_weights(tokens.step_of_A, batch.weight_A.new_ones(tokens.num_steps), settings.aggregation)
         weight_A = share_A * batch.weight_A
         output = self.policy_loss(
             LossInputs(
                 logprobs_A=logprobs_A,
-                old_logprobs_A=batch.old_logprobs_A,
+                old_logprobs_A=old_A,
                 behaviour_logprobs_A=batch.behaviour_logprobs_A,
                 advantage_A=batch.advantage_A,
                 step_of_A=tokens.step_of_A,
@@ -124,13 +135,14 @@ class UpdateLoss:
             sums["kl"] = (kl_penalty(logprobs_A, batch.ref_logprobs_A, settings.kl_estimator) * share_A).sum()
             if settings.kl == "loss":
                 loss = loss + settings.kl_coef * sums["kl"]
-        log_ratio_A = (logprobs_A - batch.old_logprobs_A).detach()
+        log_ratio_A = (logprobs_A - old_A).detach()
         sums["approx_kl"] = ((log_ratio_A.exp() - 1 - log_ratio_A) * share_A).sum()
         sums["clip_fraction"] = (output.clipped_A * share_A).sum()
         sums["ratio_mean"] = (output.ratio_A * share_A).sum()
         sums["weight_mean"] = weight_A.sum()
         figures = {name: value.detach() / total * batch.scale for name, value in sums.items()}
-        return LossPart(loss / total, figures, _step_ratios(batch, output) if batch.scale else None), hidden
+        found = OldLogprobs(batch.index_N, old_A) if batch.old_logprobs_A is None else None
+        return LossPart(loss / total, figures, _step_ratios(batch, output) if batch.scale else None, found), hidden
 
     def _of_critic(self, critic: Critic, batch: Microbatch, hidden: Tensor | None) -> LossPart:
         if batch.old_value is None or batch.target is None:
@@ -176,7 +188,7 @@ def run_update(
     """
     _, world = rank_and_world()
     figures: dict[str, list[Tensor]] = {}
-    ratios = []
+    ratios, found = [], []
     for microbatch in batch:
         for part in loss.parts(microbatch, policy_learns):
             backward(part.loss * (microbatch.scale * world))
@@ -184,10 +196,12 @@ def run_update(
                 figures.setdefault(name, []).append(value)
             if part.ratios is not None:
                 ratios.append(part.ratios)
+            if part.old_logprobs is not None:
+                found.append(part.old_logprobs)
     norms = step()
     if norms is None:
-        return UpdateStatistics()
-    return UpdateStatistics(figures | {f"grad_norm_{name}": [norm / world] for name, norm in norms.items()}, ratios)
+        return UpdateStatistics(old_logprobs=found)
+    return UpdateStatistics(figures | {f"grad_norm_{name}": [norm / world] for name, norm in norms.items()}, ratios, found)
 
 
 @dataclass(frozen=True, eq=False)
@@ -195,7 +209,8 @@ class ReplayStatistics:
     """What an iteration's updates found.
 
     Attributes:
-        figures: Means over the updates that had them, over all ranks; of ratios also the extremes, infinite without any.
+        figures: Means over the updates that had them, over all ranks; of ratios also the extremes, and how far those of the
+            first update are from 1, where nothing has been learned yet: infinite without any.
         ratio_N: float32, of each step of this rank the mean importance ratio of its tokens at its last update; NaN without.
         clipped_N: float32, likewise the share of its tokens outside the trust region.
     """
@@ -216,10 +231,15 @@ class ReplayStatistics:
         for name in sorted({name for update in updates for name in update.figures}):
             shares = [share for update in updates for share in update.figures.get(name, ())]
             mine[name] = float(sum(shares[1:], shares[0]))
-        lowest = min((float(part.lowest) for part in ratios), default=torch.inf)
-        highest = max((float(part.highest) for part in ratios), default=-torch.inf)
-        ranks = gather((mine, lowest, highest))
+        first = next((update.ratios for update in updates if "ratio_mean" in update.figures), ())
+        ranks = gather((mine, _extremes(ratios), _extremes(first)))
         counts = {name: sum(name in update.figures for update in updates) for name in mine}
         figures = {name: sum(sums[name] for sums, _, _ in ranks) / count for name, count in counts.items()}
-        figures |= {"ratio_max": max(high for *_, high in ranks), "ratio_min": min(low for _, low, _ in ranks)}
+        figures |= {"ratio_min": min(low for _, (low, _), _ in ranks), "ratio_max": max(high for _, (_, high), _ in ranks)}
+        figures["first_ratio_spread"] = max(max(1 - low, high - 1) for *_, (low, high) in ranks)
         return cls(figures, ratio_N, clipped_N)
+
+
+def _extremes(ratios: Sequence[StepRatios]) -> tuple[float, float]:
+    lowest = min((float(part.lowest) for part in ratios), default=torch.inf)
+    return lowest, max((float(part.highest) for part in ratios), default=-torch.inf)

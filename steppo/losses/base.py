@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
@@ -53,6 +54,11 @@ class PolicyLoss(ABC):
     One file and one config each. The learner weighs the tokens, adds them up and divides by the size of the update, so that
     no loss depends on how an update is split into microbatches.
     """
+
+    @property
+    def clip_range(self) -> float:
+        """Smallest distance from 1 at which a ratio is clipped; infinite where none is."""
+        return math.inf
 
     @abstractmethod
     def __call__(self, inputs: LossInputs) -> LossOutput:

@@ -26,6 +26,10 @@ class CISPO(PolicyLoss):
         self.clip_high = clip_high
         self.ratio = ratio
 
+    @property
+    def clip_range(self) -> float:
+        return min(self.clip_low, self.clip_high)
+
     def __call__(self, inputs: LossInputs) -> LossOutput:
         log_ratio_A = log_ratios(inputs.logprobs_A, inputs.old_logprobs_A, inputs.step_of_A, inputs.num_steps, self.ratio)
         ratio_A = log_ratio_A.detach().exp()

@@ -35,6 +35,10 @@ class ClippedLoss(PolicyLoss):
         self.clip_high = clip_high
         self.dual_clip = dual_clip
 
+    @property
+    def clip_range(self) -> float:
+        return min(self.clip_low, self.clip_high)
+
     def __call__(self, inputs: LossInputs) -> LossOutput:
         advantage_A = inputs.advantage_A
         low, high = 1 - self.clip_low, 1 + self.clip_high

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.nn.attention.flex_attention import BlockMask
 from torch.utils.checkpoint import checkpoint
 
 from steppo.batch import TokenBatch
@@ -282,21 +283,22 @@ def trunk_states(trunk: Any, batch: TokenBatch) -> Tensor:
     Raises:
         ConfigError: Rows branch, and the model does not attend to all that a mask lets it see.
     """
-    mask = None
+    mask: Tensor | BlockMask | None = None
     if batch.until_BT is not None:
-        odd = beyond_full_attention(trunk)
+        flex = trunk.config._attn_implementation == "flex_attention"
+        odd = beyond_full_attention(trunk) - {"flex_attention"}
         if odd:
             raise ConfigError(
-                "rows of PrefixTreePacker branch, which wants full attention by sdpa or eager; "
-                f"{trunk.config.model_type} has {odd}: set data.packer to PaddedPacker"
+                "rows of PrefixTreePacker branch, which wants full attention by sdpa, eager or flex_attention; "
+                f"{trunk.config.model_type} has {', '.join(sorted(odd))}: set data.packer to PaddedPacker"
             )
-        mask = batch.attention_mask(trunk.get_input_embeddings().weight.dtype)
+        mask = batch.block_mask() if flex else batch.attention_mask(trunk.get_input_embeddings().weight.dtype)
     output = trunk(input_ids=batch.input_ids_BT, position_ids=batch.position_ids_BT, attention_mask=mask, use_cache=False)
     return output.last_hidden_state.flatten(0, 1)
 
 
-def beyond_full_attention(trunk: Any) -> str:
-    """Layers and positions that go by a token's column, or attention that passes a mask over; empty if there are none."""
+def beyond_full_attention(trunk: Any) -> set[str]:
+    """Layers and positions that go by a token's column, or attention that takes no float mask."""
     config = trunk.config
     odd = set(getattr(config, "layer_types", None) or ["full_attention"]) - {"full_attention"}
     if getattr(config, "sliding_window", None) is not None:
@@ -305,4 +307,4 @@ def beyond_full_attention(trunk: Any) -> str:
         odd.add(config._attn_implementation)
     if getattr(config, "alibi", False) or "position_ids" not in signature(trunk.forward).parameters:
         odd.add("positions of its own")
-    return ", ".join(sorted(odd))
+    return odd

@@ -38,9 +38,11 @@ class PrefixTreePacker(Packer):
     A step that goes on from another (appended dialogues) lies in the same row as that one: an episode without rewritten
     prompts is one causal row. Where steps part, their row branches. It then needs a mask, in which each token pays for the
     whole row, so rows are cut where that costs more than to repeat what they begin with. Steps that have little in common
-    get rows of their own, as from ``PaddedPacker``. Only tokens decide what is shared.
+    get rows of their own, as from ``PaddedPacker``. Only tokens decide what is shared. A row longer than ``max_tokens`` is
+    causal, and no longer than the longest step in it, which no packer can cut.
 
-    Branched rows need full attention in each layer, computed by ``sdpa`` or ``eager``; others any causal model.
+    Branched rows need full attention in each layer, computed by ``sdpa``, ``eager`` or, on GPUs, ``flex_attention``
+    (which skips what is masked); others any causal model.
 
     Args:
         keys_per_token: To attend to so many tokens takes a layer as long as all else that it does for one. Smaller models

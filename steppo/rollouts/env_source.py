@@ -52,8 +52,8 @@ class EnvSource(EpisodeSource):
             actions that cost nothing are an invitation to do nothing.
         num_slots: Episodes played at the same time.
         num_workers: Processes that step environments.
-        env_ticks: Ticks of the engine that pass between a question to an environment and its answer. More hide a slower
-            environment behind the engine, but leave fewer episodes in each tick.
+        env_ticks: Ticks of the engine that pass while an environment works. About its time over that of a tick: with fewer
+            each tick waits for it, with more the engine makes more ticks of fewer tokens each. 0 or 1 where it is fast.
         env_timeout: Seconds that one environment step may take before its episode is given up.
         start_timeout: Seconds that the environment's ``start`` may take in a worker process.
         worker_memory_mib: A process that holds more MiB after a step is replaced and its episodes are played again up to

@@ -13,7 +13,9 @@ from lightning.pytorch.cli import LightningCLI
 from steppo.advantages import GRPO, RLOO, GiGPO, ReinforcePP, ReinforcePPBaseline, StepGAE, TokenGAE
 from steppo.cli import main
 from steppo.losses import CISPO, DPPOTV, ClippedLoss
+from steppo.minibatches import WholeEpisodes
 from steppo.models import SeparateCritic
+from steppo.packing import PrefixTreePacker
 from tests.cli_helpers import TOY
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -45,7 +47,7 @@ CREDIT: dict[type, dict[str, Any]] = {
     RLOO: {},
     GiGPO: {"gamma": 0.95, "step_weight": 1.0, "scale_by_std": True, "similarity": 1.0, "needs_observations": False},
 }
-OVERLAYS = sorted(path for kind in ("algorithm", "model", "trainer") for path in (CONFIGS / kind).glob("*.yaml"))
+OVERLAYS = sorted(path for kind in ("algorithm", "context", "model", "trainer") for path in (CONFIGS / kind).glob("*.yaml"))
 WHOLE = sorted({*CONFIGS.rglob("*.yaml")} - {*OVERLAYS})
 
 
@@ -167,6 +169,16 @@ def test_model_overlays_set_the_model_only(overlay: Path) -> None:
     found["source"] = found["data"].get("source", {})
     found["renderer"] = found["source"].get("renderer", {})
     assert {name: set(value) - allowed[name] for name, value in found.items()} == {name: set() for name in allowed}
+
+
+def test_dialogues_stay_whole(build: Any) -> None:
+    """Wherever prompts append: steps of one episode in one update, packed as one row."""
+    paths = [path for path in [*WHOLE, *OVERLAYS] if "AppendContext" in path.read_text()]
+    assert CONFIGS / "context" / "append.yaml" in paths
+    for path in paths:
+        data = build("--config", CONFIGS / "textworld.yaml", "--config", path).datamodule
+        assert type(data.buffer.minibatches) is WholeEpisodes
+        assert type(data.buffer.packer) is PrefixTreePacker
 
 
 def test_critic_is_built_only_where_the_credit_wants_one(build: Any) -> None:

@@ -252,6 +252,18 @@ OPTIONS = {
 LATE = {
     "too_long": (["--data.source.max_prompt_tokens=9999"], "10003 is more than the model's 512 positions"),
     "overflow": (["--data.source.max_prompt_tokens=5"], "raise max_prompt_tokens"),
+    "too_few_episodes": (
+        ["--data.minibatches=WholeEpisodes", "--data.num_minibatches=9"],
+        "an iteration's episodes are 8, too few for 9 minibatches of whole episodes: lower data.num_minibatches, or raise",
+    ),
+    "too_few_groups": (
+        ["--data.minibatches=WholeGroups", "--rollout.group_size=4", "--data.num_minibatches=3"],
+        "an iteration's groups are 2, too few for 3 minibatches of whole groups: lower data.num_minibatches, or raise",
+    ),
+    "no_minibatches": (
+        ["--data.minibatches=Shuffled"],
+        "data.minibatches: there is no Minibatches called 'Shuffled'; did you mean 'ShuffledSteps'?",
+    ),
     "too_few_steps": (["--data.num_minibatches=5000"], "at most 8 steps is too small for data.num_minibatches, 5000"),
     "no_weight": ([WEIGHTED, "--data.sampler.weights={'*': 0}"], "WeightedSampler: every task has weight 0"),
     "broken_reset": ([BROKEN], "rollout.min_valid_fraction is 0.5); the most common error: KeyError: 'broken in reset' ("),

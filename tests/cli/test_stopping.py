@@ -74,7 +74,7 @@ def test_before_the_first_checkpoint(
     ("target", "number"),
     [
         ("callbacks.evaluation.EvaluationCallback._evaluate", 1),
-        ("steppo.engines.HFEngine._generate", 30),
+        ("steppo.engines.HFEngine.poll", 90),
         ("steppo.envs.pool.EnvPool.answer", 455),
         ("steppo.module.AgentModule._step", 3),
         ("steppo.transcripts.TranscriptWriter.write", 4),

@@ -21,6 +21,7 @@ from steppo.learner.correction import Weights
 from steppo.learner.credit import AssignedCredit, assign_credit
 from steppo.learner.scoring import Scores
 from steppo.learner.steps import StepTable
+from steppo.minibatches import StepColumns
 from steppo.packing import Packer, PaddedPacker
 from steppo.types import Episode, Step, StopReason
 
@@ -107,12 +108,11 @@ class Scored:
         tokens = codes_A(self.steps)
         weights = Weights(1 + tokens / 4096, torch.ones_like(tokens).bool())
         if isinstance(credit, AssignedCredit):
-            lengths_N, mine_N, mine = credit.batch.length_N.numpy(), credit.mine_N, credit.mine
-            return Experience(self.steps, self.scores, weights, mine, mine_N, lengths_N, len(credit.batch.group_E), {})
+            (columns, mine_N), episodes = self.steps.over_ranks(), len(credit.batch.group_E)
+            return Experience(self.steps, self.scores, weights, credit.mine, mine_N, columns, episodes, {})
         places = np.arange(len(self.steps))
-        return Experience(
-            self.steps, self.scores, weights, credit, places, self.steps.lengths_N, len(self.steps.episodes), {}
-        )
+        columns = StepColumns(self.steps.order_N, self.steps.group_N, self.steps.lengths_N)
+        return Experience(self.steps, self.scores, weights, credit, places, columns, len(self.steps.episodes), {})
 
 
 def scored(episodes: Sequence[Episode], values: str = "step", bootstrap: dict[int, float] | None = None) -> Scored:

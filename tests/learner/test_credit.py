@@ -241,16 +241,6 @@ def test_credit_is_stored_in_the_precision_of_the_scores() -> None:
     assert (steps.mine.advantage_N.dtype, steps.batch.reward_N.dtype) == (torch.float32, torch.float64)
 
 
-def test_the_mismatch_is_the_largest_difference_to_the_sampler() -> None:
-    buffer = scored(EPISODES)
-    assert buffer.assign(StepGAE()).logprob_mismatch == pytest.approx(0.0, abs=1e-6)
-    off = buffer.scores.old_logprobs_A.clone()
-    off[17] -= 0.25
-    off[30] += 0.125
-    buffer = buffer.replace(old_logprobs_A=off)
-    assert buffer.assign(StepGAE()).logprob_mismatch == pytest.approx(0.25, abs=1e-6)
-
-
 def test_nothing_to_learn_from() -> None:
     broken = [episode for episode in EPISODES if episode.stop_reason.failed]
     with pytest.raises(RunError, match="no step to learn from"):
@@ -279,27 +269,27 @@ def test_ranks_together_equal_a_single_process(
     scheme = StepGAE if kind == "step" else TokenGAE
     advantage = scheme(gamma=0.9, gae_lambda=0.8, bootstrap_truncated=True)
 
-    def work(episodes: Sequence[Episode]) -> tuple[StepTable, AssignedCredit]:
-        right = scored(episodes, kind, BOOTSTRAP)  # the sampler is off, on each rank by another mismatch
-        off = right.replace(old_logprobs_A=right.scores.old_logprobs_A + torch.sin(codes_A(right.steps)) / 8)
-        return off.steps, off.assign(advantage, kl_coef)
+    def work(episodes: Sequence[Episode]) -> tuple[StepTable, AssignedCredit, np.ndarray]:
+        buffer = scored(episodes, kind, BOOTSTRAP)
+        columns, mine_N = buffer.steps.over_ranks()
+        assert columns.length_N.tolist() == StepTable.of(EPISODES).lengths_N.tolist()
+        return buffer.steps, buffer.assign(advantage, kl_coef), mine_N
 
-    whole, expected = work(EPISODES)
-    assert expected.mine_N.tolist() == list(range(20))
+    whole, expected, all_N = work(EPISODES)
+    assert all_N.tolist() == list(range(20))
     found = on_ranks(len(shares), lambda rank: work(shares[rank]))
-    for table, steps in found:
+    for table, steps, mine_N in found:
         assert_equal(steps.batch, expected.batch)
         assert_equal(steps.credit, expected.credit)
-        assert steps.logprob_mismatch == expected.logprob_mismatch
-        assert codes_N(table) == [LEARNED_CODES[row] for row in steps.mine_N]
-        mine_A = torch.isin(steps_of(expected.batch.length_N.tolist()), torch.from_numpy(steps.mine_N))
+        assert codes_N(table) == [LEARNED_CODES[row] for row in mine_N]
+        mine_A = torch.isin(steps_of(expected.batch.length_N.tolist()), torch.from_numpy(mine_N))
         assert codes_A(table).tolist() == codes_A(whole)[mine_A].tolist()
         for name in ("advantage_N", "target_N", "advantage_A", "target_A"):
             column, of_all = getattr(steps.mine, name), getattr(expected.mine, name)
             assert (column is not None) == (of_all is not None) == name.endswith("N" if kind == "step" else "A")
             if column is not None:
-                assert column.tolist() == of_all[mine_A if name.endswith("A") else steps.mine_N].tolist()
-    assert sorted(row for _, steps in found for row in steps.mine_N) == list(range(20))
+                assert column.tolist() == of_all[mine_A if name.endswith("A") else mine_N].tolist()
+    assert sorted(row for *_, mine_N in found for row in mine_N) == list(range(20))
 
 
 # The same episodes; observations say which episode they are from, and some come again.

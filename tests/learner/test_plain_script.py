@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from argparse import Namespace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -42,10 +43,11 @@ def test_a_plain_loop_equals_a_run(critic: str, tmp_path: Path) -> None:
         wanted = groups_of(sampler.next(tasks, 8, seed=0))
         with torch.no_grad():
             played = [e for group in source.collect(wanted, RolloutConfig(f"train/{iteration}", seed=0)) for e in group]
-        buffer.hold(learner.prepare(played))
+        buffer.hold(learner.prepare(played, partial(buffer.first_update, seed=0, iteration=iteration)))
         for batch in buffer.updates(seed=0, iteration=iteration):
             optimizer.zero_grad()
-            learner.update(batch, torch.Tensor.backward, lambda: clip_and_step(optimizer, settings))
+            statistics = learner.update(batch, torch.Tensor.backward, lambda: clip_and_step(optimizer, settings))
+            buffer.take(statistics.old_logprobs)
     source.close()
 
     expected = weights(tmp_path / "run")

@@ -128,6 +128,7 @@ OF_POLICY = [
     "ratio_mean",
     "ratio_min",
     "ratio_max",
+    "first_ratio_spread",
     "grad_norm_policy",
 ]
 

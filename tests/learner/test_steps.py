@@ -17,7 +17,7 @@ def test_failed_episodes_are_kept_but_not_learned_from() -> None:
     assert [episode.order for episode in table.episodes] == list(range(11))
     assert codes_N(table) == LEARNED_CODES
     assert table.num_tokens == len(codes_A(table)) == sum(len(step.action_ids) for step in table.records) == 37
-    assert sum(batch.num_steps for _, _, batch in table.batches(PaddedPacker(), WIDE)) == len(LEARNED_CODES) == 20
+    assert len(table.segments) == len(LEARNED_CODES) == 20
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -43,20 +43,15 @@ def test_batches_name_their_steps_and_tokens(packer: Packer, max_tokens: int) ->
     table = StepTable.of(EPISODES)
     step_codes, token_codes = torch.tensor(codes_N(table)), codes_A(table)
     found = []
-    for steps, actions, batch in table.batches(packer, max_tokens):
-        assert batch.input_ids_BT.flatten()[batch.value_at_N].tolist() == step_codes[steps].tolist()
-        assert batch.target_A.tolist() == token_codes[actions].tolist()
-        assert (batch.target_A // 50 * 50).tolist() == step_codes[steps][batch.step_of_A].tolist()
-        found += steps.tolist()
+    for rows, batch in packer.pack(table.segments, max_tokens):
+        assert batch.input_ids_BT.flatten()[batch.value_at_N].tolist() == step_codes[rows].tolist()
+        assert batch.target_A.tolist() == token_codes[table.tokens_of(rows)].tolist()
+        assert (batch.target_A // 50 * 50).tolist() == step_codes[rows][batch.step_of_A].tolist()
+        found += rows.tolist()
     assert sorted(found) == list(range(len(step_codes)))
 
 
-@pytest.mark.parametrize("max_tokens", [1, WIDE])
-def test_final_prompts_belong_to_truncated_episodes(max_tokens: int) -> None:
-    table = StepTable.of(EPISODES)
-    found: dict[int, int] = {}
-    for episodes, batch in table.final_batches(ScrambledPacker(), max_tokens):
-        assert batch.target_A.numel() == 0
-        ends = batch.input_ids_BT.flatten()[batch.value_at_N].tolist()
-        found |= {episode.order: end for episode, end in zip(episodes, ends, strict=True)}
-    assert found == {2: 900_002, 8: 900_008}
+def test_final_prompts_belong_to_truncated_episodes() -> None:
+    segments = StepTable.of(EPISODES).final_segments
+    assert {segment.episode: int(segment.prompt_ids[-1]) for segment in segments} == {2: 900_002, 8: 900_008}
+    assert not any(len(segment.action_ids) for segment in segments)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import flex_attention
 from transformers import BloomConfig, BloomForCausalLM, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 from steppo.batch import Microbatch, Segment, TokenBatch
@@ -126,6 +128,10 @@ def same(actual: dict[str, Tensor], expected: dict[str, Tensor], tolerance: floa
         assert difference <= tolerance * torch.linalg.vector_norm(value), f"{name}: {difference:.2e}"
 
 
+def plain_flex_attention(query: Tensor, key: Tensor, value: Tensor, training: bool, **kwargs: Any) -> Tensor:
+    return flex_attention(query, key, value, **kwargs)
+
+
 @pytest.fixture
 def wide_softmax(monkeypatch: pytest.MonkeyPatch) -> None:
     """``eager`` takes its softmax in float32, whose rounding depends on the row: here in the precision of its scores."""
@@ -226,13 +232,31 @@ def test_masks_in_other_precisions(precision, attention):
     near(hidden(TREE), hidden(PaddedPacker()), 1e-5 if precision == "float32" else 3e-2)
 
 
+@pytest.mark.parametrize("kind", [TinyPolicy, TinyLlama])
+def test_block_masks_of_flex_attention(kind: type[TinyPolicy], monkeypatch: pytest.MonkeyPatch) -> None:
+    """In its plain form: to compile it takes a compiler, and its gradients a GPU."""
+    monkeypatch.setattr("transformers.integrations.flex_attention.compile_friendly_flex_attention", plain_flex_attention)
+    loss = make(kind, SharedCritic(), "flex_attention")
+    padded = make(kind, SharedCritic())
+    segments = SCENES["state group"]
+    branched = 0
+    for steps, tokens in TREE.pack(segments, WIDE):
+        branched += tokens.until_BT is not None
+        with torch.no_grad():
+            found = loss.policy.action_logprobs(loss.policy.hidden(tokens), tokens, torch.ones(len(tokens.target_A)))[0]
+            for place, step in enumerate(steps):
+                [(_, alone)] = PaddedPacker().pack([segments[step]], WIDE)
+                expected = padded.policy(alone, torch.ones(len(alone.target_A))).logprobs_A
+                near(found[tokens.step_of_A == place], expected, 1e-9)
+    assert branched
+
+
 ODD = {
     "sliding": ({"sliding_window": 8}, "sliding_attention"),
     "some sliding": ({"layer_types": ["full_attention", "sliding_attention"]}, "sliding_attention"),
     "linear": ({"layer_types": ["linear_attention", "full_attention"]}, "linear_attention"),
     "chunked": ({"layer_types": ["chunked_attention"]}, "chunked_attention"),
     "flash": ({"_attn_implementation": "flash_attention_2"}, "flash_attention_2"),
-    "flex": ({"_attn_implementation": "flex_attention"}, "flex_attention"),
     "alibi": ({"alibi": True}, "positions of its own"),
 }
 

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from steppo.batch import Segment, TokenBatch
 from steppo.errors import ConfigError
 from steppo.packing import PaddedPacker, PrefixTreePacker, prefix_tree
+from steppo.packing.padded import tokens_read
 from tests.numeric_helpers import FEW
 from tests.packing.scenes import BRANCHED, FOREST, LONE, SCENES, append, forest, ids, played
 from tests.packing.test_packing import make_segments
@@ -41,10 +42,10 @@ def beginnings(segments: Sequence[Segment]) -> set[tuple[int, ...]]:
 def check(segments: Sequence[Segment], packed: list[tuple[np.ndarray, TokenBatch]], max_tokens: int) -> int:
     """Each step once, within the budget, read where it should be; how many tokens all rows have together."""
     assert sorted(step for steps, _ in packed for step in steps) == list(range(len(segments)))
-    tokens = 0
+    tokens, longest = 0, max(map(len, map(tokens_read, segments)), default=0)
     for steps, batch in packed:
         rows, width = batch.input_ids_BT.shape
-        assert rows * width <= max_tokens or (rows == 1 and batch.until_BT is None)
+        assert rows * width <= max_tokens or (rows == 1 and batch.until_BT is None and width <= longest)
         assert batch.until_BT is None or rows * width**2 <= prefix_tree._MASK_NUMBERS
         assert (batch.step_of_A.diff() >= 0).all()
         used: dict[int, set[int]] = {}

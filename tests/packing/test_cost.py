@@ -1,0 +1,61 @@
+"""What rows cost, counted one by one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from steppo.packing import PackingCost, PaddedPacker, PrefixTreePacker
+from tests.numeric_helpers import FEW
+from tests.packing.scenes import FOREST, SCENES, append, forest, played
+from tests.packing.test_prefix_tree import check
+
+ACTING = {name: segments for name, segments in SCENES.items() if all(len(segment.action_ids) for segment in segments)}
+
+
+def counted(packer, segments, max_tokens):
+    """The packer's batches, and their cost."""
+    packed = packer.pack(segments, max_tokens)
+    return packed, PackingCost.total(PackingCost.of(batch) for _, batch in packed)
+
+
+def agree(packer, segments, max_tokens):
+    packed, cost = counted(packer, segments, max_tokens)
+    assert cost.read == sum(len(segment.prompt_ids) + len(segment.action_ids) - 1 for segment in segments)
+    assert cost.unique == check(segments, packed, max_tokens)
+    assert cost.computed == sum(batch.input_ids_BT.numel() for _, batch in packed)
+    masks = [mask for _, batch in packed if (mask := batch.attention_mask(torch.float32)) is not None]
+    assert cost.pairs == sum(mask.numel() for mask in masks)
+
+
+@pytest.mark.parametrize("keys_per_token", [1, 10**6])
+@pytest.mark.parametrize("scene", ACTING)
+def test_counts_of_scenes(scene, keys_per_token):
+    agree(PrefixTreePacker(keys_per_token), ACTING[scene], 10**6)
+
+
+@FEW
+@given(FOREST, st.integers(1, 80), st.sampled_from([1, 10, 10**6]))
+def test_counts_of_any_forest(pairs, max_tokens, keys_per_token):
+    agree(PrefixTreePacker(keys_per_token), forest([(prompt, [*action, 2]) for prompt, action in pairs]), max_tokens)
+
+
+def test_padded_rows_share_nothing():
+    segments = played(append, [5, 3, 6])
+    packed, cost = counted(PaddedPacker(), segments, 10**6)
+    [(_, batch)] = packed
+    assert cost == (sum(len(s.prompt_ids) + len(s.action_ids) - 1 for s in segments),) * 2 + (batch.input_ids_BT.numel(), 0)
+    assert cost.unique < cost.computed
+    tree = counted(PrefixTreePacker(), segments, 10**6)[1]
+    assert tree.read == cost.read
+    assert tree.unique < cost.unique / 2
+
+
+def test_figures_are_shares_of_what_adds_up():
+    parts = [PackingCost(100, 50, 60, 0), PackingCost(40, 30, 40, 400)]
+    assert PackingCost.total(parts) == PackingCost(140, 80, 100, 400)
+    figures = PackingCost.total(parts).figures()
+    assert figures == {"tokens_read": 140, "tokens_unique": 80, "padding_share": pytest.approx(0.2), "mask_keys": 4.0}
+    assert PackingCost().figures() == {"tokens_read": 0, "tokens_unique": 0, "padding_share": 0.0, "mask_keys": 0.0}
