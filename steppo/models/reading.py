@@ -49,12 +49,9 @@ class _Reading(torch.autograd.Function):
         states_A: Tensor,
         *weights: nn.Parameter,
     ) -> tuple[Tensor, Tensor]:
-        found = []
-        for states, *rest in _chunks(rows, states_A, target_A, divisor_A):
-            # Autocast keeps what it casts a weight to: made without a graph, later passes would find it without gradient.
-            with torch.set_grad_enabled(learning):
-                logits = logits_of(states.detach())
-            found += [_statistics(*block) for block in _blocks(logits.detach(), *rest)]
+        # Autocast keeps what it casts a weight to: made without a graph, later passes would find it without a gradient.
+        with torch.set_grad_enabled(learning):
+            found = [_read(logits_of, *chunk) for chunk in _chunks(rows, states_A, target_A, divisor_A)]
         normaliser_A, logprobs_A, entropy_A = (torch.cat(column) for column in zip(*found, strict=True))
         ctx.save_for_backward(states_A, target_A, divisor_A, normaliser_A, entropy_A)
         ctx.logits_of, ctx.rows, ctx.weights = logits_of, rows, weights
@@ -73,22 +70,37 @@ class _Reading(torch.autograd.Function):
         if of_entropy_A is not None:
             columns += [entropy_A, of_entropy_A]
         of_states: list[Tensor] = []
-        of_weights: list[Tensor | None] = [None] * len(ctx.weights)  # another adapter's get none
+        of_weights: Sequence[Tensor | None] = [None] * len(ctx.weights)  # another adapter's get none
         with torch.autocast(*ctx.autocast):
-            for states, *rest in _chunks(ctx.rows, states_A, *columns):
-                states = states.detach().requires_grad_()
-                with torch.enable_grad():
-                    logits = ctx.logits_of(states)
-                with torch.no_grad():
-                    for block in _blocks(logits.detach(), *rest):
-                        _differentiate(*block)
-                inputs = [states, *ctx.weights]
-                of_chunk, *others = torch.autograd.grad(logits, inputs, logits.detach(), allow_unused=True)
+            for chunk in _chunks(ctx.rows, states_A, *columns):
+                of_chunk, *others = _gradients(ctx.logits_of, ctx.weights, *chunk)
                 of_states.append(of_chunk)
-                for place, other in enumerate(others):
-                    so_far = of_weights[place]
-                    of_weights[place] = other if so_far is None else so_far.add_(other)
+                of_weights = [_sum(*pair) for pair in zip(of_weights, others, strict=True)]
+                del others  # or they would be there beside the next chunk's
         return None, None, None, None, None, torch.cat(of_states), *of_weights
+
+
+def _read(logits_of: Callable[[Tensor], Tensor], states: Tensor, *columns: Tensor) -> list[Tensor]:
+    """The statistics of a chunk."""
+    logits = logits_of(states.detach()).detach()
+    found = [_statistics(*block) for block in _blocks(logits, *columns)]
+    return [torch.cat(column) for column in zip(*found, strict=True)]
+
+
+def _gradients(
+    logits_of: Callable[[Tensor], Tensor], weights: Sequence[nn.Parameter], states: Tensor, *columns: Tensor
+) -> tuple[Tensor, ...]:
+    """Of a chunk's states and of the head's weights."""
+    states = states.detach().requires_grad_()
+    with torch.enable_grad():
+        logits = logits_of(states)
+    for block in _blocks(logits.detach(), *columns):
+        _differentiate(*block)
+    return torch.autograd.grad(logits, [states, *weights], logits.detach(), allow_unused=True)
+
+
+def _sum(so_far: Tensor | None, one: Tensor | None) -> Tensor | None:
+    return one if so_far is None or one is None else so_far.add_(one)
 
 
 def _chunks(rows: int, *columns: Tensor) -> zip[tuple[Tensor, ...]]:
