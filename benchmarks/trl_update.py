@@ -231,7 +231,7 @@ def compare(policy: Policy, context: str, count: int, steps: int, shared: bool, 
     found = {name: times["process_seconds"] for name, times in in_turns(calls, args.repeats).items()}
     if context == "append":
         found["TRL"], norms["TRL"] = of_trl(policy, rows, rewards, args.repeats)
-    for name, other in norms.items():
+    for other in norms.values():
         assert abs(other - norms["steppo"]) <= 1e-3 * norms["steppo"], norms
     row = {"model": args.model, "context": context, "episodes": count, "steps": steps, "shared": shared}
     return {**row, "process_seconds": found, "gradient_norms": norms}
