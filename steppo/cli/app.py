@@ -195,16 +195,18 @@ class SteppoCLI(LightningCLI):
 
     def instantiate_classes(self) -> None:
         """As Lightning's; what a component refuses is said in its own words, not the parser's."""
-        kept, arguments = self.config, logger_arguments(self._options)
-        if self._folder is not None and arguments is not None and arguments.version is None:
-            self.config = kept.clone()  # what is saved names no version: it is good for another run
-            cast(Namespace, logger_arguments(self._options)).version = self._folder.name
+        logger = logger_arguments(self._options)
+        if self._folder is None or logger is None or logger.version is not None:
+            logger = None
+        else:
+            logger.version = self._folder.name
         try:
             super().instantiate_classes()
         except Exception as error:
             raise refusal(error) from None
         finally:
-            self.config = kept
+            if logger is not None:
+                logger.version = None  # the config that is saved is good for another run
         if self._checkpoint is not None:
             self.config_init[self.subcommand].ckpt_path = str(self._checkpoint)
             self.trainer.begins_from = self._checkpoint
