@@ -47,7 +47,7 @@ class StepProgressBar(ProgressBar, Listener):
     def enable(self) -> None:
         self._enabled = True
 
-    # ---- phases other than Lightning's own (steppo.progress.ShowsPhases) ----
+    # ---- phases other than Lightning's own (steppo.progress.phase) ----
 
     def start_phase(self, name: str, total: int | None) -> None:
         """Shows a new phase in place of the last."""

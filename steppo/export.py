@@ -70,12 +70,6 @@ def main(args: Sequence[str] | None = None) -> None:
     console.print("done: " + ", ".join(sorted(path.name for path in out.iterdir())))
 
 
-def _precision(parts: PartsCLI) -> str:
-    """The run's, by its whole name."""
-    given = str(parts.resolved["trainer"]["precision"])
-    return {"64": "64-true", "bf16": "bf16-mixed"}.get(given, given)
-
-
 def _generation(parts: PartsCLI) -> GenerationConfig:
     """Sampling as in the run's evaluations: temperature only, whatever the base model came with."""
     policy, temperature = parts.model.policy, parts.resolved["evaluation"]["temperature"]
@@ -148,7 +142,7 @@ def _use(name: str, parts: PartsCLI, adapter: bool) -> list[str]:
         settings = policy.load_arguments()["quantization_config"]
         quantization = ", ".join(f"{key}={value!r}" for key, value in settings.items())
         arguments["quantization_config"] = f"BitsAndBytesConfig({quantization})"
-    mixed = _precision(parts) == "bf16-mixed" and (adapter or policy.adapters is None)
+    mixed = parts.resolved["trainer"]["precision"] in ("bf16", "bf16-mixed") and (adapter or policy.adapters is None)
     names = ["AutoTokenizer", *(["BitsAndBytesConfig"] if quantized else [])]
     names += ["GenerationConfig"] if adapter else ["AutoModelForCausalLM"]
     loaded = "".join(f"    {key}={value},\n" for key, value in arguments.items())
