@@ -1,150 +1,136 @@
-"""What an update costs: padded rows against prefix trees, on the same steps.
+"""What an update costs: prefix trees against padded rows and steps one by one, on the same records, and the machine's limit.
 
     pip install -c constraints.txt -e "."
-    python benchmarks/update.py
+    python benchmarks/update.py                                          # tiny: about 30 minutes
+    python benchmarks/update.py --models smollm2 --folder models/smollm2-135m --groups 1 --steps 8 16 32   # about an hour
 
-Forward and backward of a small policy's loss, the optimizer left out, in float32 and one thread; packing is part of it.
-Prompts begin with 200 tokens, observations have 60 tokens, actions 8. ``append``: one episode, whose prompts hold the whole
-dialogue. ``state``: a group of 8 episodes; a prompt is the beginning and the newest observation. Both packers take turns;
-medians after a first pass that does not count. Losses must agree first. Also measured: ``keys_per_token``, the packer's
-setting, from causal and branched rows of several lengths. Writes ``benchmarks/results/update.json`` and prints a table.
-Takes about ten minutes.
+Forward and backward of the library's updates (``StepBuffer``, ``Learner.update``), packing included and the optimizer left
+out, in float32 and one thread. Prompts begin with 200 tokens, observations have 60, actions 8; ``append`` shows the whole
+dialogue, ``window`` its last 3 turns, ``state`` the newest observation; siblings of a group begin alike. ``whole``: all
+steps of the records in one update; ``steps``: four updates of random steps. Sides take turns, medians after a first pass,
+which gives peak memory above what was in use before (weights, gradients). Gradients must agree first. A side is left out
+where it would compute more than ``--most`` tokens.
+
+``limit`` is (6 x trunk parameters x unique tokens + 6, or 8 where logits are computed twice, x head parameters x action
+tokens + 12 x layers x width of the queries x pairs of unique tokens) FLOP over the matmul rate that this run measured on
+the model's own matrices; ``share`` is how much of it the trees reach. ``--keys`` measures ``keys_per_token`` instead.
+Writes into ``benchmarks/results/update.json``, where other rows stay, and prints a table.
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
-import gc
+import itertools
 import json
-import os
-import platform
 import statistics
 import sys
-import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import torch
-import transformers
+from measuring import about, in_turns, markdown, peak_memory, seconds
+from records import CONTEXTS, VOCABULARY, Alternating, episodes, reads, smol, tiny, unique
+from torch import nn
 
-from steppo.batch import Microbatch, Segment, TokenBatch
-from steppo.learner.update import UpdateLoss
-from steppo.losses import ClippedLoss, ObjectiveSettings
-from steppo.models import TinyPolicy
+from steppo.batch import TokenBatch
+from steppo.buffer import StepBuffer
+from steppo.learner import Learner
+from steppo.models import Policy
+from steppo.models import policy as policy_module
 from steppo.models.policy import trunk_states
 from steppo.packing import Packer, PaddedPacker, PrefixTreePacker
+from steppo.types import Episode
 
 ROOT = Path(__file__).parent.parent
-HEAD, OBSERVATION, ACTION, GROUP = 200, 60, 8, 8
-VOCABULARY, MAX_TOKENS = 512, 16384
-PACKERS: dict[str, Packer] = {"padded": PaddedPacker(), "tree": PrefixTreePacker()}
+SIDES: dict[str, tuple[Packer, int | None]] = {  # and the most tokens of a microbatch, if not the model's
+    "tree": (PrefixTreePacker(), None),
+    "padded": (PaddedPacker(), None),
+    "single": (PaddedPacker(), 1),
+}
+MAX_TOKENS = {"tiny": 16384, "smollm2": 4096}
+MOST = {"tiny": 200_000, "smollm2": 20_000}
+KEYS = ("model", "context", "group", "steps", "minibatches")
 
 
-def append_steps(steps: int, rng: np.random.Generator) -> list[Segment]:
-    dialogue, segments = tokens(rng, HEAD), []
-    for _ in range(steps):
-        dialogue = np.concatenate([dialogue, tokens(rng, OBSERVATION)])
-        segments.append(Segment(dialogue, tokens(rng, ACTION)))
-        dialogue = np.concatenate([dialogue, segments[-1].action_ids])
-    return segments
+def update(learner: Learner, buffer: StepBuffer) -> int:
+    """All updates of a pass over the records; gives the tokens computed, padding included."""
+    learner.policy.zero_grad(set_to_none=False)
+    computed = 0
+    for batch in buffer.updates(seed=0, iteration=0):
+        computed += sum(microbatch.tokens.input_ids_BT.numel() for microbatch in batch)
+        learner.update(batch, torch.Tensor.backward, dict)
+    return computed
 
 
-def state_steps(steps: int, rng: np.random.Generator) -> list[Segment]:
-    head = tokens(rng, HEAD)
-    first = tokens(rng, OBSERVATION)
-    segments = []
-    for episode in range(GROUP):
-        for step in range(steps):
-            seen = tokens(rng, OBSERVATION) if step else first
-            segments.append(Segment(np.concatenate([head, seen]), tokens(rng, ACTION), episode))
-    return segments
+def gradient(policy: Policy) -> torch.Tensor:
+    parts = [weight.grad.flatten() for weight in policy.parameters() if weight.grad is not None]
+    return torch.cat(parts)
 
 
-def tokens(rng: np.random.Generator, length: int) -> np.ndarray:
-    return rng.integers(2, VOCABULARY, length).astype(np.int32)
-
-
-CONTEXTS: dict[str, Callable[[int, np.random.Generator], list[Segment]]] = {"append": append_steps, "state": state_steps}
-
-
-def policy(max_positions: int) -> TinyPolicy:
-    made = TinyPolicy(hidden_size=192, num_layers=4, vocab_size=VOCABULARY, max_positions=max_positions, seed=0)
-    made.build(lambda: ["go north"])
-    return made
-
-
-def microbatches(segments: list[Segment], packer: Packer) -> list[Microbatch]:
-    """Advantages of alternating sign; all else as on-policy."""
-    found = []
-    for steps, batch in packer.pack(segments, MAX_TOKENS):
-        ones_A = torch.ones(len(batch.target_A))
-        old_A = -6.0 * ones_A
-        found.append(
-            Microbatch(
-                tokens=batch,
-                temperature_A=ones_A,
-                old_logprobs_A=old_A,
-                behaviour_logprobs_A=old_A,
-                ref_logprobs_A=None,
-                advantage_A=1.0 - 2.0 * (torch.from_numpy(steps)[batch.step_of_A] % 2),
-                weight_A=ones_A,
-                index_N=torch.from_numpy(steps),
-                old_value=None,
-                target=None,
-                update_steps=len(segments),
-                update_tokens=len(segments) * ACTION,
-            )
-        )
-    return found
-
-
-def update(loss: UpdateLoss, segments: list[Segment], packer: Packer) -> tuple[float, int, int]:
-    """Loss, tokens computed with padding, and batches."""
-    loss.policy.zero_grad()
-    total, computed = 0.0, 0
-    batches = microbatches(segments, packer)
-    for batch in batches:
-        computed += batch.tokens.input_ids_BT.numel()
-        for part in loss.parts(batch):
-            part.loss.backward()
-            total += float(part.loss.detach())
-    return total, computed, len(batches)
-
-
-def timed(call: Callable[[], Any]) -> tuple[float, float]:
-    """Seconds by the clock, and of the process."""
-    gc.collect()
-    wall, process = time.perf_counter(), time.process_time()
-    call()
-    return time.perf_counter() - wall, time.process_time() - process
-
-
-def compare(loss: UpdateLoss, context: str, steps: int, repeats: int) -> dict[str, Any]:
-    """A row of the table."""
-    segments = CONTEXTS[context](steps, np.random.default_rng(0))
-    first = {name: update(loss, segments, packer) for name, packer in PACKERS.items()}  # warm-up
-    losses = [found[0] for found in first.values()]
-    assert abs(losses[0] - losses[1]) <= 1e-4 * max(abs(losses[0]), 1e-2), losses
-    times: dict[str, list[tuple[float, float]]] = {name: [] for name in PACKERS}
-    for _ in range(repeats):
-        for name, packer in PACKERS.items():
-            times[name].append(timed(lambda packer=packer: update(loss, segments, packer)))
-    row: dict[str, Any] = {"context": context, "steps": steps, "segments": len(segments), "repeats": repeats}
-    row["read_tokens"] = sum(len(segment.prompt_ids) + ACTION - 1 for segment in segments)
-    for name, (_, computed, batches) in first.items():
-        wall, process = (statistics.median(column) for column in zip(*times[name], strict=True))
-        row[name] = {"tokens": computed, "batches": batches, "seconds": wall, "process_seconds": process}
-    for key in ("tokens", "seconds", "process_seconds"):
-        row[f"{key}_ratio"] = row["padded"][key] / row["tree"][key]
+def compare(
+    policy: Policy, model: str, context: str, group: int, steps: int, cut: str, most: int, repeats: int
+) -> dict[str, Any]:
+    """A row of the table, without its limit."""
+    records = episodes(context, steps, group)
+    learner = Learner(policy, Alternating(), packer=PrefixTreePacker(), max_tokens=MAX_TOKENS[model])
+    with torch.no_grad():
+        experience = learner.prepare(records)
+    row: dict[str, Any] = dict(zip(KEYS, (model, context, group, steps, cut), strict=True))
+    row |= {"segments": len(experience.steps), "repeats": repeats, "read_tokens": sum(map(len, reads(records)))}
+    calls: dict[str, Callable[[], int]] = {}
+    expected = None
+    for name, (packer, tokens) in SIDES.items():
+        if name != "tree" and row["read_tokens"] > most:
+            continue
+        buffer = StepBuffer(packer, tokens or MAX_TOKENS[model], num_minibatches=4 if cut == "steps" else 1)
+        buffer.hold(experience)
+        calls[name] = lambda buffer=buffer: update(learner, buffer)  # type: ignore[misc]
+        calls[name]()
+        found = gradient(policy)
+        expected = found if expected is None else expected
+        difference = float((found - expected).norm() / expected.norm())
+        assert difference < 1e-4, (name, difference)
+        row[name] = {"tokens": calls[name](), "peak_bytes": peak_memory(calls[name])}
+    for name, times in in_turns(calls, repeats).items():
+        row[name] |= times
     print(json.dumps(row), file=sys.stderr)
     return row
 
 
-def keys_per_token(made: TinyPolicy, attention: str, repeats: int) -> float:
+def flop(policy: Policy, records: Sequence[Episode]) -> dict[str, float]:
+    """What an update of the records cannot do without, forward and backward."""
+    config = policy.model.config
+    tokens, pairs = unique(reads(records))
+    actions = sum(len(step.action_ids) for episode in records for step in episode.steps)
+    trunk = sum(layer.weight.numel() for layer in policy.trunk.modules() if isinstance(layer, nn.Linear))
+    head = policy.model.get_output_embeddings().weight.numel()
+    width = config.num_attention_heads * getattr(config, "head_dim", config.hidden_size // config.num_attention_heads)
+    twice = actions * config.vocab_size > policy_module._LOGITS_PER_CHUNK
+    attention = 12 * config.num_hidden_layers * width * pairs
+    total = 6 * trunk * tokens + (8 if twice else 6) * head * actions + attention
+    return {"unique_tokens": tokens, "pairs": pairs, "flop": total, "attention_flop": attention}
+
+
+def matmul_rate(policy: Policy, tokens: int = 1024) -> float:
+    """FLOP a second of process time: forward and both backward products of the trunk's linear layers."""
+    shapes = Counter(tuple(layer.weight.shape) for layer in policy.trunk.modules() if isinstance(layer, nn.Linear))
+    done = spent = 0.0
+    for (out, width), count in shapes.items():
+        x, weight, y = torch.randn(tokens, width), torch.randn(out, width), torch.randn(tokens, out)
+        products = [lambda a=a, b=b: a @ b for a, b in ((x, weight.T), (y, weight), (y.T, x))]
+        often = max(1, int(4e9 / (2 * tokens * out * width)))  # short products together
+        for product in products:
+            product()
+            many = lambda product=product, often=often: [product() for _ in range(often)]  # noqa: E731
+            spent += count * statistics.median(seconds(many)[1] for _ in range(3)) / often
+            done += count * 2 * tokens * out * width
+    return done / spent
+
+
+def keys_per_token(made: Policy, attention: str, repeats: int) -> float:
     """Process time of branched rows by their length: cost of a token over that of a key."""
     made.model.set_attn_implementation(attention)
     lengths, costs = [256, 512, 1024, 2048], []
@@ -156,7 +142,7 @@ def keys_per_token(made: TinyPolicy, attention: str, repeats: int) -> float:
         batch = TokenBatch(ids, positions, torch.full_like(ids, length), none, none, none, none)  # all see all before
         call = lambda batch=batch: trunk_states(made.trunk, batch).square().mean().backward()  # noqa: E731
         call()
-        costs.append(statistics.median(timed(call)[1] for _ in range(repeats)) / ids.numel())
+        costs.append(statistics.median(seconds(call)[1] for _ in range(repeats)) / ids.numel())
     slope, intercept = np.polyfit(lengths, costs, 1)
     made.model.set_attn_implementation("sdpa")
     return float(intercept / slope)
@@ -164,53 +150,72 @@ def keys_per_token(made: TinyPolicy, attention: str, repeats: int) -> float:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown."""
-    heads = ["context", "steps", "tokens read", "padded: tokens, CPU s", "tree: tokens, CPU s", "tree, ms a step"]
-    heads += ["token ratio", "CPU ratio", "wall ratio"]
-    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
+    heads = ["model", "context", "group", "steps", "minibatches", "tokens read", "unique", "tree: tokens, CPU s, MiB"]
+    heads += ["tree, ms a step", "limit, s", "share", "padded: CPU s, MiB", "tokens, CPU ratio", "one by one: CPU s, MiB"]
+    lines = []
     for row in rows:
-        padded, tree = row["padded"], row["tree"]
-        cells = [row["context"], str(row["steps"]), f"{row['read_tokens']:,}"]
-        cells += [f"{one['tokens']:,}, {one['process_seconds']:.3g}" for one in (padded, tree)]
-        cells += [f"{1e3 * tree['process_seconds'] / row['segments']:.1f}"]
-        cells += [f"{row[f'{key}_ratio']:.1f}" for key in ("tokens", "process_seconds", "seconds")]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        tree = row["tree"]
+        cells = [str(row[key]) for key in KEYS] + [f"{row['read_tokens']:,}", f"{row['unique_tokens']:,}"]
+        cells += [f"{tree['tokens']:,}, {tree['process_seconds']:.3g}, {tree['peak_bytes'] / 2**20:,.0f}"]
+        cells += [f"{1e3 * tree['process_seconds'] / row['segments']:.1f}", f"{row['limit_seconds']:.3g}"]
+        cells += [f"{row['limit_seconds'] / tree['process_seconds']:.2f}"]
+        for name in ("padded", "single"):
+            side = row.get(name)
+            cells.append(f"{side['process_seconds']:.3g}, {side['peak_bytes'] / 2**20:,.0f}" if side else "")
+            if name == "padded":
+                ratios = [f"{side[key] / tree[key]:.1f}" for key in ("tokens", "process_seconds")] if side else []
+                cells.append(", ".join(ratios))
+        lines.append(cells)
+    return markdown(heads, lines)
+
+
+def write(path: Path, model: str, rows: list[dict[str, Any]], facts: dict[str, Any]) -> None:
+    """Into the results of earlier runs: rows of the same case give way."""
+    report = json.loads(path.read_text()) if path.is_file() else {}
+    new = {tuple(row[key] for key in KEYS) for row in rows}
+    old = [row for row in report.get("rows", []) if tuple(row.get(key) for key in KEYS) not in new]
+    report["rows"] = sorted([*old, *rows], key=lambda row: [str(row[key]).zfill(9) for key in KEYS])
+    report.setdefault("runs", {})[model] = facts
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(report, indent=1) + "\n")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--contexts", nargs="+", default=list(CONTEXTS), choices=list(CONTEXTS))
-    parser.add_argument("--steps", type=int, nargs="+", default=[4, 8, 16, 32, 64], help="of an episode; state: up to 16")
-    parser.add_argument("--repeats", type=int, default=5, help="most; fewer of long episodes")
+    parser.add_argument("--models", nargs="+", default=["tiny"], choices=["tiny", "smollm2"])
+    parser.add_argument("--folder", help="SmolLM2-135M; random weights of its shape without")
+    parser.add_argument("--contexts", nargs="+", default=list(CONTEXTS), choices=CONTEXTS)
+    parser.add_argument("--groups", type=int, nargs="+", default=[1, 8], help="episodes that begin alike")
+    parser.add_argument("--steps", type=int, nargs="+", default=[4, 8, 16, 32, 64], help="of an episode")
+    parser.add_argument("--minibatches", nargs="+", default=["whole", "steps"], choices=["whole", "steps"])
+    parser.add_argument("--most", type=int, help="tokens read, beyond which only trees are measured")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--keys", action="store_true", help="measure keys_per_token alone")
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results" / "update.json")
     args = parser.parse_args()
 
     torch.set_num_threads(1)
-    made = policy(HEAD + max(args.steps) * (OBSERVATION + ACTION) + 2048)
-    loss = UpdateLoss(made, None, "none", ClippedLoss(), ObjectiveSettings())
-    report: dict[str, Any] = {
-        "command": " ".join(["python benchmarks/update.py", *sys.argv[1:]]),
-        "date": datetime.date.today().isoformat(),
-        "machine": f"{os.cpu_count()} CPU cores, {psutil.virtual_memory().total // 2**30} GiB, {platform.machine()}",
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
-        "threads": 1,
-        "parameters": sum(parameter.numel() for parameter in made.parameters()),
-        "max_tokens": MAX_TOKENS,
-        "keys_per_token": {name: keys_per_token(made, name, args.repeats) for name in ("sdpa", "eager")},
-        "rows": [],
-    }
-    args.results.parent.mkdir(parents=True, exist_ok=True)
-    for context in args.contexts:
-        for steps in sorted(set(args.steps)):
-            if context == "append" or steps <= 16:
-                report["rows"].append(compare(loss, context, steps, max(2, min(args.repeats, 80 // steps))))
-                args.results.write_text(json.dumps(report, indent=1) + "\n")
-    print(table(report["rows"]))
-    print("keys_per_token:", ", ".join(f"{name} {value:.0f}" for name, value in report["keys_per_token"].items()))
+    done = []
+    for model in args.models:
+        policy = tiny() if model == "tiny" else smol(args.folder)
+        policy.train()
+        facts: dict[str, Any] = {**about(), "parameters": sum(weight.numel() for weight in policy.parameters())}
+        if args.keys:
+            facts["keys_per_token"] = {name: keys_per_token(policy, name, args.repeats) for name in ("sdpa", "eager")}
+            write(args.results, f"{model}, keys_per_token", [], facts)
+            print(f"{model}: keys_per_token {facts['keys_per_token']}")
+            continue
+        facts |= {"max_tokens": MAX_TOKENS[model], "weights": args.folder if model == "smollm2" else None}
+        cases = itertools.product(args.contexts, args.groups, args.steps, args.minibatches)
+        for context, group, steps, cut in cases:
+            facts["matmul_flop_per_second"] = rate = matmul_rate(policy)  # beside each case: machines change their pace
+            row = compare(policy, model, context, group, steps, cut, args.most or MOST[model], args.repeats)
+            needed = flop(policy, episodes(context, steps, group))
+            rate = (rate + matmul_rate(policy)) / 2
+            done.append({**row, **needed, "matmul_flop_per_second": rate, "limit_seconds": needed["flop"] / rate})
+            write(args.results, model, done, facts)
+    if done:
+        print(table(done))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""One progress bar for every phase of a run, a line per iteration, a table at the end."""
+"""One progress bar for every phase of a run, a line per iteration and evaluation, a table at the end."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from lightning.pytorch.trainer.states import TrainerFn
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
-from torch import nn
 
 from callbacks.evaluation import EvaluationCallback
 from steppo.errors import ConfigError
@@ -48,7 +47,7 @@ class StepProgressBar(ProgressBar, Listener):
     def enable(self) -> None:
         self._enabled = True
 
-    # ---- phases other than Lightning's own (steppo.progress.ShowsPhases) ----
+    # ---- phases other than Lightning's own (steppo.progress.phase) ----
 
     def start_phase(self, name: str, total: int | None) -> None:
         """Shows a new phase in place of the last."""
@@ -101,17 +100,6 @@ class StepProgressBar(ProgressBar, Listener):
     ) -> None:
         self.advance_phase(batch_idx + 1, int(self.total_train_batches))
 
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: AgentModule) -> None:
-        if not self._enabled:
-            return
-        parts = [("policy", pl_module.policy), ("critic", pl_module.critic)]
-        sizes = [
-            f"{name} {type(part).__name__.removeprefix('FSDP')}, {_parameters(part):,} parameters"
-            for name, part in parts
-            if part is not None
-        ]
-        self._console.print("; ".join(sizes), soft_wrap=True)
-
     def on_experience(
         self, trainer: pl.Trainer, pl_module: AgentModule, experience: Experience, replay: ReplayStatistics
     ) -> None:
@@ -140,8 +128,7 @@ class StepProgressBar(ProgressBar, Listener):
             self._console.print(_in_one_line(evaluation.record), soft_wrap=True)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: AgentModule) -> None:
-        history = _evaluations(trainer)
-        self._finish(trainer, history[:1] + history[1:][-1:])
+        self._finish(trainer)
         if self._enabled:
             self._console.print(_seconds_table(pl_module))
         self._say_places(trainer)
@@ -150,7 +137,7 @@ class StepProgressBar(ProgressBar, Listener):
                 self._console.print(f"Curves:  tensorboard --logdir {logger.save_dir}", soft_wrap=True)
 
     def on_test_end(self, trainer: pl.Trainer, pl_module: AgentModule) -> None:
-        self._finish(trainer, _evaluations(trainer)[-1:])
+        self._finish(trainer)
         self._say_places(trainer)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: AgentModule, exception: BaseException) -> None:
@@ -159,12 +146,12 @@ class StepProgressBar(ProgressBar, Listener):
     def teardown(self, trainer: pl.Trainer, pl_module: AgentModule, stage: str) -> None:
         self._stop()
 
-    def _finish(self, trainer: pl.Trainer, records: list[dict[str, Any]]) -> None:
+    def _finish(self, trainer: pl.Trainer) -> None:
+        """A result is never kept to itself."""
         self._stop()
-        if self._enabled and records:
-            self._console.print(_result_table(records))
-        for record in records[-1:]:
-            if trainer.is_global_zero and (record["errors"] or not self._enabled):  # a result is never kept to itself
+        history = _evaluations(trainer)
+        for record in [*history[:1], *history[1:][-1:]] if self._enabled else history[-1:]:
+            if trainer.is_global_zero:
                 self._console.print(_in_one_line(record), soft_wrap=True)
 
     def _say_places(self, trainer: pl.Trainer) -> None:
@@ -192,10 +179,6 @@ _LINE = {
 }
 
 
-def _parameters(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
-
-
 def _evaluations(trainer: pl.Trainer) -> list[dict[str, Any]]:
     callbacks: list[pl.Callback] = cast(Any, trainer).callbacks
     return next((callback.history for callback in callbacks if isinstance(callback, EvaluationCallback)), [])
@@ -206,7 +189,7 @@ def _in_one_line(record: Mapping[str, Any]) -> str:
     result = f"return {record['return_mean']:.3g}"
     if record["success_rate"] is not None:
         result = f"success {record['success_rate']:.2f} " + "[{:.2f}, {:.2f}]".format(*record["success_ci95"])
-    text = f"evaluation on {record['split']}: {result}"
+    text = f"evaluation on {record['split']} after {record['iteration']} iterations: {result}"
     if not record["errors"]:
         return text
     return f"{text}  {_failed(record['errors'], record['errors'] + record['episodes'], record.get('most_common_error', ''))}"
@@ -217,27 +200,6 @@ def _failed(failed: int, played: int, error: str) -> str:
     return (
         f"{failed} of {played} episodes failed ({said if len(said) <= _LONGEST_ERROR else said[:_LONGEST_ERROR] + ' ...'})"
     )
-
-
-def _result_table(records: list[dict[str, Any]]) -> Table:
-    """One evaluation, or the first and the last."""
-    table = Table(title=f"Evaluation on {records[0]['split']}, {records[0]['episodes']} episodes")
-    for name in ("iteration", "environment steps", "success", "95 % interval", "return", "steps"):
-        table.add_column(name, justify="right")
-    for record in records:
-        success, interval = "unknown", ""
-        if record["success_rate"] is not None:
-            success = f"{record['success_rate']:.3f}"
-            interval = "{:.3f} - {:.3f}".format(*record["success_ci95"])
-        table.add_row(
-            str(record["iteration"]),
-            f"{record['environment_steps']:,}",
-            success,
-            interval,
-            f"{record['return_mean']:.3f}",
-            f"{record['steps_mean']:.1f}",
-        )
-    return table
 
 
 def _seconds_table(module: AgentModule) -> Table:

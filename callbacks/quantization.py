@@ -92,10 +92,6 @@ class QuantizationCallback(pl.Callback):
             raise ConfigError(f"{policy} is made from scratch, there is no base to freeze; use steppo.models.HFPolicy")
         if self.bits is not None and trainer.precision == "64-true":
             raise ConfigError("quantised weights compute in 32 or 16 bits: set trainer.precision to 32-true or bf16-mixed")
-        if self.bits is not None and strategy.root_device.type not in ("cpu", "cuda"):
-            raise ConfigError(
-                f"quantised weights need a CPU or CUDA, not {strategy.root_device.type}; leave quantization.bits out"
-            )
         if self.lora_rank and isinstance(critic, SeparateCritic):
             raise ConfigError("SeparateCritic would copy a frozen base: with LoRA use steppo.models.AdapterCritic instead")
         if self.lora_rank == 0 and isinstance(critic, AdapterCritic):

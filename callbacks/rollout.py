@@ -60,8 +60,6 @@ class RolloutCallback(Listener):
         self.max_environment_steps = max_environment_steps
 
     def setup(self, trainer: pl.Trainer, pl_module: AgentModule, stage: str) -> None:
-        if self.max_environment_steps is not None:
-            pl_module.end_after(self.max_environment_steps)
         if stage == "fit" and pl_module.advantage.needs_groups and self.group_size < 2:
             scheme = type(pl_module.advantage).__name__
             raise ConfigError(f"{scheme} compares episodes of a group: set rollout.group_size to 2 or more")

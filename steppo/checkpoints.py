@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 from pathlib import Path
 from pickle import UnpicklingError
@@ -14,6 +13,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from steppo.errors import ConfigError, RunError
 from steppo.models.identity import difference
+from steppo.weight_cache import save_whole
 
 
 def iteration_path(folder: Path, iterations: int) -> Path:
@@ -49,7 +49,7 @@ def read(path: Path, mmap: bool = False) -> dict[str, Any]:
         said = "" if isinstance(error, UnpicklingError) else f" ({' '.join(str(error).split())[:60]})"
         reason = f"it is damaged or no checkpoint; only tensors, numbers and text are read{said}"
     if reason:
-        raise ConfigError(f"cannot use the checkpoint {path}: {reason}{_another(path)}")
+        raise ConfigError(f"cannot use the checkpoint {path}: {reason}")
     return checkpoint
 
 
@@ -68,16 +68,6 @@ def require_identity(checkpoint: dict[str, Any], identity: dict[str, Any]) -> No
         raise ConfigError(f"the checkpoint does not fit the config's model: {unlike}")
 
 
-def _another(path: Path) -> str:
-    """Names the newest other checkpoint of the folder that can be read, if there is one."""
-    others = [other for other in path.parent.glob("*.ckpt") if other != path]
-    for other in sorted(others, key=lambda other: other.stat().st_mtime, reverse=True):
-        with contextlib.suppress(Exception):
-            if "steppo" in torch.load(other, map_location="cpu", weights_only=True):
-                return f"; the newest other one there that can be read is {other}"
-    return ""
-
-
 class CheckpointIO(TorchCheckpointIO):
     """Writes beside the file and renames, so that a checkpoint is whole whenever the process dies; reads weights only.
 
@@ -85,20 +75,8 @@ class CheckpointIO(TorchCheckpointIO):
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | os.PathLike, storage_options: Any = None) -> None:
-        path = Path(path)
-        part = path.with_name(f".{path.name}.part")
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                with open(part, "wb") as file:
-                    torch.save(checkpoint, file)
-                    file.flush()
-                    os.fsync(file.fileno())
-                os.replace(part, path)
-            except BaseException:
-                with contextlib.suppress(OSError):
-                    part.unlink()
-                raise
+            save_whole(checkpoint, Path(path), Path(path).with_name(f".{Path(path).name}.part"))
         except (OSError, RuntimeError) as error:
             cause: BaseException = error
             while not isinstance(cause, OSError) and cause.__context__ is not None:

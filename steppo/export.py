@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path, PurePath
 from typing import Any
 
-import torch
 import yaml
 from huggingface_hub import ModelCardData
 from lightning.fabric import Fabric
@@ -59,9 +57,8 @@ def main(args: Sequence[str] | None = None) -> None:
         begin = policy.tokenizer.decode(policy.tokenizer.encode("", add_special_tokens=True))
         policy.tokenizer.chat_template = begin + PLAIN_TEMPLATE
     policy.model.generation_config = _generation(parts)
-    records = _evaluations(checkpoint, options.ckpt_path.parent.parent / "evaluation.jsonl")
     adapter = policy.adapters is not None and not options.merge
-    card = _card(out.resolve().name, parts, checkpoint, records, adapter)
+    card = _card(out.resolve().name, parts, checkpoint, adapter)
     weights = policy.trained_parameters() if adapter else list(policy.model.parameters())
     console.print(f"writing {sum(weight.numel() for weight in weights):,} parameters to {out}")
     try:
@@ -71,12 +68,6 @@ def main(args: Sequence[str] | None = None) -> None:
     except OSError as error:
         raise ConfigError(f"cannot write to {out}: {error.strerror or error}") from error
     console.print("done: " + ", ".join(sorted(path.name for path in out.iterdir())))
-
-
-def _precision(parts: PartsCLI) -> str:
-    """The run's, by its whole name."""
-    given = str(parts.resolved["trainer"]["precision"])
-    return {"64": "64-true", "bf16": "bf16-mixed"}.get(given, given)
 
 
 def _generation(parts: PartsCLI) -> GenerationConfig:
@@ -92,19 +83,7 @@ def _generation(parts: PartsCLI) -> GenerationConfig:
     )
 
 
-def _evaluations(checkpoint: dict[str, Any], path: Path) -> list[dict[str, Any]]:
-    """All that is known: the checkpoint's history, which reaches back through resumed runs, and the run folder's file."""
-    records = list(checkpoint.get("callbacks", {}).get("EvaluationCallback", {}).get("history", []))
-    if path.is_file():
-        try:
-            records += [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        except ValueError as error:
-            raise ConfigError(f"{path} does not hold one JSON object a line") from error
-    by_place = {(record["split"], record["iteration"]): record for record in records}
-    return [by_place[place] for place in sorted(by_place)]
-
-
-def _card(name: str, parts: PartsCLI, checkpoint: dict[str, Any], records: list[dict[str, Any]], adapter: bool) -> str:
+def _card(name: str, parts: PartsCLI, checkpoint: dict[str, Any], adapter: bool) -> str:
     """The model card: front matter, what it was trained on, results, use, config."""
     base = parts.model.policy.base_model()
     on_hub = base is not None and not Path(base).exists()
@@ -134,7 +113,7 @@ def _card(name: str, parts: PartsCLI, checkpoint: dict[str, Any], records: list[
             "",
             "## Results",
             "",
-            *_results(records, counters["iterations"], config["evaluation"]["temperature"]),
+            *_results(checkpoint, config["evaluation"]["temperature"]),
             "",
             "## Use",
             "",
@@ -142,7 +121,6 @@ def _card(name: str, parts: PartsCLI, checkpoint: dict[str, Any], records: list[
             *_use(name, parts, adapter),
             "```",
             "",
-            *_rounding(parts, adapter),
             "## Config of the run",
             "",
             "```yaml",
@@ -164,7 +142,7 @@ def _use(name: str, parts: PartsCLI, adapter: bool) -> list[str]:
         settings = policy.load_arguments()["quantization_config"]
         quantization = ", ".join(f"{key}={value!r}" for key, value in settings.items())
         arguments["quantization_config"] = f"BitsAndBytesConfig({quantization})"
-    mixed = _precision(parts) == "bf16-mixed" and (adapter or policy.adapters is None)
+    mixed = parts.resolved["trainer"]["precision"] in ("bf16", "bf16-mixed") and (adapter or policy.adapters is None)
     names = ["AutoTokenizer", *(["BitsAndBytesConfig"] if quantized else [])]
     names += ["GenerationConfig"] if adapter else ["AutoModelForCausalLM"]
     loaded = "".join(f"    {key}={value},\n" for key, value in arguments.items())
@@ -195,64 +173,36 @@ def _use(name: str, parts: PartsCLI, adapter: bool) -> list[str]:
     ]
 
 
-def _rounding(parts: PartsCLI, adapter: bool) -> list[str]:
-    """What a merged model cannot do as the run did it."""
-    policy = parts.model.policy
-    if adapter or policy.adapters is None:
-        return []
-    reasons = ["its base in bfloat16"] if policy.base_dtype == torch.bfloat16 else []
-    reasons += ["in mixed precision"] if _precision(parts) == "bf16-mixed" else []
-    reasons += ["in 8 bits, for which a GPU rounds inputs too"] if policy.bits == 8 else []
-    if not reasons:
-        return []
-    how = " and ".join(reasons)
-    return [
-        f"The run computed {how}; this merged model computes in float32, so two nearly equal tokens may change places.",
-        "",
-    ]
-
-
 def _trained_on(config: dict[str, Any]) -> list[str]:
     data, model = config["data"]["init_args"], config["model"]["init_args"]
-    some = f"the first {data['train_tasks']} of " if data["train_tasks"] else ""
     environment = data["source"].get("init_args", {}).get("env") or data["source"]
-    settings = ", ".join(f"{name} {value}" for name, value in environment.get("init_args", {}).items() if value is not None)
-    lines = [
-        f"- Environment: `{environment['class_path']}`" + (f" ({settings})" if settings else ""),
-        f"- Tasks: {some}split `{data['train_split']}`",
+    return [
+        f"- Environment: `{environment['class_path']}`, split `{data['train_split']}`",
         f"- Credit: `{model['advantage']['class_path']}`; policy loss: `{model['loss']['class_path']}`",
     ]
-    cloning = config["warm_start"]
-    if cloning["updates"]:
-        lines.append(f"- Warm start: {cloning['updates']} updates of behaviour cloning on {cloning['actions']} actions")
-    return lines
 
 
-def _results(records: list[dict[str, Any]], exported: int, temperature: float) -> list[str]:
-    """A table of the first, the best, the last and the exported evaluation of each split."""
+def _results(checkpoint: dict[str, Any], temperature: float) -> list[str]:
+    """A table of each split's first evaluation and of those of these weights, out of all up to the checkpoint."""
+    records = checkpoint.get("callbacks", {}).get("EvaluationCallback", {}).get("history", [])
     if not records:
         return ["The run was not evaluated."]
     lines = [
         "| split | iteration | environment steps | success [95 %] | return | steps per episode | episodes | |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for split in dict.fromkeys(record["split"] for record in records):
-        mine = [record for record in records if record["split"] == split]
-        known = [record for record in mine if record["success_rate"] is not None]
-        best = max(known or mine, key=lambda record: record["success_rate" if known else "return_mean"])
-        marks = {"first": mine[0], "best": best, "last": mine[-1]}
-        for record in mine:
-            names = [name for name, marked in marks.items() if marked is record]
-            names += ["**these weights**"] if record["iteration"] == exported else []
-            if names:
-                success = "unknown"
-                if record["success_rate"] is not None:
-                    success = f"{record['success_rate']:.3f} " + "[{:.3f}, {:.3f}]".format(*record["success_ci95"])
-                lines.append(
-                    f"| {split} | {record['iteration']} | {record['environment_steps']:,} "
-                    f"| {success} | {record['return_mean']:.3f} "
-                    f"| {record['steps_mean']:.1f} | {record['episodes']} | {', '.join(names)} |"
-                )
+    firsts = {record["split"]: record for record in reversed(records)}
+    for record in records:
+        exported = record["iteration"] == checkpoint["steppo"]["counters"]["iterations"]
+        if exported or record is firsts[record["split"]]:
+            success = "unknown"
+            if record["success_rate"] is not None:
+                success = f"{record['success_rate']:.3f} " + "[{:.3f}, {:.3f}]".format(*record["success_ci95"])
+            lines.append(
+                f"| {record['split']} | {record['iteration']} | {record['environment_steps']:,} "
+                f"| {success} | {record['return_mean']:.3f} | {record['steps_mean']:.1f} | {record['episodes']} "
+                f"| {'**these weights**' if exported else ''} |"
+            )
     how = f"at temperature {temperature:g}" if temperature else "greedily"
     return [*lines, "", f"Played {how}. Intervals are Wilson's. Iteration 0 is before reinforcement learning."]
 

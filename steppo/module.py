@@ -23,7 +23,7 @@ from steppo.distributed import average_gradients, rank_and_world, require_equal,
 from steppo.envs.checks import checked_episode
 from steppo.errors import ConfigError, RunError
 from steppo.learner import Correction, Learner, NoCorrection, OptimizerSettings, ReplayStatistics, UpdateStatistics
-from steppo.learner.optim import Horizon, clip_and_step, learning_rate_schedule
+from steppo.learner.optim import clip_and_step, learning_rate_schedule
 from steppo.listeners import announce
 from steppo.losses import ClippedLoss, ObjectiveSettings, PolicyLoss
 from steppo.metrics import EpisodeStatistics
@@ -58,7 +58,6 @@ class AgentModule(RunModule):
     """
 
     learner: Learner
-    horizon: Horizon
 
     def __init__(
         self,
@@ -91,7 +90,6 @@ class AgentModule(RunModule):
         self.critic_optimizer = critic_optimizer
         self.critic_warmup_updates = critic_warmup_updates
         self.max_skipped_updates = max_skipped_updates
-        self._max_environment_steps: int | None = None
         self.lora: LoRASettings | None = None
         self.gradient_checkpointing = False
         self._updates: list[UpdateStatistics] = []
@@ -102,10 +100,6 @@ class AgentModule(RunModule):
         """Before the models are built: freeze them and train adapters; keep no activations within a layer."""
         self.lora = lora
         self.gradient_checkpointing = gradient_checkpointing
-
-    def end_after(self, environment_steps: int) -> None:
-        """Says that the run ends after so many environment steps, for schedules that fall to its end."""
-        self._max_environment_steps = environment_steps
 
     def configure_model(self) -> None:
         """Builds the models (once), hands the policy to the episode source and everything to the learner."""
@@ -173,16 +167,14 @@ class AgentModule(RunModule):
             raise ConfigError(f"model.optimizer: {error}; it must take parameter groups, as torch.optim.AdamW") from error
         epochs, per_iteration = self.trainer.max_epochs, self.data.buffer.updates_per_iteration
         planned = math.inf if epochs is None or epochs < 0 else epochs * per_iteration
-        self.horizon = Horizon(planned, per_iteration, self._max_environment_steps)
         alone = self.critic_warmup_updates if self.critic is not None else 0
         schedules = [
-            learning_rate_schedule(settings, self.horizon, alone if name == "policy" else 0) for name, _, settings in groups
+            learning_rate_schedule(settings, planned, alone if name == "policy" else 0) for name, _, settings in groups
         ]
         return [optimizer], [torch.optim.lr_scheduler.LambdaLR(optimizer, schedules)]
 
     def on_train_start(self) -> None:
         """Settings win over what a checkpoint brought back: a resumed run takes its learning rates from the config."""
-        self.horizon.begin(self.counters.updates, self.counters.environment_steps, 0)
         optimizer, schedule = self.trainer.optimizers[0], cast(Any, self.lr_schedulers())
         if isinstance(self.trainer.strategy, ModelParallelStrategy):
             fill_state(optimizer)
@@ -216,7 +208,6 @@ class AgentModule(RunModule):
             first_update = partial(self.data.buffer.first_update, seed=run_seed(), iteration=self.current_epoch)
             experience = self.learner.prepare(episodes, None if self._critic_warmup else first_update)
         self.data.buffer.hold(experience)
-        self.horizon.begin(self.counters.updates, self.counters.environment_steps, experience.num_steps)
         self.counters.iterations += 1
         self.counters.environment_steps += experience.num_steps
         self.counters.episodes += experience.num_episodes

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
-import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -116,18 +115,14 @@ def _lock(path: Path) -> int:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            owner = os.read(descriptor, 1000).decode(errors="replace").strip()
             os.close(descriptor)
             raise ConfigError(
-                f"{path.parent} belongs to a run that is under way ({owner or 'just starting'}): wait for its end, or give "
-                "this one a folder of its own (trainer.logger's version)"
+                f"{path.parent} belongs to a run that is under way: wait for its end, or give this one a folder of its own "
+                "(trainer.logger's version)"
             ) from None
         except OSError as error:
             rank_zero_warn(f"{path} cannot be locked ({error.strerror}): start no second run there while this one goes on")
             return descriptor
         if path.exists() and os.path.samestat(path.stat(), os.fstat(descriptor)):
-            break
+            return descriptor
         os.close(descriptor)  # the run before has just removed it
-    os.truncate(descriptor, 0)
-    os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
-    return descriptor

@@ -2,28 +2,40 @@
 
 from __future__ import annotations
 
-import io
 import os
 import re
-import time
 import uuid
 import warnings
 import zipfile
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-_RESULT = re.compile(r"[0-9a-f]{32}\.pt")
-_MOST_FILES, _MOST_BYTES = 32, 32 * 2**30
-_DAY = 24 * 3600
+_RESULT = re.compile(r"[0-9a-f]{32}\.pt(\.\w+\.part)?")  # or what a killed process left half written
+_MOST_FILES = 32
+
+
+def save_whole(data: Any, path: Path, part: Path) -> None:
+    """Writes to ``part``, in the same folder, and renames it, so that the file is whole whenever the process dies."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with open(part, "wb") as file:
+            torch.save(data, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    finally:
+        with suppress(OSError):
+            part.unlink()  # if it is still there
 
 
 class WeightCache:
-    """A folder of results. The 32 most recently used ones stay, as long as they have less than 32 GiB together; the newest
-    always does. What cannot be read or written is a warning, and no reason to stop.
+    """A folder of results, of which the 32 most recently used ones stay. What cannot be read or written is a warning, and no
+    reason to stop.
 
     Args:
         folder: Need not exist.
@@ -56,36 +68,15 @@ class WeightCache:
 
     def save(self, key: str, weights: Mapping[str, Tensor]) -> None:
         """Keeps a result, whole or not at all."""
-        path = self._path(key)
-        buffer = io.BytesIO()
-        torch.save(dict(weights), buffer)
-        part = self.folder / f".tmp{uuid.uuid4().hex}.part"
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            part.write_bytes(buffer.getbuffer())
-            part.replace(path)
-            self._prune(path)
-        except OSError as error:
-            with suppress(OSError):
-                part.unlink(missing_ok=True)
-            warnings.warn(f"cannot write to {self.folder}: {error.strerror or error}; the result is not kept", stacklevel=2)
+            path = self._path(key)
+            save_whole(dict(weights), path, path.with_name(f"{path.name}.{uuid.uuid4().hex}.part"))
+            results = [path for path in self.folder.iterdir() if _RESULT.fullmatch(path.name)]
+            for path in sorted(results, key=lambda path: path.stat().st_mtime)[:-_MOST_FILES]:
+                path.unlink(missing_ok=True)  # another process may be at it
+        except (OSError, RuntimeError) as error:
+            reason = getattr(error, "strerror", None) or error
+            warnings.warn(f"cannot write to {self.folder}: {reason}; the result may not be kept", stacklevel=2)
 
     def _path(self, key: str) -> Path:
         return self.folder / f"{key}.pt"
-
-    def _prune(self, newest: Path) -> None:
-        """Removes the least recently used results, and what killed processes left half written."""
-        found = []
-        for path in self.folder.iterdir():
-            with suppress(OSError):  # another process prunes too
-                stat = path.stat()
-                if _RESULT.fullmatch(path.name) and path != newest:
-                    found.append((stat.st_mtime, stat.st_size, path))
-                elif path.name.startswith(".tmp") and path.suffix == ".part" and stat.st_mtime < time.time() - _DAY:
-                    path.unlink()
-        size = newest.stat().st_size
-        for number, (_, bytes_, path) in enumerate(sorted(found, reverse=True), 2):
-            size += bytes_
-            if number > _MOST_FILES or size > _MOST_BYTES:
-                with suppress(OSError):
-                    path.unlink()

@@ -178,9 +178,9 @@ def test_the_card_tells_what_was_trained_and_how_it_went(toy_run: tuple[SteppoCL
     assert front_matter(tmp_path / "my-agent")["library_name"] == "transformers"
     assert "steppo" in front_matter(tmp_path / "my-agent")["tags"]
     assert "# my-agent" in card
-    assert "`tests.toy_env.CorridorEnv` (length 4, num_tasks 8, max_steps 8)" in card
+    assert "- Environment: `tests.toy_env.CorridorEnv`, split `train`" in card
     first, *_, last = evaluations(folder)
-    for record, mark in ((first, "first"), (last, "last, **these weights** |")):
+    for record, mark in ((first, "|"), (last, "**these weights** |")):
         (line,) = [line for line in card.splitlines() if line.startswith(f"| valid | {record['iteration']} |")]
         low, high = record["success_ci95"]
         assert f"{record['success_rate']:.3f} [{low:.3f}, {high:.3f}]" in line

@@ -126,5 +126,4 @@ def test_card_adapter_and_merged_model_answer_as_the_run(
     if exact:
         assert said_by(merged, cli) == expected
     else:
-        assert "this merged model computes in float32" in (tmp_path / "merged" / "README.md").read_text()
         assert next(merged.parameters()).dtype == torch.float32

@@ -195,7 +195,9 @@ FILES = {
                     text = f"{agent}: say {word} {said} >"
                     seed = request_seed(config, group, sample, index)
                     self.engine.submit(Request(0, group.task.id, self.ids(text), Sampling(config.temperature, 4), seed))
-                    [answer] = self.engine.poll()
+                    while not (answers := self.engine.poll()):  # a tick may end with no answer
+                        pass
+                    [answer] = answers
                     said = self.policy.tokenizer.decode(answer.action_ids)
                     reward = 0.5 * (len(answer.action_ids) < 4)
                     steps.append(

@@ -222,7 +222,7 @@ def test_validate_repeats_the_recorded_evaluation(tmp_path: Path, capsys: pytest
     capsys.readouterr()
     run(tmp_path / "test", path, "--data.test_split=train", command="test")
     assert evaluations(tmp_path / "test")[-1]["split"] == "train"
-    assert "Evaluation on train, 8 episodes" in capsys.readouterr().out
+    assert "evaluation on train after 2 iterations: success " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ from lightning.pytorch.callbacks import Checkpoint, Timer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+from omegaconf.errors import OmegaConfBaseException
 
 from callbacks import (
     EvaluationCallback,
@@ -125,7 +126,7 @@ class SteppoCLI(LightningCLI):
         if not any("help" in flag or flag == "-h" for flag in flags):
             config = merged_config(layers, SECTIONS)
             check_config(config)
-            config = complete({name: value for name, value in config.items() if name not in ("verbose", "weights_only")})
+            config = complete(config)
             self._ckpt_path = config.pop("ckpt_path", None)
             trainer = config.setdefault("trainer", {})
             if trainer.get("logger", True) in (None, True):
@@ -184,37 +185,31 @@ class SteppoCLI(LightningCLI):
         if "verbose" in config:
             config.verbose = False  # the progress bar prints the table
         if self._ckpt_path is not None:
-            self._checkpoint, self._folder = beginning(self._ckpt_path, config, self.subcommand == "fit")
-            if self._checkpoint is not None:
-                read(self._checkpoint, mmap=True)  # before games are made and models are built
+            path, folder = self._checkpoint, self._folder = beginning(self._ckpt_path, config, self.subcommand == "fit")
+            if path is not None:
+                read(path, mmap=True)  # before games are made and models are built
+            if folder is not None:
+                _say(f"Continuing {folder} from {path.name if path else 'its start: it has no checkpoint yet'}")
+            else:
+                _say(f"Checkpoint: {path}")
 
     def instantiate_classes(self) -> None:
         """As Lightning's; what a component refuses is said in its own words, not the parser's."""
+        logger = logger_arguments(self._options)
+        if self._folder is None or logger is None or logger.version is not None:
+            logger = None
+        else:
+            logger.version = self._folder.name
         try:
-            with self._in_its_run_folder():
-                super().instantiate_classes()
+            super().instantiate_classes()
         except Exception as error:
             raise refusal(error) from None
+        finally:
+            if logger is not None:
+                logger.version = None  # the config that is saved is good for another run
         if self._checkpoint is not None:
             self.config_init[self.subcommand].ckpt_path = str(self._checkpoint)
             self.trainer.begins_from = self._checkpoint
-
-    @contextmanager
-    def _in_its_run_folder(self) -> Iterator[None]:
-        """Has the logger go on in the folder of the run that is continued. The config stays as it was."""
-        folder, path, arguments = self._folder, self._checkpoint, logger_arguments(self._options)
-        if folder is not None:
-            _say(f"Continuing {folder} from {path.name if path else 'its start: it has no checkpoint yet'}")
-        elif path is not None:
-            _say(f"Checkpoint: {path}")
-        if folder is None or arguments is None or arguments.version is not None:
-            yield
-            return
-        try:
-            arguments.version = folder.name
-            yield
-        finally:
-            arguments.version = None
 
     def instantiate_trainer(self, **kwargs: Any) -> RunTrainer:
         """As Lightning's, but without its default ModelCheckpoint and with checkpoints that are written whole."""
@@ -326,7 +321,7 @@ def errors_in_one_line() -> Iterator[None]:
     )
     try:
         yield
-    except (SteppoError, ArgumentError, MisconfigurationException, yaml.YAMLError, UnpicklingError) as error:
+    except (SteppoError, ArgumentError, MisconfigurationException, OmegaConfBaseException, UnpicklingError) as error:
         print(f"error: {explain(error)}", file=sys.stderr)
         raise SystemExit(2) from None
 
@@ -344,7 +339,7 @@ def main(args: Sequence[str] | None = None) -> SteppoCLI:
 
 
 def _make(kind: type[_CLI], args: Sequence[str] | None, run: bool) -> _CLI:
-    strict = {"allow_abbrev": False, "exit_on_error": False}
+    strict = {"allow_abbrev": False, "exit_on_error": False, "parser_mode": "omegaconf"}
     return kind(
         AgentModule,
         StepDataModule,

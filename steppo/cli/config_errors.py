@@ -10,29 +10,23 @@ from typing import Any
 
 from jsonargparse import ArgumentError
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
 
 from steppo.cli.config import Component
+from steppo.cli.config_types import parameters
 from steppo.errors import ConfigError, SteppoError, located
 
 _LONGEST_ERROR = 500
 
-# What Lightning offers and steppo does otherwise: option -> values that change nothing, what to use.
-_OTHERWISE: dict[str, tuple[set[str], str]] = {
-    "gradient_clip_val": (
-        {"None", "0", "0.0"},
-        "gradients are clipped by model.policy_optimizer.max_grad_norm and model.critic_optimizer.max_grad_norm",
-    ),
-    "accumulate_grad_batches": ({"None", "1"}, "data.max_tokens_per_microbatch splits an update to fit into memory"),
-    "limit_train_batches": ({"None", "1.0"}, "an iteration makes data.update_epochs * data.num_minibatches updates"),
-    "max_steps": (
-        {"-1"},
-        "it could cut an iteration; trainer.max_epochs or rollout.max_environment_steps ends a run with a whole one",
-    ),
-    "overfit_batches": ({"None", "0", "0.0"}, "data.train_tasks learns from the first tasks only"),
-    "val_check_interval": ({"None", "1.0"}, "trainer.check_val_every_n_epoch says after how many iterations to evaluate"),
-    "limit_val_batches": ({"None", "0", "0.0", "1", "1.0"}, "data.eval_tasks is the size of the panel"),
-    "limit_test_batches": ({"None", "0", "0.0", "1", "1.0"}, "data.eval_tasks is the size of the panel"),
+# What Lightning offers and steppo does otherwise, and what to use.
+_OTHERWISE = {
+    "gradient_clip_val": "model.policy_optimizer.max_grad_norm and model.critic_optimizer.max_grad_norm clip gradients",
+    "accumulate_grad_batches": "data.max_tokens_per_microbatch splits an update to fit into memory",
+    "limit_train_batches": "an iteration makes data.update_epochs * data.num_minibatches updates",
+    "max_steps": "trainer.max_epochs or rollout.max_environment_steps ends a run, with a whole iteration",
+    "overfit_batches": "data.train_tasks learns from the first tasks only",
+    "val_check_interval": "trainer.check_val_every_n_epoch says after how many iterations to evaluate",
 }
 
 
@@ -55,8 +49,8 @@ def check_config(config: Mapping[str, Any]) -> None:
     if (threads := config.get("num_threads")) is not None and threads < 1:
         raise ConfigError(f"num_threads must be at least 1, not {threads}")
     trainer = config.get("trainer", {})
-    for option, (harmless, instead) in _OTHERWISE.items():
-        if option in trainer and str(trainer[option]) not in harmless:  # as text: 1 is one batch, 1.0 all of them
+    for option, instead in _OTHERWISE.items():
+        if trainer.get(option) not in (None, parameters(Trainer)[option][1]):
             raise ConfigError(f"trainer.{option} is not for steppo: {instead}")
     if trainer.get("check_val_every_n_epoch") == 0:
         raise ConfigError("trainer.check_val_every_n_epoch must be at least 1; trainer.limit_val_batches 0 turns it off")

@@ -24,7 +24,7 @@ class Word(str):
     def read(self) -> Any:
         """What it means in YAML; itself, if nothing."""
         try:
-            return yaml.load(self, _Loader)
+            return _flat(yaml.load(self, _Loader))
         except yaml.YAMLError:
             return str(self)
 
@@ -38,7 +38,7 @@ class Layer:
     """Settings of one file or option.
 
     Attributes:
-        value: The settings.
+        value: The settings, without ``init_args``: arguments stand beside their ``class_path``.
         name: Of the file, for errors; none for an option.
         lines: Line of each setting of a file.
     """
@@ -47,20 +47,28 @@ class Layer:
     name: str = ""
     lines: dict[Keys, int] = field(default_factory=dict)
 
-    def where(self, keys: Keys) -> str:
-        """Which setting, and where it was set."""
-        known = next((keys[:n] for n in range(len(keys), 0, -1) if keys[:n] in self.lines), None)
-        line = f", line {self.lines[known]}" if known else ""
-        return f"{self.name}{line}: {'.'.join(keys)}" if self.name else ".".join(keys)
+    def error(self, keys: Keys, problem: str) -> ConfigError:
+        """Says which setting, and where it was set."""
+        line = next((self.lines[keys[:n]] for n in range(len(keys), 0, -1) if keys[:n] in self.lines), 1)
+        return ConfigError(f"{f'{self.name}, line {line}: ' if self.name else '--'}{'.'.join(keys)}{problem}")
 
 
 class _Loader(yaml.SafeLoader):
-    """Reads 1e-3 as a number, and a date as text."""
+    """Reads 1e-3 as a number, and a date as text; takes no key twice."""
 
     yaml_implicit_resolvers = {  # noqa: RUF012 - as in its base class
         first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith(":timestamp")]
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if str(key.value) in seen:
+                problem = f"{key.value} is there a second time; only the last would count"
+                raise yaml.constructor.ConstructorError(problem=problem, problem_mark=key.start_mark)
+            seen.add(str(key.value))
+        return super().construct_mapping(node, deep)
 
 
 _Loader.add_implicit_resolver(
@@ -99,8 +107,8 @@ def read_command_line(words: Sequence[str], commands: Collection[str]) -> tuple[
             if name in ("-c", "--config"):
                 layers += read_config(value)
             else:
-                keys = tuple(name.removeprefix("--").split("."))
-                layers.append(Layer(_nested(keys, Word(_absolute(value, keys)))))
+                keys = name.removeprefix("--").split(".")
+                layers.append(Layer(_nested([key for key in keys if key != "init_args"], Word(value))))
         elif command is None and commands:
             if word not in commands:
                 near = did_you_mean(word, commands) or f"; there are {', '.join(commands)}"
@@ -113,16 +121,15 @@ def read_command_line(words: Sequence[str], commands: Collection[str]) -> tuple[
     return command, layers, flags
 
 
-def _nested(keys: Keys, value: Any) -> Dotted:
-    return Dotted({keys[0]: _nested(keys[1:], value) if len(keys) > 1 else value})
+def _nested(keys: Sequence[str], value: Any) -> Any:
+    return Dotted({keys[0]: _nested(keys[1:], value)}) if keys else value
 
 
-def read_config(path: str, below: Keys = (), extended_by: tuple[Path, ...] = ()) -> list[Layer]:
+def read_config(path: str, extended_by: tuple[Path, ...] = ()) -> list[Layer]:
     """A file and before it those that it ``extends``.
 
     Args:
         path: The file; or a mapping in braces.
-        below: Where in the config its settings belong.
         extended_by: The files that ask for it.
 
     Raises:
@@ -133,44 +140,37 @@ def read_config(path: str, below: Keys = (), extended_by: tuple[Path, ...] = ())
         text = path if path.startswith("{") else file.read_text(encoding="utf-8")
         loader = _Loader(text)
         node = loader.get_single_node()
-        value = loader.construct_document(node) if node is not None else None
+        value = _flat(loader.construct_document(node)) if node is not None else None
     except UnicodeDecodeError:
         raise ConfigError(f"{name} is not a text file") from None
     except OSError as error:
         raise ConfigError(f"cannot read {name}: {error.strerror}") from None
+    except yaml.MarkedYAMLError as error:
+        place = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise ConfigError(f"{name}{place}: {error.problem}") from None
     except yaml.YAMLError as error:
-        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
-        place = f", line {mark.line + 1}" if mark else ""
-        raise ConfigError(f"{name}{place} is not YAML: {problem or error}") from None
+        raise ConfigError(f"{name} is not YAML: {error}") from None
     if not isinstance(value, dict):
-        found = "is empty" if node is None else f"holds {'a list' if isinstance(value, list) else 'text'}"
-        raise ConfigError(f"{name} {found}; it must hold sections such as 'rollout:'")
-    for line, key in _repeated_keys(node):
-        raise ConfigError(f"{name}, line {line}: {key} is there a second time; only the last would count")
+        raise ConfigError(f"{name} must hold sections such as 'rollout:'")
     extends = value.pop("extends", [])
-    others = extends if isinstance(extends, list) else [extends]
-    if not all(isinstance(other, str) for other in others):
-        raise ConfigError(f"{name}: extends must be a file or a list of files, not {extends}")
     layers = []
-    for other in others:
+    for other in extends if isinstance(extends, list) else [extends]:
+        if not isinstance(other, str):
+            raise ConfigError(f"{name}: extends must be a file or a list of files, not {extends}")
         if file.resolve() in extended_by:
             raise ConfigError(f"{name} extends itself")
-        layers += read_config(str(file.parent / other), below, (*extended_by, file.resolve()))
-    return [*layers, Layer(_absolute(value, below), name, dict(_lines(node, below)))]
+        layers += read_config(str(file.parent / other), (*extended_by, file.resolve()))
+    return [*layers, Layer(value, name, dict(_lines(node, ())))]
 
 
-def _repeated_keys(node: yaml.Node) -> Iterator[tuple[int, str]]:
-    if isinstance(node, yaml.MappingNode):
-        seen: set[str] = set()
-        for key, value in node.value:
-            if isinstance(key, yaml.ScalarNode):
-                if key.value in seen:
-                    yield key.start_mark.line + 1, key.value
-                seen.add(key.value)
-            yield from _repeated_keys(value)
-    elif isinstance(node, yaml.SequenceNode):
-        for value in node.value:
-            yield from _repeated_keys(value)
+def _flat(value: Any) -> Any:
+    """Without ``init_args``: arguments beside their ``class_path``."""
+    if isinstance(value, list):
+        return [_flat(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    flat = {key: _flat(item) for key, item in value.items()}
+    return flat | flat.pop("init_args") if isinstance(flat.get("init_args"), dict) else flat
 
 
 def _lines(node: yaml.Node, above: Keys) -> Iterator[tuple[Keys, int]]:
@@ -185,20 +185,3 @@ def _lines(node: yaml.Node, above: Keys) -> Iterator[tuple[Keys, int]]:
         if keys != above:
             yield keys, key.start_mark.line + 1
         yield from _lines(value, keys)
-
-
-def _absolute(value: Any, keys: Keys) -> Any:
-    """The keys of ``${...}`` counted from the top of a config without ``init_args`` and without the subcommand."""
-    if isinstance(value, dict):
-        return {key: _absolute(item, (*keys, str(key))) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_absolute(item, (*keys, str(number))) for number, item in enumerate(value)]
-    if not isinstance(value, str) or "${" not in value:
-        return value
-
-    def counted_from_the_top(found: re.Match[str]) -> str:
-        above = keys[: -len(found[1])] if found[1].startswith(".") else ()
-        return "${" + "".join(f"{key}." for key in above if key != "init_args")
-
-    value = re.sub(r"\$\{(\.+|fit\.|validate\.|test\.)", counted_from_the_top, value)
-    return re.sub(r"(?<=[.{])init_args\.", "", value) if "init_args." in value else value

@@ -23,7 +23,7 @@ class OptimizerSettings:
         weight_decay: AdamW's.
         max_grad_norm: Gradients are scaled down to this norm, this group's by themselves; 0 leaves them as they are.
         warmup_updates: Updates of this group over which the learning rate rises from 0.
-        schedule: What it does after that, until the run's last update.
+        schedule: What it does after that, until the last update of ``trainer.max_epochs``.
     """
 
     lr: float = 1e-6
@@ -40,54 +40,19 @@ class OptimizerSettings:
                 raise ConfigError(f"an optimizer's {name} must be at least 0 and finite, not {getattr(self, name)}")
 
 
-@dataclass
-class Horizon:
-    """How many updates a run will make, as far as one can tell.
-
-    Attributes:
-        planned: Updates until ``trainer.max_epochs``; infinite without.
-        per_iteration: Updates of an iteration.
-        max_environment_steps: The other budget, if there is one: steps learned from.
-    """
-
-    planned: float
-    per_iteration: int
-    max_environment_steps: int | None = None
-
-    def __post_init__(self) -> None:
-        self.begin(0, 0, 0)
-
-    def begin(self, updates: int, before: int, steps: int) -> None:
-        """An iteration of so many environment steps begins, after so many updates and environment steps."""
-        self._updates, self._before, self._after = updates, before, before + steps
-
-    def total(self, done: int) -> float:
-        """Updates of the whole run, seen from one of this iteration: by the budget of which most is used up.
-
-        How many updates a number of environment steps is good for is told from the share of them that ``done`` took.
-        """
-        if self.max_environment_steps is None:
-            return self.planned
-        part = (done - self._updates) / self.per_iteration
-        budget = max(self.max_environment_steps, 1)
-        # Exactly what a run finds that goes on from the iteration's end; and 1 at the end of the last one, not before.
-        used = min(1.0, self._before / budget) * (1 - part) + min(1.0, self._after / budget) * part
-        return min(self.planned, done / used) if used else self.planned
-
-
-def learning_rate_schedule(settings: OptimizerSettings, horizon: Horizon, alone: int = 0) -> Callable[[int], float]:
+def learning_rate_schedule(settings: OptimizerSettings, planned: float, alone: int = 0) -> Callable[[int], float]:
     """Number of updates done -> factor of the learning rate.
 
     Args:
         settings: Warm-up and schedule.
-        horizon: Length of the run.
+        planned: Updates of the whole run; infinite without an end.
         alone: Updates at the start of the run in which the group takes no part: its own begin after them.
 
     Raises:
         ConfigError: A schedule that falls has no end to fall to.
     """
-    if settings.schedule != "constant" and math.isinf(horizon.planned) and horizon.max_environment_steps is None:
-        raise ConfigError(f"the {settings.schedule} schedule needs trainer.max_epochs or rollout.max_environment_steps")
+    if settings.schedule != "constant" and math.isinf(planned):
+        raise ConfigError(f"the {settings.schedule} schedule needs trainer.max_epochs, at which it ends")
     warmup = settings.warmup_updates
 
     def factor(done: int) -> float:
@@ -96,7 +61,7 @@ def learning_rate_schedule(settings: OptimizerSettings, horizon: Horizon, alone:
             return (own + 1) / (warmup + 1)
         if settings.schedule == "constant":
             return 1.0
-        fraction = min(1.0, (own - warmup) / max(1.0, horizon.total(done) - alone - warmup))
+        fraction = min(1.0, (own - warmup) / max(1.0, planned - alone - warmup))
         return 1 - fraction if settings.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * fraction))
 
     return factor

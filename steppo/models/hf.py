@@ -14,16 +14,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAn
 from steppo.errors import ConfigError
 from steppo.models.policy import Policy
 
-_DROPOUTS = (
-    "attention_dropout",
-    "hidden_dropout",
-    "resid_pdrop",
-    "embd_pdrop",
-    "attn_pdrop",
-    "dropout",
-    "activation_dropout",
-)
-
 
 class HFPolicy(Policy):
     """A pretrained model, trained whole, or frozen (in 4 or 8 bits, if wanted) under LoRA: see ``QuantizationCallback``.
@@ -64,8 +54,8 @@ class HFPolicy(Policy):
             quantized = {"quantization_config": settings, "device_map": {"": self.load_device}}
         try:
             config = AutoConfig.from_pretrained(self.name_or_path, revision=self.revision)
-            for name in _DROPOUTS:
-                if hasattr(config, name):
+            for name, value in config.to_dict().items():
+                if isinstance(value, float) and ("dropout" in name or "pdrop" in name):
                     setattr(config, name, 0.0)
             self.tokenizer = AutoTokenizer.from_pretrained(self.name_or_path, revision=self.revision)
             self.model = AutoModelForCausalLM.from_pretrained(

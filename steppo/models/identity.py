@@ -35,12 +35,6 @@ _NO_ARCHITECTURE = {
     "use_cache",
 }
 _PROBE = "Take the coin, \u00c4ffchen!  x = {'a': [1, 23, 4567]}\n\t<b>don't</b> \u4e16\u754c \U0001f9ed"
-_ADVICE = {
-    "lora_rank": "quantization.lora_rank",
-    "lora_alpha": "quantization.lora_alpha",
-    "bits": "quantization.bits",
-    "base_dtype": "quantization.base_dtype",
-}
 
 
 def identity(policy: Policy) -> dict[str, Any]:
@@ -76,8 +70,7 @@ def difference(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
         elif name == "base":
             found.append("the base model's weights are others")
         else:
-            advice = f" ({_ADVICE[name]})" if name in _ADVICE else ""
-            found.append(f"{name} is {_short(theirs)} there and {_short(mine)} here{advice}")
+            found.append(f"{name} is {_short(theirs)} there and {_short(mine)} here")
     return "; ".join(found[:4])
 
 

@@ -14,14 +14,16 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.attention.flex_attention import BlockMask
-from torch.utils.checkpoint import checkpoint
 
 from steppo.batch import TokenBatch
 from steppo.errors import ConfigError
 from steppo.models.adapters import Adapters, LoRASettings
+from steppo.models.reading import read_chunks
 
-# Most logits held at once, in numbers: 64 MiB in float32.
+# Most logits held at once, in numbers: 64 MiB in float32; but so many rows that a product is not mostly the weights' way
+# through memory.
 _LOGITS_PER_CHUNK = 2**24
+_ROWS_PER_CHUNK = 256
 
 
 class PolicyOutput(NamedTuple):
@@ -230,14 +232,12 @@ class Policy(nn.Module, ABC):
         """
         states_A = hidden[batch.predict_at_A]
         divisor_A = torch.where(temperature_A == 0, torch.ones_like(temperature_A), temperature_A)
-        chunk = max(1, _LOGITS_PER_CHUNK // int(self.model.config.vocab_size))
-        if states_A.shape[0] <= chunk:
+        vocabulary = int(self.model.config.vocab_size)
+        if states_A.shape[0] * vocabulary <= _LOGITS_PER_CHUNK:
             return self._read(states_A, batch.target_A, divisor_A)
-        parts = [
-            checkpoint(self._read, *part, use_reentrant=False)
-            for part in zip(states_A.split(chunk), batch.target_A.split(chunk), divisor_A.split(chunk), strict=True)
-        ]
-        return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
+        weights = [weight for weight in self.model.get_output_embeddings().parameters() if weight.requires_grad]
+        rows = max(_LOGITS_PER_CHUNK // vocabulary, _ROWS_PER_CHUNK)
+        return read_chunks(self.logits, weights, states_A, batch.target_A, divisor_A, rows)
 
     def _read(self, states_A: Tensor, target_A: Tensor, divisor_A: Tensor) -> tuple[Tensor, Tensor]:
         logits = self.logits(states_A)

@@ -16,7 +16,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from steppo import checkpoints
+from steppo import weight_cache
 from steppo.checkpoints import iteration_checkpoints, iterations_of
 from steppo.rollouts import EnvSource
 from tests.cli_helpers import TOY, checkpoint, evaluations, places, run
@@ -252,7 +252,7 @@ def test_a_broken_checkpoint_is_one_clear_line(
     kind: str, tmp_path: Path, whole: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shutil.copytree(whole / "checkpoints", tmp_path / "checkpoints")
-    path, good = checkpoint(tmp_path), iteration_checkpoints(tmp_path / "checkpoints")[-2]
+    path = checkpoint(tmp_path)
     (tmp_path / "checkpoints" / "best.ckpt").unlink()
     if kind in BROKEN:
         path.write_bytes(BROKEN[kind](path.read_bytes()))
@@ -260,7 +260,6 @@ def test_a_broken_checkpoint_is_one_clear_line(
         torch.save({"foreign": {"state_dict": {}}, "tensor": torch.ones(3), "objects": {"steppo": Path()}}[kind], path)
     line = refused(tmp_path, capsys, "--ckpt_path=last")
     assert f"cannot use the checkpoint {path}: it " in line
-    assert line.endswith(f"the newest other one there that can be read is {good}")
 
 
 def test_without_the_broken_one_the_run_goes_on(tmp_path: Path, whole: Path) -> None:
@@ -288,7 +287,7 @@ def test_a_full_disk_is_one_clear_line_and_costs_no_checkpoint(
         return open("/dev/full" if "iteration-000002" in path.name else path, mode)
 
     with monkeypatch.context() as patched:
-        patched.setattr(checkpoints, "open", open_until_full, raising=False)
+        patched.setattr(weight_cache, "open", open_until_full, raising=False)
         line = refused(tmp_path, capsys)
     assert "No space left on device; earlier checkpoints are as they were" in line
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [

@@ -142,9 +142,9 @@ def test_later_files_and_options_win(build: Any, tmp_path: Path) -> None:
 def test_overrides_reach_every_copy_of_a_value(build: Any, tmp_path: Path) -> None:
     copies = tmp_path / "copies.yaml"
     copies.write_text(
-        "rollout: {group_size: '${.episodes_per_iteration}'}\n"
-        "data: {init_args: {source: {init_args: {num_slots: '${.max_new_tokens}'}}}}\n"
-        "model: {init_args: {critic_optimizer: {lr: '${..policy_optimizer.lr}'}}}\n"
+        "rollout: {group_size: '${rollout.episodes_per_iteration}'}\n"
+        "data: {source: {num_slots: '${.max_new_tokens}'}}\n"
+        "model: {critic_optimizer: {lr: '${..policy_optimizer.lr}'}, policy: {seed: '${seed_everything}'}}\n"
     )
     second = tmp_path / "second.yaml"
     second.write_text("rollout: {episodes_per_iteration: 11}\nmodel: {init_args: {policy_optimizer: {lr: 0.25}}}\n")
@@ -152,6 +152,7 @@ def test_overrides_reach_every_copy_of_a_value(build: Any, tmp_path: Path) -> No
     assert cli.config.fit.rollout.group_size == 11
     assert cli.datamodule.source.num_slots == 7
     assert cli.model.critic_optimizer.lr == 0.25
+    assert cli.model.policy.seed == cli.config.fit.seed_everything == 0
 
 
 @pytest.mark.parametrize("overlay", (CONFIGS / "model").glob("*.yaml"), ids=lambda path: path.stem)

@@ -201,7 +201,9 @@ def test_quiet(command: str, option: str, tmp_path: Path, capsys: pytest.Capture
     [record] = evaluations(tmp_path)
     split = "test" if command == "test" else "valid"
     result, place = capsys.readouterr().out.splitlines()
-    assert result.startswith(f"evaluation on {split}: success {record['success_rate']:.2f} [")
+    assert result.startswith(
+        f"evaluation on {split} after {record['iteration']} iterations: success {record['success_rate']:.2f} ["
+    )
     assert place == f"Results: {tmp_path}/evaluation.jsonl"
 
 

@@ -13,90 +13,44 @@ import torch
 from steppo.advantages import Advantage, StepGAE
 from steppo.batch import Credit, CreditBatch
 from steppo.errors import ConfigError
-from steppo.learner.optim import Horizon, OptimizerSettings, learning_rate_schedule
-from tests.cli_helpers import checkpoint, evaluations, run
+from steppo.learner.optim import OptimizerSettings, learning_rate_schedule
+from tests.cli_helpers import checkpoint, run
 from tests.test_train import scalars
 
 
-def factors(
-    settings: OptimizerSettings, lengths: list[int], per_iteration: int, alone: int = 0, **budgets: Any
-) -> list[float]:
-    """Of each update of a run with so many environment steps per iteration, and of the one that would come after."""
-    horizon = Horizon(budgets.get("planned", math.inf), per_iteration, budgets.get("max_environment_steps"))
-    factor = learning_rate_schedule(settings, horizon, alone)
-    found, steps = [], 0
-    for iteration, length in enumerate(lengths):
-        horizon.begin(iteration * per_iteration, steps, length)
-        found += [factor(iteration * per_iteration + update) for update in range(per_iteration)]
-        steps += length
-    return [*found, factor(len(lengths) * per_iteration)]
+def factors(settings: OptimizerSettings, planned: float, alone: int = 0) -> list[float]:
+    """Of each update of a run, and of the one that would come after."""
+    factor = learning_rate_schedule(settings, planned, alone)
+    return [factor(done) for done in range(int(planned) + 1)]
 
 
 LINEAR, COSINE = OptimizerSettings(schedule="linear"), OptimizerSettings(schedule="cosine")
 
 
 def test_a_budget_of_epochs() -> None:
-    assert factors(LINEAR, [9, 1], 2, planned=4) == [1.0, 0.75, 0.5, 0.25, 0.0]
+    assert factors(LINEAR, 4) == [1.0, 0.75, 0.5, 0.25, 0.0]
+    assert factors(COSINE, 4) == pytest.approx([0.5 * (1 + math.cos(math.pi * done / 4)) for done in range(5)])
     warm = OptimizerSettings(schedule="linear", warmup_updates=2)
-    assert factors(warm, [9, 1, 5], 2, planned=6) == [1 / 3, 2 / 3, 1.0, 0.75, 0.5, 0.25, 0.0]
-    assert factors(OptimizerSettings(warmup_updates=1), [1], 2) == [0.5, 1.0, 1.0]
+    assert factors(warm, 6) == [1 / 3, 2 / 3, 1.0, 0.75, 0.5, 0.25, 0.0]
+    endless = learning_rate_schedule(OptimizerSettings(warmup_updates=1), math.inf)
+    assert [endless(done) for done in range(3)] == [0.5, 1.0, 1.0]
 
 
-@pytest.mark.parametrize(
-    ("lengths", "budget", "expected"),
-    [
-        ([10, 10], 20, [1.0, 0.75, 0.5, 0.25, 0.0]),
-        ([10, 10], 15, [1.0, 2 / 3, 1 / 3, 1 / 6, 0.0]),  # the last iteration goes to the end
-        ([10, 30], 40, [1.0, 0.875, 0.75, 0.375, 0.0]),
-        ([99], 10, [1.0, 0.5, 0.0]),
-        ([1], 10**9, [1.0, 1.0 - 0.5e-9, 1.0 - 1e-9]),
-    ],
-)
-def test_a_budget_of_environment_steps(lengths: list[int], budget: int, expected: list[float]) -> None:
-    """All updates but none learn something, whatever the last iteration's length."""
-    assert factors(LINEAR, lengths, 2, max_environment_steps=budget) == pytest.approx(expected, abs=1e-12)
-    cosine = [0.5 * (1 + math.cos(math.pi * (1 - factor))) for factor in expected]
-    assert factors(COSINE, lengths, 2, max_environment_steps=budget) == pytest.approx(cosine, abs=1e-12)
-
-
-def test_the_budget_that_is_used_up_first_counts() -> None:
-    few = factors(LINEAR, [10] * 4, 1, planned=100, max_environment_steps=40)
-    assert few == pytest.approx([1.0, 0.75, 0.5, 0.25, 0.0])
-    many = factors(LINEAR, [10] * 4, 1, planned=4, max_environment_steps=10**6)
-    assert many == [1.0, 0.75, 0.5, 0.25, 0.0]
-    # Within the second iteration the steps overtake the updates: 17.5 of 40 against 3 of 8.
-    both = factors(LINEAR, [1, 33, 5, 1], 2, planned=8, max_environment_steps=40)
-    assert both == pytest.approx([1.0, 0.875, 0.75, 0.5625, 0.15, 0.0875, 0.025, 0.0125, 0.0])
-
-
-@pytest.mark.parametrize("budgets", [{"planned": 20}, {"max_environment_steps": 50}])
 @pytest.mark.parametrize("warmup", [0, 3, 10])
 @pytest.mark.parametrize("kind", ["constant", "linear", "cosine"])
-def test_updates_of_the_critic_alone_use_up_nothing(budgets: dict[str, int], warmup: int, kind: Any) -> None:
+def test_updates_of_the_critic_alone_use_up_nothing(warmup: int, kind: Any) -> None:
     """Ten of 20 updates are: the policy's own ten are as in a run of ten."""
     settings = OptimizerSettings(schedule=kind, warmup_updates=warmup)
-    found = factors(settings, [5] * 10, 2, alone=10, **budgets)
-    assert found[10:] == pytest.approx(factors(settings, [5] * 5, 2, planned=10))
+    found = factors(settings, 20, alone=10)
+    assert found[10:] == pytest.approx(factors(settings, 10))
     if warmup == 10:
         assert found[10] == pytest.approx(1 / 11)
 
 
-def test_a_run_that_goes_on_finds_the_same_factors() -> None:
-    """Bit for bit, from the numbers that a checkpoint holds."""
-    lengths = [7, 13, 1, 29, 5]
-    settings = OptimizerSettings(schedule="cosine", warmup_updates=1)
-    whole = factors(settings, lengths, 3, max_environment_steps=53)
-    for iteration in range(1, 5):
-        horizon = Horizon(math.inf, 3, 53)
-        horizon.begin(3 * iteration, sum(lengths[:iteration]), 0)
-        assert learning_rate_schedule(settings, horizon)(3 * iteration) == whole[3 * iteration]
-
-
 def test_a_schedule_needs_an_end() -> None:
     for settings in (LINEAR, COSINE):
-        with pytest.raises(ConfigError, match=r"schedule needs trainer.max_epochs or rollout.max_environment_steps"):
-            learning_rate_schedule(settings, Horizon(math.inf, 2))
-        assert learning_rate_schedule(settings, Horizon(math.inf, 2, 0))(0) == 1.0
+        with pytest.raises(ConfigError, match=r"schedule needs trainer.max_epochs"):
+            learning_rate_schedule(settings, math.inf)
 
 
 # --- real runs ---
@@ -171,19 +125,14 @@ def test_figures_are_of_the_updates_that_were_made(tmp_path: Path) -> None:
     assert curves["train/ratio_mean"][1][1] == pytest.approx(1.0, abs=0.1)
 
 
-def test_a_schedule_over_environment_steps_goes_on(tmp_path: Path) -> None:
-    """Without a number of epochs: to 0 at the end, and a run that was cut ends with the same weights."""
-    options = [*FAST, "--trainer.max_epochs=-1", "--model.policy_optimizer.schedule=linear", "--checkpoint.keep=9"]
-    budget = "--rollout.max_environment_steps=150"
-    run(tmp_path / "whole", *options, budget)
+def test_a_schedule_goes_on(tmp_path: Path) -> None:
+    """To 0 at the end, and a run that was cut ends with the same weights."""
+    options = [*FAST, "--trainer.max_epochs=3", "--model.policy_optimizer.schedule=linear", "--checkpoint.keep=9"]
+    run(tmp_path / "whole", *options)
     rates = [value for _, value in scalars(tmp_path / "whole")["train/learning_rate"]]
-    assert rates[-1] == 0.0
-    assert rates[:-1] == sorted(rates[:-1], reverse=True)
-    assert len(rates) > 2
-    assert all(0 < rate < 2e-3 for rate in rates[:-1])
-    assert evaluations(tmp_path / "whole")[-1]["environment_steps"] >= 150
+    assert rates == pytest.approx([2e-3 * 2 / 3, 2e-3 / 3, 0.0], abs=1e-9)
     middle = tmp_path / "whole" / "checkpoints" / "iteration-000001.ckpt"
-    run(tmp_path / "rest", *options, budget, f"--ckpt_path={middle}")
+    run(tmp_path / "rest", *options, f"--ckpt_path={middle}")
     whole, rest = (torch.load(checkpoint(tmp_path / name), weights_only=True) for name in ("whole", "rest"))
     assert all(torch.equal(whole["state_dict"][name], weight) for name, weight in rest["state_dict"].items())
     assert whole["lr_schedulers"] == rest["lr_schedulers"]

@@ -74,7 +74,7 @@ def test_an_adapter_is_not_taken_by_another_base(
 
 
 OTHERS = {
-    "alpha": (["--quantization.lora_alpha=64"], "lora_alpha is 8.0 there and 64.0 here (quantization.lora_alpha)"),
+    "alpha": (["--quantization.lora_alpha=64"], "lora_alpha is 8.0 there and 64.0 here"),
     "rank": (["--quantization.lora_rank=2"], "lora_rank is 4 there and 2 here"),
     "rank of the same scale": (["--quantization.lora_rank=2", "--quantization.lora_alpha=4"], "lora_rank is 4 there"),
     "bits": (["--quantization.bits=4"], "bits is None there and 4 here"),

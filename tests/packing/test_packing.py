@@ -225,16 +225,18 @@ def test_order_of_rows_does_not_matter(policy):
 def test_logits_in_chunks(policy, monkeypatch):
     whole = packed_reading(policy)
     sizes = []
-    read = policy._read
+    read = policy.logits
 
-    def recorded(states_A: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor]:
-        sizes.append(len(states_A))
-        return read(states_A, *rest)
+    def recorded(states: Tensor) -> Tensor:
+        sizes.append(len(states))
+        return read(states)
 
-    monkeypatch.setattr(policy, "_read", recorded)
+    monkeypatch.setattr(policy, "logits", recorded)
     monkeypatch.setattr(policy_module, "_LOGITS_PER_CHUNK", 3 * VOCABULARY + 1)
+    monkeypatch.setattr(policy_module, "_ROWS_PER_CHUNK", 1)
     all_close(packed_reading(policy), whole)
     assert max(sizes) == 3
+    assert sum(sizes) == 2 * NUM_TOKENS  # once more in the backward pass
 
 
 def test_temperature_of_each_token(policy):
