@@ -68,6 +68,8 @@ class HFEngine(Engine):
             and their next prompt is read as a whole. It should hold the longest prompt as often as there are slots.
     """
 
+    join_share = 0.75  # each time others join costs a pass, and a wait for the slowest of their environments
+
     _policy: Policy  # from ``bind``
 
     def __init__(self, max_batch_size: int = 64, cache_tokens: int = 2**16) -> None:

@@ -88,11 +88,12 @@ class Scheduler:
     """Plays episodes in the slots of a pool, tick by tick of the engine.
 
     At each tick the seats whose environments are due get their answers, in the order of the slots, and the tick waits for
-    those that are not there yet; a slot whose episode is over gets the next one; what is asked for is submitted; the engine
-    makes one tick; and what is done goes on to its environment. That is due ``env_ticks`` ticks later. So environments work
-    while the engine does, and who is asked together with whom follows from what was sampled, not from the clock. Where the
-    engine has nothing to do, time jumps to whoever is due first. Slots are first filled over as many ticks as an environment
-    has, or all would wait for the engine, and the engine for all, together.
+    those that are not there yet; while the engine is at work, only once they are many (``Engine.join_share``). A slot whose
+    episode is over gets the next one; what is asked for is submitted; the engine makes one tick; and what is done goes on to
+    its environment. That is due ``env_ticks`` ticks later. So environments work while the engine does, and who is asked
+    together with whom follows from what was sampled, not from the clock. Where the engine has nothing to do, time jumps to
+    whoever is due first. Slots are first filled over as many ticks as an environment has, or all would wait for the engine,
+    and the engine for all, together.
 
     An engine that answers whole batches has ticks as long as those take. Where it lives elsewhere and gives what is done
     first, a tick is one such gift: there the clock does decide who is asked together, and all promises are those of the
@@ -118,6 +119,7 @@ class Scheduler:
     ) -> None:
         self._pool = pool
         self._engine = EngineThread(engine, request_ids)
+        self._join_share = engine.join_share
         self._num_slots = num_slots
         self._env_ticks = env_ticks
         self._play = play
@@ -152,9 +154,11 @@ class Scheduler:
         ended: list[Episode] = []
         while not ended and (wanted or self._seats):
             self._jump(bool(wanted))
-            for some in (self._answer_environments, self._ask_engine):
-                ended += await some()
+            if joins := self._may_join():
+                ended += await self._answer_environments()
                 await self._fill(wanted)
+            ended += await self._ask_engine(joins)
+            await self._fill(wanted)
             self._now += 1
         return ended
 
@@ -163,6 +167,11 @@ class Scheduler:
         dues = [seat.due if seat.waits_for_env else self._now for seat in self._seats.values()]
         dues += self._free.values() if any_wanted else []
         self._now = max(self._now, min(dues))
+
+    def _may_join(self) -> bool:
+        """Whether there are enough that have something to ask now, or nobody is at work whom they would join."""
+        ready = sum(seat.asks is not None or (seat.waits_for_env and seat.due <= self._now) for seat in self._seats.values())
+        return not self._asking or ready >= self._join_share * len(self._seats)
 
     async def _answer_environments(self) -> list[Episode]:
         """One by one, so that contexts and parsers are called in the same order, too."""
@@ -179,10 +188,10 @@ class Scheduler:
                 seat.starts(self._play(place, seat))
                 await self._settle([seat])
 
-    async def _ask_engine(self) -> list[Episode]:
+    async def _ask_engine(self, joins: bool) -> list[Episode]:
         """One tick."""
         for _, seat in sorted(self._seats.items()):
-            if seat.asks is not None:
+            if joins and seat.asks is not None:
                 self._asking[self._engine.submit(seat.asks)] = seat
                 seat.asks, seat.has_asked = None, True
         if not self._engine.has_work:

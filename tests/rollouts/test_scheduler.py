@@ -226,6 +226,37 @@ def test_who_joins_when(env_ticks: int, num_slots: int, make_source: Callable[..
     assert engine.ticks == expected_ticks(places, num_slots, env_ticks, 3)
 
 
+class Joins(CountingEngine):
+    """Keeps how many were at work, and how many joined them, at each tick at which any did."""
+
+    def __init__(self, share: float) -> None:
+        super().__init__()
+        self.join_share = share
+        self.at_work = 0
+        self.joins: list[tuple[int, int]] = []
+
+    def poll(self) -> list[Completion]:
+        if len(self.flying) > self.at_work:
+            self.joins.append((self.at_work, len(self.flying) - self.at_work))
+        done = super().poll()
+        self.at_work = len(self.flying)
+        return done
+
+
+@pytest.mark.parametrize("share", [0.25, 0.75])
+def test_an_engine_may_wait_for_many(share: float, make_source: Callable[..., EnvSource]) -> None:
+    """While some are at work, fewer never join them, as long as no episode ends; and all are played."""
+    engine = Joins(share)
+    source = make_source(CorridorEnv(max_steps=9), engine=engine, parser=Walks(), env_ticks=0, num_workers=2)
+    groups = groups_of([Task("far", {"start": 0, "goal": 3})] * 2, 4)
+    assert [len(e.steps) for group in source.collect(groups, PLAN) for e in group] == [9] * 8
+    totals = itertools.accumulate(joined for _, joined in engine.joins)
+    early = [join for join, total in zip(engine.joins, totals, strict=True) if total <= 8 * 5]
+    assert sum(joined for _, joined in engine.joins) == 72
+    shares = [joined / 8 for at_work, joined in early if at_work]
+    assert share <= min(shares) < 1.5 * share
+
+
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("env_ticks", [1, 7])
 @pytest.mark.parametrize("kind", [HFEngine, PlainEngine])
