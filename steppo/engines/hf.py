@@ -66,6 +66,9 @@ class HFEngine(Engine):
         max_batch_size: Most requests that are answered at the same time; others wait.
         cache_tokens: Room of the cache. Sessions that do not fit are forgotten, the one that was asked longest ago first,
             and their next prompt is read as a whole. It should hold the longest prompt as often as there are slots.
+
+    Attributes:
+        tokens_read: How many the model has read so far, padding left out.
     """
 
     _policy: Policy  # from ``bind``
@@ -76,7 +79,7 @@ class HFEngine(Engine):
                 raise ConfigError(f"HFEngine: {name} must be at least 1, not {value}")
         self.max_batch_size = max_batch_size
         self.cache_tokens = cache_tokens
-        self.tokens_read = 0  # padding left out
+        self.tokens_read = 0
         self._asked = 0
         self._queue: list[Request] = []
         self._rows: list[_Row] = []
