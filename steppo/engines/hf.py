@@ -85,6 +85,8 @@ class HFEngine(Engine):
         self._rows: list[_Row] = []
         self._cache = RowCache()
         self._pass_tokens = self._worth = 1
+        self._parameters: list[Tensor] = []
+        self._seen = 0
 
     def bind(self, policy: Policy) -> None:
         odd = beyond_full_attention(policy.trunk)
@@ -162,9 +164,13 @@ class HFEngine(Engine):
     def _begin(self) -> list[Completion]:
         """Gives rows to those in the queue that there is room for. Those that memory does not suffice for are done."""
         completions = []
+        if self._rows and self._queue and self._versions() != self._seen:
+            self._forget()  # an optimizer was here, and nobody called `load_weights`
         if not self._rows:  # not before: the policy may have moved to another device
+            self._parameters = list(self._policy.parameters())
             self._pass_tokens = _pass_tokens(self._policy)
             self._worth = max(1, self._pass_tokens // 8)  # tokens that take longer to read than to copy
+        self._seen = self._versions()
         under_way = len(self._flights())
         while self._queue and under_way < self.max_batch_size:
             request = self._queue[0]
@@ -179,6 +185,10 @@ class HFEngine(Engine):
                 self._forget()  # half of the cache may have grown
             del self._queue[0]
         return completions
+
+    def _versions(self) -> int:
+        """Grows with each change in place of a weight."""
+        return sum(parameter._version for parameter in self._parameters)
 
     def _row_for(self, request: Request) -> _Row | None:
         """Its session's row, or one that is free or can be made so; none as long as others must end first."""
