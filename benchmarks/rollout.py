@@ -186,6 +186,7 @@ def compare(policy: Policy, limit: Limit, rows: int, steps: int, repeats: int, k
     times: dict[str, list[Times]] = {kind: [] for kind in kinds}
     for kind in kinds:
         rollout(rows, 1, answers[kind])
+    before = kept.tokens_read
     for _ in range(repeats):
         for kind in kinds:
             kept.load_weights([], 0)
@@ -195,6 +196,7 @@ def compare(policy: Policy, limit: Limit, rows: int, steps: int, repeats: int, k
         wall, process = median(times[kind])
         found[kind] = {"seconds": wall, "process_seconds": process, "steps_per_s": rows * steps / process}
         found[kind]["tokens_per_s"] = ACTION * found[kind]["steps_per_s"]
+    found["tokens_read"] = (kept.tokens_read - before) // repeats  # by the one that keeps caches
     for kind in kinds[1:]:
         found[f"over_{kind}"] = found[kind]["process_seconds"] / found[kinds[0]]["process_seconds"]
     print(json.dumps(found), file=sys.stderr)

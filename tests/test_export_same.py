@@ -58,7 +58,7 @@ def said_by_the_run(cli: SteppoCLI) -> list[list[int]]:
     for number, prompt in enumerate(prompts(cli)):
         engine.submit(Request(number, "", prompt, Sampling(0.0, 12), 0))
         with cli.trainer.precision_plugin.forward_context():
-            answers += [completion.action_ids.tolist() for completion in engine.poll()]
+            answers += [completion.action_ids.tolist() for _ in range(12) for completion in engine.poll()]
     return answers
 
 

@@ -66,6 +66,9 @@ class HFEngine(Engine):
         max_batch_size: Most requests that are answered at the same time; others wait.
         cache_tokens: Room of the cache. Sessions that do not fit are forgotten, the one that was asked longest ago first,
             and their next prompt is read as a whole. It should hold the longest prompt as often as there are slots.
+
+    Attributes:
+        tokens_read: How many the model has read so far, padding left out.
     """
 
     join_share = 0.75  # each time others join costs a pass, and a wait for the slowest of their environments
@@ -78,12 +81,14 @@ class HFEngine(Engine):
                 raise ConfigError(f"HFEngine: {name} must be at least 1, not {value}")
         self.max_batch_size = max_batch_size
         self.cache_tokens = cache_tokens
-        self.tokens_read = 0  # padding left out
+        self.tokens_read = 0
         self._asked = 0
         self._queue: list[Request] = []
         self._rows: list[_Row] = []
         self._cache = RowCache()
         self._pass_tokens = self._worth = 1
+        self._parameters: list[Tensor] = []
+        self._seen = 0
 
     def bind(self, policy: Policy) -> None:
         odd = beyond_full_attention(policy.trunk)
@@ -161,9 +166,13 @@ class HFEngine(Engine):
     def _begin(self) -> list[Completion]:
         """Gives rows to those in the queue that there is room for. Those that memory does not suffice for are done."""
         completions = []
+        if self._rows and self._queue and self._versions() != self._seen:
+            self._forget()  # an optimizer was here, and nobody called `load_weights`
         if not self._rows:  # not before: the policy may have moved to another device
+            self._parameters = list(self._policy.parameters())
             self._pass_tokens = _pass_tokens(self._policy)
             self._worth = max(1, self._pass_tokens // 8)  # tokens that take longer to read than to copy
+        self._seen = self._versions()
         under_way = len(self._flights())
         while self._queue and under_way < self.max_batch_size:
             request = self._queue[0]
@@ -178,6 +187,10 @@ class HFEngine(Engine):
                 self._forget()  # half of the cache may have grown
             del self._queue[0]
         return completions
+
+    def _versions(self) -> int:
+        """Grows with each change in place of a weight."""
+        return sum(parameter._version for parameter in self._parameters)
 
     def _row_for(self, request: Request) -> _Row | None:
         """Its session's row, or one that is free or can be made so; none as long as others must end first."""

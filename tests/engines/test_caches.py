@@ -357,6 +357,19 @@ def test_who_is_done_makes_room_at_the_next_tick(policy: TinyPolicy) -> None:
 # --- what must not be kept ---
 
 
+def test_weights_that_nobody_told_of_are_noticed(policy: TinyPolicy) -> None:
+    """By the next request: a source of one's own may neither load weights nor release."""
+    prompt = words(np.random.default_rng(0), 30)
+    engine = engine_for(policy)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=0.05)
+    for _ in range(3):
+        [answer] = ask(engine, ("a", prompt))
+        logprobs = logits_behind(policy, prompt).log_softmax(-1)
+        assert answer.logprobs[0] == pytest.approx(float(logprobs[answer.action_ids[0]]), abs=1e-6)
+        policy.model(torch.from_numpy(prompt.astype(np.int64))[None]).logits.logsumexp(-1).sum().backward()
+        optimizer.step()
+
+
 def test_new_weights_meet_no_old_keys(policy: TinyPolicy) -> None:
     """Also of what is under way: it goes on as if it had been read by the new ones."""
     policy.stop_ids = frozenset()
