@@ -49,7 +49,7 @@ class _Reading(torch.autograd.Function):
         states_A: Tensor,
         *weights: nn.Parameter,
     ) -> tuple[Tensor, Tensor]:
-        # Autocast keeps what it casts a weight to: made without a graph, later passes would find it without a gradient.
+        # With a graph: autocast keeps what it casts a weight to, and in some versions later passes get it as it was made.
         with torch.set_grad_enabled(learning):
             found = [_read(logits_of, *chunk) for chunk in _chunks(rows, states_A, target_A, divisor_A)]
         normaliser_A, logprobs_A, entropy_A = (torch.cat(column) for column in zip(*found, strict=True))
