@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib
 import importlib.metadata
@@ -10,10 +11,11 @@ import multiprocessing as mp
 import os
 import re
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, Literal
+from unittest import mock
 
 import platformdirs
 
@@ -54,6 +56,7 @@ _ALLOWED: dict[tuple[str, str], Sequence[Any]] = {
 }
 _SPLITS = ("train", "valid", "test")
 _SEEDS_PER_SPLIT = 1_000_000
+_MOST_TURNS = 50_000  # kept in memory, of a few hundred bytes each in most games
 
 
 def _make_game(challenge: str, settings: Mapping[str, Any], seed: int, path: Path, scratch: str | Path) -> None:
@@ -67,10 +70,32 @@ def _make_game(challenge: str, settings: Mapping[str, Any], seed: int, path: Pat
         options.seeds = seed
         options.path = os.path.join(folder, path.name)
         options.grammar.only_last_action = True  # an objective that spells out the route would be the solution
-        textworld.generator.compile_game(maker.make(settings, options), options)
+        with _compiled_once(challenge):
+            game = maker.make(settings, options)
+        textworld.generator.compile_game(game, options)
         made = Path(options.path)
         os.replace(made.with_suffix(".json"), path.with_suffix(".json"))
         os.replace(made, path)
+
+
+@contextlib.contextmanager
+def _compiled_once(challenge: str) -> Iterator[None]:
+    """TextWorld tries a game's walkthrough in a story that it compiles only for that, which doubles the cost of a game.
+
+    Here it tries it in the game's description, which it can play too. Not all of cooking's walkthroughs go there.
+    """
+    from textworld.generator.maker import GameMaker
+
+    if challenge == "cooking":
+        yield
+        return
+
+    def described(maker: Any, path: str) -> str:
+        maker.build().save(path := str(Path(path).with_suffix(".json")))
+        return path
+
+    with mock.patch.object(GameMaker, "compile", described):
+        yield
 
 
 def _clean(text: str) -> str:
@@ -152,11 +177,13 @@ class TextWorldEnv(TextGameEnv):
         recipe = json.dumps([challenge, self.settings, importlib.metadata.version("textworld")], sort_keys=True)
         root = Path(cache_dir) if cache_dir else Path(platformdirs.user_cache_dir("steppo")) / "textworld"
         self._folder = root / f"{challenge}-{hashlib.sha256(recipe.encode()).hexdigest()[:12]}"
+        self._turns: dict[tuple[int, *tuple[str, ...]], Turn] = {}
         self._game: Any = None
         self._state: Any = None
         self._goal = ""
         self._plans = False
         self._actions: list[str] = []
+        self._played = 0
 
     def tasks(self, split: str) -> list[Task]:
         if split not in _SPLITS:
@@ -196,46 +223,69 @@ class TextWorldEnv(TextGameEnv):
                 # each challenge has errors of its own
                 raise ConfigError(f"TextWorldEnv: no {self.challenge} game from {self.settings}: {error}") from error
 
+    def start(self) -> None:
+        self._turns = {}  # for all episodes of this process
+
     def reset(self, task: Task) -> Turn:
+        self.close()
         self._task = task
-        path = self._path(task)
-        if not path.exists():  # played outside of a run that prepared its tasks
-            self._folder.mkdir(parents=True, exist_ok=True)
-            _make_game(*self._recipe(task), path, self._folder)
-        self._start(plans=False)
         self._actions = []
-        if self.challenge == "coin_collector":
-            self._goal = "Find the coin and take it."
-        else:
-            self._goal = _clean_objective(self._state.objective)
-        return self._turn(success=False)
+        return self._known_or(self._opening)
 
     def command(self, command: str) -> Turn:
+        self._actions.append(command)
+        return self._known_or(self._carried_out)
+
+    def expert_action(self) -> str | None:
+        """First command of an optimal plan from here. Plans slow the game down, so it makes them from the first call on."""
+        if not self._plans:
+            self.close()
+        self._catch_up(plans=True)
+        plan = self._state.policy_commands
+        return plan[0] if plan else None
+
+    def _known_or(self, play: Callable[[], Turn]) -> Turn:
+        """The turn after this episode's commands; what this process has seen before is not played again."""
+        key = self._task.data["seed"], *self._actions
+        if key not in self._turns:
+            if len(self._turns) >= _MOST_TURNS:
+                del self._turns[next(iter(self._turns))]
+            self._turns[key] = play()
+        return self._turns[key]
+
+    def _opening(self) -> Turn:
+        self._catch_up()
+        return self._turn(success=False)
+
+    def _carried_out(self) -> Turn:
+        command = self._actions[-1]
+        self._catch_up(len(self._actions) - 1)
         score_before = self._state.score or 0
         admissible = command in self._state.admissible_commands
-        self._state, _, done = self._game.step(command)
-        self._actions.append(command)
+        self._catch_up()
         won = bool(self._state.won)
         if self.reward == "success":
             reward = float(won)
         else:
             reward = ((self._state.score or 0) - score_before) / (self._state.max_score or 1)
-        terminated = bool(done) or len(self._actions) == self.max_steps
+        terminated = self._done or len(self._actions) == self.max_steps
         return self._turn(reward=reward, terminated=terminated, success=won, action_valid=admissible)
 
-    def expert_action(self) -> str | None:
-        """First command of an optimal plan from here. Plans slow the game down, so it makes them from the first call on."""
-        if not self._plans:
-            self._start(plans=True)
-            for action in self._actions:
-                self._state, _, _ = self._game.step(action)
-        plan = self._state.policy_commands
-        return plan[0] if plan else None
+    def _catch_up(self, commands: int | None = None, plans: bool = False) -> None:
+        """Has the game where the episode is, or after its first ``commands``."""
+        if self._game is None:
+            self._start(plans)
+        for command in self._actions[self._played : commands]:
+            self._state, _, self._done = self._game.step(command)
+            self._played += 1
 
     def _start(self, plans: bool) -> None:
         import textworld
 
-        self.close()
+        path = self._path(self._task)
+        if not path.exists():  # played outside of a run that prepared its tasks
+            self._folder.mkdir(parents=True, exist_ok=True)
+            _make_game(*self._recipe(self._task), path, self._folder)
         wanted = textworld.EnvInfos(
             feedback=True,
             objective=True,
@@ -245,9 +295,14 @@ class TextWorldEnv(TextGameEnv):
             score=True,
             max_score=True,
         )
-        self._game = textworld.start(str(self._path(self._task)), wanted)
+        self._game = textworld.start(str(path), wanted)
         self._state = self._game.reset()
+        self._done = False
         self._plans = plans
+        self._played = 0
+        self._goal = "Find the coin and take it."
+        if self.challenge != "coin_collector":
+            self._goal = _clean_objective(self._state.objective)
 
     def close(self) -> None:
         if self._game is not None:
