@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import importlib
+import multiprocessing as mp
 import re
 import shutil
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
 import pytest
 
 from steppo.envs import TextWorldEnv
 from steppo.envs.checks import EnvReply
 from steppo.envs.pool import EnvPool
+from steppo.envs.textworld import _make_game
 from steppo.errors import ConfigError
 from steppo.types import Action, Task, Turn
 
@@ -108,6 +113,30 @@ def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
     env = TextWorldEnv(num_train=1, cache_dir=str(tmp_path / "file"))
     with pytest.raises(ConfigError, match="cannot write"):
         env.prepare(env.tasks("train"), no_progress)
+
+
+def _stock_game(challenge: str, settings: dict[str, Any], seed: int, path: Path, scratch: Path) -> None:
+    """As TextWorld makes it."""
+    import textworld
+    import textworld.generator
+
+    maker = importlib.import_module(f"textworld.challenges.tw_{challenge}.{challenge}")
+    options = textworld.GameOptions()
+    options.seeds = seed
+    options.path = str(path)
+    options.grammar.only_last_action = True
+    textworld.generator.compile_game(maker.make(settings, options), options)
+
+
+@pytest.mark.parametrize("challenge", ["coin_collector", "simple"])
+def test_a_game_that_is_compiled_once_is_the_same(challenge: Any, tmp_path: Path) -> None:
+    env = TextWorldEnv(challenge, num_train=1)
+    recipe = env._recipe(env.tasks("train")[0])
+    with ProcessPoolExecutor(1, mp.get_context("spawn")) as pool:
+        for make, name in ((_stock_game, "stock"), (_make_game, "ours")):
+            pool.submit(make, *recipe, tmp_path / f"{name}.z8", tmp_path).result()
+    for kind in ("z8", "json"):
+        assert (tmp_path / f"ours.{kind}").read_bytes() == (tmp_path / f"stock.{kind}").read_bytes()
 
 
 # --- what is shown ---
@@ -215,6 +244,70 @@ def test_rewards_are_success_or_score(tmp_path: Path) -> None:
     assert sum(turn.reward for turn in score) == pytest.approx(1.0)
     assert success[-1].success is score[-1].success is True
     assert not re.search("chest|key|east", success[0].goal), "the goal is brief, the way is to be found"
+
+
+# --- turns that are known ---
+
+
+class _Nothing(dict[Any, Any]):
+    """Knows nothing."""
+
+    def __contains__(self, key: object) -> bool:
+        return False
+
+
+class Forgetful(TextWorldEnv):
+    """Plays every turn."""
+
+    def start(self) -> None:
+        self._turns = _Nothing()
+
+
+def wander(env: TextWorldEnv, episodes: int) -> list[Turn]:
+    """Random episodes of a few games in turns in two slots, some with experts, some with mistakes."""
+    rng = np.random.default_rng(0)
+    tasks = env.tasks("train")[:2]
+    turns: list[Turn] = []
+    with closing(EnvPool(env, 2, 1, timeout_s=60.0)) as pool:
+        last: list[Turn | None] = [None, None]
+        while len(turns) < 6 * episodes:
+            slot = int(rng.integers(2))
+            turn = last[slot]
+            if turn is None or turn.terminated:
+                pool.reset(slot, tasks[rng.integers(2)], want_expert=bool(rng.integers(2)))
+            else:
+                choices = [*(turn.commands or ()), turn.expert_action or "look", "go nowhere"]
+                pool.step(slot, Action(str(choices[rng.integers(len(choices))])))
+            last[slot] = seen(pool.receive(slot))
+            turns.append(cast(Turn, last[slot]))
+    return turns
+
+
+def test_known_turns_are_those_that_a_game_gives(textworld_env: TextWorldEnv) -> None:
+    arguments = {"description": "full", "reward": "score", "max_steps": 6}
+    folder = str(textworld_env._folder.parent)
+    env = variant(textworld_env, **arguments)
+    forgetful = Forgetful("coin_collector", {"level": 2}, num_train=4, cache_dir=folder, **arguments)
+    assert wander(env, 60) == wander(forgetful, 60)
+
+
+def test_known_turns_are_not_played_again(textworld_env: TextWorldEnv, tmp_path: Path) -> None:
+    """Without its file a game that is played is made anew."""
+    shutil.copytree(textworld_env._folder, tmp_path / textworld_env._folder.name)
+    env = TextWorldEnv("coin_collector", {"level": 2}, num_train=1, cache_dir=str(tmp_path), max_steps=3)
+    [task] = env.tasks("train")
+    with closing(EnvPool(env, 2, 1, timeout_s=60.0)) as pool:
+        episodes = []
+        for slot in range(2):
+            pool.reset(slot, task)
+            turns = [seen(pool.receive(slot))]
+            while not turns[-1].terminated:
+                pool.step(slot, Action("look"))
+                turns.append(seen(pool.receive(slot)))
+            episodes.append(turns)
+            env._path(task).unlink(missing_ok=True)
+    assert episodes[0] == episodes[1]
+    assert not env._path(task).exists()
 
 
 # --- files ---
