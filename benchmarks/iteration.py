@@ -109,7 +109,7 @@ def child(arguments: list[str], out: str) -> None:
         self.engine.poll = polled  # type: ignore[method-assign]
 
     AgentModule.timed, EnvSource.bind = clocked, bound  # type: ignore[method-assign, assignment]
-    env_source.EnvPool = clocked_pool  # type: ignore[attr-defined]
+    vars(env_source)["EnvPool"] = clocked_pool
     with tempfile.TemporaryDirectory() as folder:
         command = ["fit", "--config", "configs/quickstart.yaml", *arguments]
         sys.argv = ["train.py", *command, f"--trainer.logger.save_dir={folder}"]

@@ -284,7 +284,7 @@ def wander(env: TextWorldEnv, episodes: int) -> list[Turn]:
 
 
 def test_known_turns_are_those_that_a_game_gives(textworld_env: TextWorldEnv) -> None:
-    arguments = {"description": "full", "reward": "score", "max_steps": 6}
+    arguments: dict[str, Any] = {"description": "full", "reward": "score", "max_steps": 6}
     folder = str(textworld_env._folder.parent)
     env = variant(textworld_env, **arguments)
     forgetful = Forgetful("coin_collector", {"level": 2}, num_train=4, cache_dir=folder, **arguments)
