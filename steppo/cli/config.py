@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from steppo.cli.config_files import Dotted, Keys, Layer, Word
@@ -26,12 +26,15 @@ from steppo.errors import ConfigError
 
 
 class Component(dict[str, Any]):
-    """The arguments of a class; if it is ``called_later``, others come then."""
+    """The arguments of a class, some of them ``given`` by options; if it is ``called_later``, others come then."""
 
-    def __init__(self, owner: type, called_later: bool, arguments: Mapping[str, Any]) -> None:
+    def __init__(
+        self, owner: type, called_later: bool, arguments: Mapping[str, Any], given: frozenset[str] = frozenset()
+    ) -> None:
         super().__init__(arguments)
         self.owner = owner
         self.called_later = called_later
+        self.given = given
 
 
 def merged_config(layers: Iterable[Layer], sections: Settings) -> dict[str, Any]:
@@ -41,12 +44,29 @@ def merged_config(layers: Iterable[Layer], sections: Settings) -> dict[str, Any]
     than before starts without arguments.
 
     Raises:
-        ConfigError: A name is not known, or a value does not fit; where and what.
+        ConfigError: A name is not known, or a value does not fit, or an argument given by an option would be lost to
+            another class that is named later; where and what.
     """
     config: dict[str, Any] = {}
     for layer in layers:
-        config = _merge(config, layer.value, sections, layer, ())
+        before, config = config, _merge(config, layer.value, sections, layer, ())
+        for keys in _lost(before, config):
+            place, by = ".".join(keys[:-1]), layer.name or "a later option"
+            raise ConfigError(f"--{'.'.join(keys)} would be lost: {by} replaces {place}; name the class first")
     return config
+
+
+def _lost(before: Any, after: Any, keys: Keys = ()) -> Iterator[Keys]:
+    """What options gave to a class and is gone."""
+    if isinstance(before, list):
+        for number, item in enumerate(before):
+            yield from _lost(item, after[number] if isinstance(after, list) and number < len(after) else None, keys)
+    elif isinstance(before, dict):
+        for name, item in before.items():
+            if isinstance(after, dict) and name in after:
+                yield from _lost(item, after[name], (*keys, name))
+            elif isinstance(before, Component) and name in before.given:
+                yield (*keys, name)
 
 
 def _merge(base: Any, new: Any, hint: Any, layer: Layer, keys: Keys) -> Any:
@@ -120,8 +140,9 @@ def _merge_component(base: Any, new: str | dict[Any, Any], kind: Kind, layer: La
             if isinstance(new, str) and str in kind.options:
                 return None
             raise layer.error(keys, f": {error}") from None
-    kept = old if old is not None and old.owner is owner else {}
-    return Component(owner, kind.called_later, _merge_arguments(kept, arguments, owner, layer, keys))
+    kept = old if old is not None and old.owner is owner else Component(owner, kind.called_later, {})
+    given = kept.given if layer.name else kept.given | {str(key).removesuffix("+") for key in arguments}
+    return Component(owner, kind.called_later, _merge_arguments(kept, arguments, owner, layer, keys), given)
 
 
 def complete(config: Any, keys: Keys = ()) -> Any:

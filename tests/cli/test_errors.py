@@ -35,6 +35,10 @@ COMMANDS = {
 
 # Options after a config that works.
 OPTIONS = {
+    "class_after_its_argument": (
+        ["--model.advantage.gamma", "0.9", "--model.advantage=GRPO"],
+        "--model.advantage.gamma would be lost: a later option replaces model.advantage; name the class first",
+    ),
     # class paths
     "missing_module": (
         [f"--{ENV}=nowhere.Env"],

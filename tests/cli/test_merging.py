@@ -257,3 +257,73 @@ def test_text_stays_text(text: str, tmp_path: Path) -> None:
     path.write_text(f"data: {{source: {{context: {{instructions: {text!r}}}}}}}\n")
     parts = build_parts(Namespace(config=[str(TOY), str(path)], ckpt_path=None), [])
     assert parts.datamodule.source.context.instructions == text
+
+
+ENV = "{data: {source: {env: tests.toy_env.CorridorEnv}}}"
+STOPS = ["--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitor=b"]
+LOST = {  # options, and which of them would be lost
+    "class after argument": (["--model.advantage.gamma", "0.9", "--model.advantage=GRPO"], "model.advantage.gamma"),
+    "class_path": (["--model.advantage.gamma=0.9", "--model.advantage.class_path=GRPO"], "model.advantage.gamma"),
+    "long form": (
+        ["--model.init_args.advantage.init_args.gamma=0.9", "--model.advantage={class_path: GRPO, init_args: {}}"],
+        "model.advantage.gamma",
+    ),
+    "mapping": (["--model.advantage={gamma: 0.9}", "--model.advantage=GRPO"], "model.advantage.gamma"),
+    "both in mappings": (["--model={advantage: {gamma: 0.9}}", "--model={advantage: GRPO}"], "model.advantage.gamma"),
+    "one of two": (
+        [
+            "--model.advantage.gae_lambda=0.9",
+            "--model.advantage.gamma=0.9",
+            "--model.advantage={class_path: TokenGAE, gamma: 1.0}",
+        ],
+        "model.advantage.gae_lambda",
+    ),
+    "of a class named before": (
+        ["--model.advantage=GRPO", "--model.advantage.scale_by_std=false", "--model.advantage=StepGAE"],
+        "model.advantage.scale_by_std",
+    ),
+    "no class": (
+        ["--model.critic=SharedCritic", "--model.critic.detach=true", "--model.critic=null"],
+        "model.critic.detach",
+    ),
+    "nested": (["--data.source.env.max_steps=5", "--data.source=tests.envs.test_source_checks.OddJudge"], "data.source.env"),
+    "nested, its like given": (
+        ["--data.source.env.max_steps=5", "--data.source={class_path: EnvSource, env: tests.toy_env.CorridorEnv}"],
+        "data.source.env.max_steps",
+    ),
+    "file": (["--data.source.env.max_steps=5", "--config", ENV], "data.source.env.max_steps"),
+    "section": (["--trainer.logger.save_dir=x", "--trainer={logger: CSVLogger}"], "trainer.logger.save_dir"),
+    "list element": ([*STOPS, "--trainer.callbacks.class_path=LearningRateMonitor"], "trainer.callbacks.monitor"),
+    "list element, appended whole": (
+        [
+            "--trainer.callbacks+={class_path: EarlyStopping, monitor: a}",
+            "--trainer.callbacks.class_path=LearningRateMonitor",
+        ],
+        "trainer.callbacks.monitor",
+    ),
+    "list": ([*STOPS, "--trainer.callbacks=[EarlyStopping]"], "trainer.callbacks.monitor"),
+    "shorter list": ([*STOPS, "--trainer.callbacks=[]"], "trainer.callbacks.monitor"),
+}
+
+
+@pytest.mark.parametrize("name", LOST)
+def test_no_argument_is_lost_to_a_class_named_later(name: str) -> None:
+    """In the other order it counts."""
+    options, lost = LOST[name]
+    with pytest.raises(ConfigError, match=rf"--{lost} would be lost: .* name the class first$"):
+        merged("--config", PLAIN, *options)
+
+
+def test_what_is_said_again_counts_as_said_last() -> None:
+    for options, place, left in (
+        (["--model.advantage.gamma=0.9", "--model.advantage=StepGAE"], "model.advantage", ("StepGAE", {"gamma": 0.9})),
+        (
+            ["--model.advantage.gamma=0.9", "--model.advantage={class_path: TokenGAE, gamma: 1.0}"],
+            "model.advantage",
+            ("TokenGAE", {"gamma": 1.0}),
+        ),
+        (["--model.advantage=GRPO", "--model.advantage=RLOO"], "model.advantage", ("RLOO", {})),
+    ):
+        assert shape(at(merged("--config", PLAIN, *options), place)) == left
+    more = merged("--config", PLAIN, *STOPS, "--trainer.callbacks+=LearningRateMonitor")["trainer"]["callbacks"]
+    assert [shape(item) for item in more] == [("EarlyStopping", {"monitor": "b"}), ("LearningRateMonitor", {})]
