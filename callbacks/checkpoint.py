@@ -11,7 +11,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 
 from steppo.checkpoints import iteration_checkpoints, iteration_path, iterations_of, read
-from steppo.errors import ConfigError
+from steppo.errors import ConfigError, require_at_least
 from steppo.listeners import Listener
 from steppo.module import AgentModule
 from steppo.run_folder import CHECKPOINTS, RunTrainer, run_folder
@@ -33,8 +33,7 @@ class IterationCheckpoint(Listener):
     # late enough, and `on_iteration_start`, where the rollout moves on in the tasks, is too late.
 
     def __init__(self, every_n_iterations: int = 1, keep: int = 2) -> None:
-        if every_n_iterations < 1 or keep < 1:
-            raise ConfigError("checkpoint: every_n_iterations and keep must be at least 1")
+        require_at_least(1, "checkpoint", every_n_iterations=every_n_iterations, keep=keep)
         self.every_n_iterations = every_n_iterations
         self.keep = keep
         self.enabled = True

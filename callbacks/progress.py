@@ -10,11 +10,11 @@ from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Column, Table
 
 from callbacks.evaluation import EvaluationCallback
-from steppo.errors import ConfigError
+from steppo.errors import ConfigError, in_short
 from steppo.learner import Experience, ReplayStatistics
 from steppo.listeners import Evaluation, Listener
 from steppo.metrics import common_failure
@@ -37,7 +37,6 @@ class StepProgressBar(ProgressBar, Listener):
         self.every_n_iterations = every_n_iterations
         self._console = Console(highlight=False)
         self._progress: Progress | None = None
-        self._task: TaskID | None = None
         self._enabled = enabled
         self._failure = ""
 
@@ -53,41 +52,33 @@ class StepProgressBar(ProgressBar, Listener):
         """Shows a new phase in place of the last."""
         if not self._enabled:
             return
-        if self._progress is None:
-            self._progress = Progress(
-                TextColumn("{task.description:<24}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TimeElapsedColumn(),
-                TimeRemainingColumn(),
-                console=self._console,
-                transient=True,
-                refresh_per_second=4,
-            )
-            self._progress.start()
         self.end_phase()
         fitting = self._trainer is not None and self._trainer.fit_loop.epoch_progress.current.ready > 0
         where = f"iteration {self.trainer.current_epoch + 1} " if fitting else ""
         if not self._console.is_terminal and not fitting:
             self._console.print(f"{name} ...")
-        self._task = self._progress.add_task(where + name, total=total)
+        columns = [BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()]
+        self._progress = Progress(
+            TextColumn("{task.description:<24}"),
+            *columns,
+            console=self._console,
+            transient=True,
+            refresh_per_second=4,
+            disable=not self._console.is_terminal,
+        )
+        self._progress.add_task(where + name, total=total)
+        self._progress.start()
 
     def advance_phase(self, done: int, total: int | None) -> None:
         """Moves the bar."""
-        if self._progress is not None and self._task is not None:
-            self._progress.update(self._task, completed=done, total=total)
+        if self._progress is not None:
+            self._progress.update(self._progress.task_ids[0], completed=done, total=total)
 
     def end_phase(self) -> None:
         """Takes the phase off the screen."""
-        if self._progress is not None and self._task is not None:
-            self._progress.remove_task(self._task)
-            self._task = None
-
-    def _stop(self) -> None:
         if self._progress is not None:
             self._progress.stop()
             self._progress = None
-            self._task = None
 
     # ---- Lightning's phases ----
 
@@ -141,14 +132,14 @@ class StepProgressBar(ProgressBar, Listener):
         self._say_places(trainer)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: AgentModule, exception: BaseException) -> None:
-        self._stop()
+        self.end_phase()
 
     def teardown(self, trainer: pl.Trainer, pl_module: AgentModule, stage: str) -> None:
-        self._stop()
+        self.end_phase()
 
     def _finish(self, trainer: pl.Trainer) -> None:
         """A result is never kept to itself."""
-        self._stop()
+        self.end_phase()
         history = _evaluations(trainer)
         for record in [*history[:1], *history[1:][-1:]] if self._enabled else history[-1:]:
             if trainer.is_global_zero:
@@ -196,16 +187,11 @@ def _in_one_line(record: Mapping[str, Any]) -> str:
 
 
 def _failed(failed: int, played: int, error: str) -> str:
-    said = " ".join(error.split()) or "no message"
-    return (
-        f"{failed} of {played} episodes failed ({said if len(said) <= _LONGEST_ERROR else said[:_LONGEST_ERROR] + ' ...'})"
-    )
+    return f"{failed} of {played} episodes failed ({in_short(error, _LONGEST_ERROR) or 'no message'})"
 
 
 def _seconds_table(module: AgentModule) -> Table:
-    table = Table(title="Seconds by phase")
-    table.add_column("phase")
-    table.add_column("seconds", justify="right")
+    table = Table("phase", Column("seconds", justify="right"), title="Seconds by phase")
     for name, spent in module.seconds.items():
         table.add_row(name.replace("_", " "), f"{spent:.1f}")
     return table

@@ -14,7 +14,6 @@ from torch import nn
 
 from steppo.checkpoints import read
 from steppo.errors import ConfigError
-from steppo.models import AdapterCritic, SeparateCritic
 from steppo.models.adapters import LoRASettings
 from steppo.module import AgentModule
 from steppo.run_folder import RunTrainer
@@ -68,19 +67,20 @@ class QuantizationCallback(pl.Callback):
 
     def apply(self, module: AgentModule, device: torch.device, checkpoint: dict[str, Any] | None = None) -> None:
         """Tells a module what to build, where, and for which checkpoint; for commands without a trainer too."""
+        module.gradient_checkpointing = self.gradient_checkpointing
         if self.lora_rank == 0:
-            module.build_with(None, self.gradient_checkpointing)
             return
         kept = checkpoint["steppo"].get("belongs_to", {}).get("base_dtype") if checkpoint else None
         own = "bfloat16" if device.type == "cuda" else "float32"
-        module.policy.store_base(self.bits, getattr(torch, self.base_dtype or kept or own), device)
+        module.policy.bits, module.policy.load_device = self.bits, device
+        module.policy.base_dtype = getattr(torch, self.base_dtype or kept or own)
         alpha = self.lora_alpha if self.lora_alpha is not None else 2.0 * self.lora_rank
         targets = tuple(self.lora_targets) if self.lora_targets else "all-linear"
-        module.build_with(LoRASettings(self.lora_rank, alpha, targets), self.gradient_checkpointing)
+        module.lora = LoRASettings(self.lora_rank, alpha, targets)
 
     def _check(self, trainer: pl.Trainer, module: AgentModule) -> None:
         """Refuses what cannot work, with what can."""
-        strategy, policy, critic = trainer.strategy, type(module.policy).__name__, module.critic
+        strategy, policy = trainer.strategy, type(module.policy).__name__
         name = type(strategy).__name__
         if not isinstance(strategy, (SingleDeviceStrategy, DDPStrategy, ModelParallelStrategy)):
             raise ConfigError(
@@ -92,10 +92,6 @@ class QuantizationCallback(pl.Callback):
             raise ConfigError(f"{policy} is made from scratch, there is no base to freeze; use steppo.models.HFPolicy")
         if self.bits is not None and trainer.precision == "64-true":
             raise ConfigError("quantised weights compute in 32 or 16 bits: set trainer.precision to 32-true or bf16-mixed")
-        if self.lora_rank and isinstance(critic, SeparateCritic):
-            raise ConfigError("SeparateCritic would copy a frozen base: with LoRA use steppo.models.AdapterCritic instead")
-        if self.lora_rank == 0 and isinstance(critic, AdapterCritic):
-            raise ConfigError("AdapterCritic shares a frozen base: set quantization.lora_rank, or use SeparateCritic")
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: AgentModule) -> None:
         optimizer = trainer.optimizers[0]

@@ -11,7 +11,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from steppo.advantages.base import Returns, centred_within
 from steppo.datamodule import StepDataModule, run_seed
 from steppo.distributed import gather
-from steppo.errors import ConfigError, RunError
+from steppo.errors import ConfigError, RunError, require_at_least
 from steppo.listeners import Listener
 from steppo.metrics import common_failure, info_figures
 from steppo.module import AgentModule
@@ -39,8 +39,8 @@ class RolloutCallback(Listener):
         min_valid_fraction: float = 0.5,
         max_environment_steps: int | None = None,
     ) -> None:
-        if episodes_per_iteration < 1 or group_size < 1:
-            raise ConfigError("rollout: episodes_per_iteration and group_size must be at least 1")
+        require_at_least(1, "rollout", episodes_per_iteration=episodes_per_iteration, group_size=group_size)
+        require_at_least(0, "rollout", max_environment_steps=max_environment_steps)
         if episodes_per_iteration % group_size:
             raise ConfigError(
                 f"rollout: episodes_per_iteration, {episodes_per_iteration}, must be a multiple of group_size, {group_size}"
@@ -51,8 +51,6 @@ class RolloutCallback(Listener):
             )
         if not 0 <= min_valid_fraction <= 1:
             raise ConfigError(f"rollout: min_valid_fraction is a share, from 0 to 1, not {min_valid_fraction}")
-        if max_environment_steps is not None and max_environment_steps < 0:
-            raise ConfigError(f"rollout: max_environment_steps must be at least 0, not {max_environment_steps}")
         self.tasks_per_iteration = episodes_per_iteration // group_size
         self.group_size = group_size
         self.temperature = temperature

@@ -9,8 +9,8 @@ import lightning.pytorch as pl
 from lightning.pytorch.loggers import TensorBoardLogger
 from matplotlib.figure import Figure
 
-from steppo.distributed import gather, gather_to_first
-from steppo.errors import ConfigError
+from steppo.distributed import gather
+from steppo.errors import require_at_least
 from steppo.learner import Experience, ReplayStatistics
 from steppo.listeners import Evaluation, Listener
 from steppo.module import AgentModule
@@ -36,8 +36,7 @@ class TranscriptCallback(Listener):
     def __init__(
         self, train_episodes: int | None = None, prompts: int = 8, num_shown: int = 4, enabled: bool = True
     ) -> None:
-        if num_shown < 0 or prompts < 0 or (train_episodes is not None and train_episodes < 0):
-            raise ConfigError("transcripts: train_episodes, prompts and num_shown must be at least 0")
+        require_at_least(0, "transcripts", train_episodes=train_episodes, prompts=prompts, num_shown=num_shown)
         self.train_episodes = train_episodes
         self.prompts = prompts
         self.num_shown = num_shown
@@ -78,8 +77,8 @@ class TranscriptCallback(Listener):
                         logger.experiment.add_figure(tag, as_figure(by_order[order]), counters.updates, close=False)
 
     def _write(self, trainer: pl.Trainer, common: dict[str, Any], mine: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Writes all ranks' records, in logical order, where there is a place for them; they are on rank 0 only."""
-        records = sorted((record for part in gather_to_first(mine) for record in part), key=lambda record: record["order"])
+        """Writes all ranks' records, in logical order, where there is a place for them."""
+        records = sorted((record for part in gather(mine) for record in part), key=lambda record: record["order"])
         folder = run_folder(trainer)
         if folder is not None and trainer.is_global_zero:
             self._writer = self._writer or TranscriptWriter(folder)

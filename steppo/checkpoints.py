@@ -11,7 +11,7 @@ import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_warn
 
-from steppo.errors import ConfigError, RunError
+from steppo.errors import ConfigError, RunError, in_short
 from steppo.models.identity import difference
 from steppo.weight_cache import save_whole
 
@@ -77,11 +77,8 @@ class CheckpointIO(TorchCheckpointIO):
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | os.PathLike, storage_options: Any = None) -> None:
         try:
             save_whole(checkpoint, Path(path), Path(path).with_name(f".{Path(path).name}.part"))
-        except (OSError, RuntimeError) as error:
-            cause: BaseException = error
-            while not isinstance(cause, OSError) and cause.__context__ is not None:
-                cause = cause.__context__  # torch's writer says something else when it closes the file
-            reason = getattr(cause, "strerror", None) or " ".join(str(error).split())[:200]
+        except OSError as error:
+            reason = error.strerror or in_short(str(error), 200)
             raise RunError(f"cannot write the checkpoint {path}: {reason}; earlier checkpoints are as they were") from error
 
     def load_checkpoint(

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from steppo.batch import Microbatch
 from steppo.buffer import StepBuffer
 from steppo.distributed import made_once, rank_and_world, require_equal
-from steppo.errors import ConfigError
+from steppo.errors import ConfigError, require_at_least
 from steppo.minibatches import Minibatches, ShuffledSteps
 from steppo.packing import Packer, PaddedPacker
 from steppo.progress import phase
@@ -66,15 +66,9 @@ class StepDataModule(pl.LightningDataModule):
         eval_tasks: int = 100,
     ) -> None:
         super().__init__()
-        for name, value in (
-            ("update_epochs", update_epochs),
-            ("num_minibatches", num_minibatches),
-            ("max_tokens_per_microbatch", max_tokens_per_microbatch),
-            ("train_tasks", train_tasks),
-            ("eval_tasks", eval_tasks),
-        ):
-            if value is not None and value < 1:
-                raise ConfigError(f"StepDataModule: {name} must be at least 1, not {value}")
+        require_at_least(1, self, update_epochs=update_epochs, num_minibatches=num_minibatches)
+        require_at_least(1, self, max_tokens_per_microbatch=max_tokens_per_microbatch)
+        require_at_least(1, self, train_tasks=train_tasks, eval_tasks=eval_tasks)
         self.source = source
         self.sampler = sampler or ShuffledSampler()
         self.buffer = StepBuffer(
@@ -150,8 +144,7 @@ class StepDataModule(pl.LightningDataModule):
         """One empty item: the evaluation callback plays the panel, so that Lightning's schedule is the schedule."""
         return DataLoader(TensorDataset(torch.zeros(1)), batch_size=None, generator=torch.Generator())
 
-    def test_dataloader(self) -> DataLoader:
-        return self.val_dataloader()
+    test_dataloader = val_dataloader
 
     def state_dict(self) -> dict[str, Any]:
         return {"cursor": self.sampler.cursor, "source": self.source.state_dict()}

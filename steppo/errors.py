@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
-
-_LONGEST_MESSAGE = 500
 
 
 class SteppoError(Exception):
@@ -21,18 +20,31 @@ class RunError(SteppoError):
     """The run cannot go on: nothing finite to learn from, no healthy episode."""
 
 
+def require_at_least(least: int, owner: str | object, **settings: float | None) -> None:
+    """``ConfigError`` names the setting that is less, infinite or no number. What is not given is right."""
+    name = owner if isinstance(owner, str) else type(owner).__name__
+    for setting, value in settings.items():
+        if value is not None and not least <= value < math.inf:
+            finite = " and finite" if isinstance(value, float) else ""
+            raise ConfigError(f"{name}: {setting} must be at least {least}{finite}, not {value}")
+
+
 class WrongValue(Exception):
     """Code of a user's class gave what it must not give. The message says all: what, and what is wanted instead."""
+
+
+def in_short(text: str, longest: int = 500) -> str:
+    """On one line, no longer than one can read."""
+    text = " ".join(str.split(text))
+    return text if len(text) <= longest else text[: longest - 4] + " ..."
 
 
 def said(error: BaseException) -> str:
     """An error of code that is not steppo's, on one line that can be printed and stored, whatever its message is."""
     try:
-        message = " ".join(str.split(str(error)))
+        message = in_short(str(error))
     except Exception:
         message = "(its message cannot be read)"
-    if len(message) > _LONGEST_MESSAGE:
-        message = message[:_LONGEST_MESSAGE] + " ..."
     text = message if isinstance(error, WrongValue) else f"{type(error).__name__}: {message}"
     return text.encode("utf-8", "backslashreplace").decode()
 

@@ -94,6 +94,8 @@ def _card(name: str, parts: PartsCLI, checkpoint: dict[str, Any], adapter: bool)
         tags=["steppo", "reinforcement-learning", "agent"],
     )
     config = clean_config(parts.resolved)
+    data, model = config["data"]["init_args"], config["model"]["init_args"]
+    environment = data["source"].get("init_args", {}).get("env") or data["source"]
     counters = checkpoint["steppo"]["counters"]
     started = "weights from scratch" if base is None else f"`{_clean_text(base)}`"
     return "\n".join(
@@ -107,7 +109,8 @@ def _card(name: str, parts: PartsCLI, checkpoint: dict[str, Any], adapter: bool)
             "A language-model agent, trained with steppo: reinforcement learning at the granularity of interaction steps.",
             "",
             f"- Began as: {started}",
-            *_trained_on(config),
+            f"- Environment: `{environment['class_path']}`, split `{data['train_split']}`",
+            f"- Credit: `{model['advantage']['class_path']}`; policy loss: `{model['loss']['class_path']}`",
             f"- Trained for: {counters['iterations']} iterations, {counters['updates']} updates, "
             f"{counters['episodes']:,} episodes, {counters['environment_steps']:,} environment steps",
             "",
@@ -170,15 +173,6 @@ def _use(name: str, parts: PartsCLI, adapter: bool) -> list[str]:
         'inputs = tokenizer(text, add_special_tokens=False, return_tensors="pt").to(model.device)',
         *(["with torch.autocast(model.device.type, torch.bfloat16):"] if mixed else []),
         f"{'    ' if mixed else ''}action = model.generate(**inputs)",
-    ]
-
-
-def _trained_on(config: dict[str, Any]) -> list[str]:
-    data, model = config["data"]["init_args"], config["model"]["init_args"]
-    environment = data["source"].get("init_args", {}).get("env") or data["source"]
-    return [
-        f"- Environment: `{environment['class_path']}`, split `{data['train_split']}`",
-        f"- Credit: `{model['advantage']['class_path']}`; policy loss: `{model['loss']['class_path']}`",
     ]
 
 

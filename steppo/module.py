@@ -90,16 +90,11 @@ class AgentModule(RunModule):
         self.critic_optimizer = critic_optimizer
         self.critic_warmup_updates = critic_warmup_updates
         self.max_skipped_updates = max_skipped_updates
-        self.lora: LoRASettings | None = None
-        self.gradient_checkpointing = False
+        self.lora: LoRASettings | None = None  # with which the models are built: what they are frozen under
+        self.gradient_checkpointing = False  # keep no activations within a layer
         self._updates: list[UpdateStatistics] = []
 
     # ---- set-up ----
-
-    def build_with(self, lora: LoRASettings | None, gradient_checkpointing: bool) -> None:
-        """Before the models are built: freeze them and train adapters; keep no activations within a layer."""
-        self.lora = lora
-        self.gradient_checkpointing = gradient_checkpointing
 
     def configure_model(self) -> None:
         """Builds the models (once), hands the policy to the episode source and everything to the learner."""

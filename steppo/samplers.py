@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import fnmatch
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 import numpy as np
 
-from steppo.errors import ConfigError
+from steppo.errors import ConfigError, require_at_least
 from steppo.types import Task
 
 
@@ -60,9 +59,7 @@ class WeightedSampler(TaskSampler):
 
     def __init__(self, weights: dict[str, float]) -> None:
         super().__init__()
-        for pattern, weight in weights.items():
-            if not 0 <= weight < math.inf:
-                raise ConfigError(f"WeightedSampler: the weight of {pattern!r} must be at least 0 and finite, not {weight}")
+        require_at_least(0, self, **{f"the weight of {pattern!r}": weight for pattern, weight in weights.items()})
         self.weights = weights
         self._cumulative: tuple[Sequence[Task], np.ndarray] | None = None
 

@@ -189,23 +189,17 @@ def page_blocks(kind: str, iteration: int, records: Sequence[dict[str, Any]]) ->
     The index comes last and names the number of chunks before it: one that is there is whole.
     """
     chunks = [records[first : first + _EPISODES_PER_CHUNK] for first in range(0, len(records), _EPISODES_PER_CHUNK)]
-    blocks = [("text/plain", "chunk", _packed(chunk)) for chunk in chunks]
+    texts = (json.dumps(chunk, allow_nan=False).encode("ascii") for chunk in chunks)
+    blocks = [("text/plain", "chunk", base64.b64encode(gzip.compress(text, 6, mtime=0))) for text in texts]
     row = itemgetter("id", "task", "stop_reason", "success", "return")
-    rows = [[*row(record), len(record["steps"]), _invalid(record["steps"])] for record in records]
+    valid = [[step["action_valid"] for step in record["steps"]] for record in records]
+    rows = [[*row(record), len(steps), steps.count(False)] for record, steps in zip(records, valid, strict=True)]
     index = {"kind": kind, "iteration": iteration, "chunks": len(chunks), "per_chunk": _EPISODES_PER_CHUNK, "rows": rows}
     # Nothing in an episode's text can end the block: "<" is written as JSON's escape.
     blocks.append(("application/json", "index", json.dumps(index, allow_nan=False).replace("<", "\\u003c").encode("ascii")))
     return b"".join(
         f'<script type="{media}" class="{name}">'.encode() + content + _BLOCK_END for media, name, content in blocks
     )
-
-
-def _invalid(steps: Sequence[dict[str, Any]]) -> int:
-    return sum(not step["action_valid"] for step in steps)
-
-
-def _packed(chunk: Sequence[dict[str, Any]]) -> bytes:
-    return base64.b64encode(gzip.compress(json.dumps(chunk, allow_nan=False).encode("ascii"), 6, mtime=0))
 
 
 def _shell(title: str) -> bytes:

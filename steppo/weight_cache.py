@@ -20,7 +20,11 @@ _MOST_FILES = 32
 
 
 def save_whole(data: Any, path: Path, part: Path) -> None:
-    """Writes to ``part``, in the same folder, and renames it, so that the file is whole whenever the process dies."""
+    """Writes to ``part``, in the same folder, and renames it, so that the file is whole whenever the process dies.
+
+    Raises:
+        OSError: It cannot be written.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         with open(part, "wb") as file:
@@ -28,6 +32,8 @@ def save_whole(data: Any, path: Path, part: Path) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
+    except RuntimeError as error:  # torch's writer says something else when it closes the file
+        raise error.__context__ if isinstance(error.__context__, OSError) else OSError(str(error)) from error
     finally:
         with suppress(OSError):
             part.unlink()  # if it is still there
@@ -74,9 +80,10 @@ class WeightCache:
             results = [path for path in self.folder.iterdir() if _RESULT.fullmatch(path.name)]
             for path in sorted(results, key=lambda path: path.stat().st_mtime)[:-_MOST_FILES]:
                 path.unlink(missing_ok=True)  # another process may be at it
-        except (OSError, RuntimeError) as error:
-            reason = getattr(error, "strerror", None) or error
-            warnings.warn(f"cannot write to {self.folder}: {reason}; the result may not be kept", stacklevel=2)
+        except OSError as error:
+            warnings.warn(
+                f"cannot write to {self.folder}: {error.strerror or error}; the result may not be kept", stacklevel=2
+            )
 
     def _path(self, key: str) -> Path:
         return self.folder / f"{key}.pt"

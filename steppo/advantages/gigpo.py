@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from difflib import SequenceMatcher
 from typing import ClassVar
 
@@ -22,7 +21,7 @@ from steppo.advantages.base import (
     unsort,
 )
 from steppo.batch import Credit, CreditBatch
-from steppo.errors import ConfigError
+from steppo.errors import ConfigError, require_at_least
 
 
 class GiGPO(Advantage):
@@ -50,8 +49,7 @@ class GiGPO(Advantage):
         check_decays(self, gamma=gamma)
         if not 0 < similarity <= 1:
             raise ConfigError(f"GiGPO: similarity must be above 0 and at most 1, not {similarity}")
-        if not 0 <= step_weight < math.inf:
-            raise ConfigError(f"GiGPO: step_weight must be at least 0 and finite, not {step_weight}")
+        require_at_least(0, self, step_weight=step_weight)
         self.gamma = gamma
         self.step_weight = step_weight
         self.scale_by_std = scale_by_std

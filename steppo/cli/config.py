@@ -57,13 +57,13 @@ def merged_config(layers: Iterable[Layer], sections: Settings) -> dict[str, Any]
 
 
 def _lost(before: Any, after: Any, keys: Keys = ()) -> Iterator[Keys]:
-    """What options gave to a class and is gone."""
-    if isinstance(before, list):
-        for number, item in enumerate(before):
-            yield from _lost(item, after[number] if isinstance(after, list) and number < len(after) else None, keys)
-    elif isinstance(before, dict):
+    """What options gave to a class and another class does not have."""
+    if isinstance(before, list) and isinstance(after, list):
+        for old, new in zip(before, after, strict=False):
+            yield from _lost(old, new, keys)
+    elif isinstance(before, dict) and isinstance(after, dict):
         for name, item in before.items():
-            if isinstance(after, dict) and name in after:
+            if name in after:
                 yield from _lost(item, after[name], (*keys, name))
             elif isinstance(before, Component) and name in before.given:
                 yield (*keys, name)

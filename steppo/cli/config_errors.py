@@ -15,9 +15,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 
 from steppo.cli.config import Component
 from steppo.cli.config_types import parameters
-from steppo.errors import ConfigError, SteppoError, located
-
-_LONGEST_ERROR = 500
+from steppo.errors import ConfigError, SteppoError, in_short, located
 
 # What Lightning offers and steppo does otherwise, and what to use.
 _OTHERWISE = {
@@ -68,13 +66,13 @@ def check_config(config: Mapping[str, Any]) -> None:
 
 def explain(error: Exception) -> str:
     """One line, and no longer than one can read."""
-    text = " ".join(str(error).split())
+    text = str(error)
     if isinstance(error, MisconfigurationException) and "No supported gpu" in text:
         text = "trainer.accelerator: torch sees no GPU here; set it to cpu or auto"
     elif isinstance(error, ArgumentError):  # where, and the last of what it tried
         *where, text = re.split(r'Parser key "([^"]*)":', text)
         text = ": ".join([*(key.replace("init_args.", "") for key in where[1::2][-1:]), text.strip()])
-    return text if len(text) <= _LONGEST_ERROR else text[: _LONGEST_ERROR - 4] + " ..."
+    return in_short(text)
 
 
 # ---- errors of components and of Lightning ----

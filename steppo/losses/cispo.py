@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from steppo.errors import ConfigError
+from steppo.errors import ConfigError, require_at_least
 from steppo.losses.base import LossInputs, LossOutput, PolicyLoss
-from steppo.losses.functional import Ratio, check_at_least_0, log_ratios
+from steppo.losses.functional import Ratio, log_ratios
 
 
 class CISPO(PolicyLoss):
@@ -19,7 +19,7 @@ class CISPO(PolicyLoss):
     """
 
     def __init__(self, clip_low: float = 1.0, clip_high: float = 4.0, ratio: Ratio = "token") -> None:
-        check_at_least_0(self, clip_low=clip_low, clip_high=clip_high)
+        require_at_least(0, self, clip_low=clip_low, clip_high=clip_high)
         if clip_low > 1:
             raise ConfigError(f"CISPO: clip_low must be at most 1, not {clip_low}: a ratio is never below 0")
         self.clip_low = clip_low

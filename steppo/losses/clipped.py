@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from steppo.errors import ConfigError
+from steppo.errors import ConfigError, require_at_least
 from steppo.losses.base import LossInputs, LossOutput, PolicyLoss
-from steppo.losses.functional import Ratio, check_at_least_0, log_ratios
+from steppo.losses.functional import Ratio, log_ratios
 
 
 class ClippedLoss(PolicyLoss):
@@ -25,7 +25,7 @@ class ClippedLoss(PolicyLoss):
     def __init__(
         self, ratio: Ratio = "step", clip_low: float = 0.2, clip_high: float = 0.2, dual_clip: float = 10.0
     ) -> None:
-        check_at_least_0(self, clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip)
+        require_at_least(0, self, clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip)
         if clip_low > 1:
             raise ConfigError(f"ClippedLoss: clip_low must be at most 1, not {clip_low}: a ratio is never below 0")
         if ratio == "token" and 0 < dual_clip <= 1 + clip_high:

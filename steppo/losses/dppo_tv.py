@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from steppo.errors import require_at_least
 from steppo.losses.base import LossInputs, LossOutput, PolicyLoss
-from steppo.losses.functional import check_at_least_0, log_ratios
+from steppo.losses.functional import log_ratios
 
 
 class DPPOTV(PolicyLoss):
@@ -20,7 +21,7 @@ class DPPOTV(PolicyLoss):
     """
 
     def __init__(self, max_shift: float = 0.2, penalty: float = 1e-3) -> None:
-        check_at_least_0(self, max_shift=max_shift, penalty=penalty)
+        require_at_least(0, self, max_shift=max_shift, penalty=penalty)
         self.max_shift = max_shift
         self.penalty = penalty
 

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from typing import Literal
 
 import torch
 from torch import Tensor
-
-from steppo.errors import ConfigError
 
 Ratio = Literal["step", "token"]
 Aggregation = Literal["step-mean", "token-mean"]
@@ -16,13 +13,6 @@ KLEstimator = Literal["k3", "k2"]
 
 # Larger log-ratios are clipped long before they matter; exp() of them must not overflow.
 _MAX_LOG_RATIO = 10.0
-
-
-def check_at_least_0(owner: object, **settings: float) -> None:
-    """``ConfigError`` names the setting that is negative, infinite or no number."""
-    for name, value in settings.items():
-        if not 0 <= value < math.inf:
-            raise ConfigError(f"{type(owner).__name__}: {name} must be at least 0 and finite, not {value}")
 
 
 def token_weights(step_of_A: Tensor, weight_N: Tensor, aggregation: Aggregation) -> Tensor:

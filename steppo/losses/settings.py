@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from steppo.losses.functional import Aggregation, KLEstimator, check_at_least_0
+from steppo.errors import require_at_least
+from steppo.losses.functional import Aggregation, KLEstimator
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class ObjectiveSettings:
 
     def __post_init__(self) -> None:
         names = ("vf_coef", "value_clip", "ent_coef", "kl_coef")
-        check_at_least_0(self, **{name: getattr(self, name) for name in names})
+        require_at_least(0, self, **{name: getattr(self, name) for name in names})
 
     @property
     def reward_kl_coef(self) -> float:

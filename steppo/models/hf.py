@@ -88,19 +88,17 @@ class HFPolicy(Policy):
         return arguments
 
     def export(self, folder: Path, merge: bool) -> None:
-        if self.adapters is None:
-            return super().export(folder, merge)
-        self.tokenizer.save_pretrained(folder)
-        if merge:
-            self._merged().save_pretrained(folder)
-            return None
+        if self.adapters is None or merge:
+            (self.model if self.adapters is None else self._merged()).save_pretrained(folder)
+            self.tokenizer.save_pretrained(folder)
+            return
         self.model.set_adapter("policy")  # what is active is saved
         base = Path(self.name_or_path)
         settings = self.model.peft_config["policy"]
         settings.base_model_name_or_path = str(base.resolve()) if base.is_dir() else self.name_or_path
         settings.revision = None if self.revision == "main" else self.revision
         self.model.save_pretrained(folder)
-        return None
+        self.tokenizer.save_pretrained(folder)
 
     @torch.no_grad()
     def _merged(self) -> Any:
@@ -133,8 +131,8 @@ class HFPolicy(Policy):
     def _check_tokens(self) -> None:
         """Every token that a prompt or an action can hold needs a row in the model's embedding."""
         rows = min(self.model.get_input_embeddings().weight.shape[0], self.model.config.vocab_size)
-        beyond = {text: token for text, token in self.tokenizer.get_vocab().items() if token >= rows}
-        used = beyond if not beyond else {text: token for text, token in beyond.items() if self._can_occur(text, token)}
+        beyond = [(text, token) for text, token in self.tokenizer.get_vocab().items() if token >= rows]
+        used = {text: token for text, token in beyond if self._can_occur(text, token)}
         used |= {f"stop id {token}": token for token in self.stop_ids if token >= rows and token not in used.values()}
         if used:
             first = min(used, key=lambda text: used[text])

@@ -64,10 +64,6 @@ class Policy(nn.Module, ABC):
         self.base_dtype: torch.dtype | None = None
         self.load_device = torch.device("cpu")
 
-    def store_base(self, bits: int | None, dtype: torch.dtype, device: torch.device) -> None:
-        """Before ``build``: how a frozen base is stored, and where a quantised one is loaded."""
-        self.bits, self.base_dtype, self.load_device = bits, dtype, device
-
     @abstractmethod
     def build(self, tokenizer_texts: Callable[[], list[str]]) -> None:
         """Makes model and tokenizer.

@@ -8,7 +8,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from steppo.errors import ConfigError
+from steppo.errors import ConfigError, require_at_least
 from steppo.models.policy import Policy
 
 PAD, END = "<|pad|>", "<|end|>"
@@ -37,10 +37,9 @@ class TinyPolicy(Policy):
         seed: int | None = None,
     ) -> None:
         super().__init__()
-        if vocab_size < _BYTES_AND_SPECIALS:
-            raise ConfigError(f"TinyPolicy: vocab_size must be at least {_BYTES_AND_SPECIALS}, not {vocab_size}")
-        if min(hidden_size, num_layers, num_heads, max_positions) < 1:
-            raise ConfigError("TinyPolicy: hidden_size, num_layers, num_heads and max_positions must be at least 1")
+        require_at_least(_BYTES_AND_SPECIALS, self, vocab_size=vocab_size)
+        require_at_least(1, self, hidden_size=hidden_size, num_layers=num_layers)
+        require_at_least(1, self, num_heads=num_heads, max_positions=max_positions)
         if num_heads % 2 or hidden_size % (2 * num_heads):
             raise ConfigError(
                 f"TinyPolicy: num_heads must be even, and hidden_size a multiple of 2 * num_heads, not {num_heads} and "

@@ -69,7 +69,9 @@ def main(args: Sequence[str] | None = None) -> None:
             bytewise.build(list)
             source.bind_tokenizer(bytewise.tokenizer, bytewise.stop_ids)
             source.max_prompt_tokens = _NO_LIMIT
-        player = _player(options.player, console, source)
+        choosers: dict[str, Choose] = {"expert": expert_action, "random": random_action, "human": Human(console)}
+        choose = choosers.get(options.player)
+        player = ScriptedPlayer(choose, source.write) if choose is not None else None
         config = RolloutConfig("play", run_seed(), options.temperature, want_expert=options.player == "expert")
         name = options.player + (f", temperature {config.temperature:g}" if player is None else "")
         show = Show(console, name, lambda step: source.renderer.decode_action(step.action_ids), value)
@@ -132,12 +134,6 @@ def _value(module: AgentModule, fabric: Fabric) -> Callable[[Step], float] | Non
         return float(critic.values(batch, batch.value_at_N, hidden))
 
     return value
-
-
-def _player(name: str, console: Console, source: EnvSource) -> Player | None:
-    """Who chooses the actions, if not the policy."""
-    choosers: dict[str, Choose] = {"expert": expert_action, "random": random_action, "human": Human(console)}
-    return ScriptedPlayer(choosers[name], source.write) if name in choosers else None
 
 
 def _play(source: EnvSource, tasks: Sequence[Task], config: RolloutConfig, player: Player | None, show: Show) -> None:

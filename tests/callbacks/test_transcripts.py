@@ -354,4 +354,4 @@ def test_prompts_of_iterations_and_panels_are_bounded(tmp_path: Path) -> None:
 def test_negative_numbers_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         run(tmp_path, "--transcripts.num_shown=-1")
-    assert "transcripts: train_episodes, prompts and num_shown must be at least 0" in capsys.readouterr().err
+    assert "transcripts: num_shown must be at least 0, not -1" in capsys.readouterr().err

@@ -118,7 +118,7 @@ OPTIONS = {
     "threads": (["--num_threads=0"], "num_threads must be at least 1, not 0"),
     # ranges
     "group_size": (["--rollout.group_size=0"], "group_size must be at least 1"),
-    "tasks": (["--rollout.episodes_per_iteration=-3"], "rollout: episodes_per_iteration and group_size must be at least 1"),
+    "tasks": (["--rollout.episodes_per_iteration=-3"], "rollout: episodes_per_iteration must be at least 1, not -3"),
     "temperature": (["--rollout.temperature=0"], "temperature must be above 0"),
     "infinite_temperature": (["--rollout.temperature=.inf"], "temperature must be above 0 and finite"),
     "greedy_samples": (["--evaluation.samples=4"], "several samples need a temperature"),
@@ -151,7 +151,7 @@ OPTIONS = {
         "GroupCredit compares episodes of a group: set rollout",
     ),
     "heads": ([f"--{POLICY}.num_heads=3"], "num_heads must be even, and hidden_size a multiple"),
-    "no_heads": ([f"--{POLICY}.num_heads=0"], "num_heads and max_positions must be at least 1"),
+    "no_heads": ([f"--{POLICY}.num_heads=0"], "TinyPolicy: num_heads must be at least 1, not 0"),
     "vocabulary": ([f"--{POLICY}.vocab_size=100"], "vocab_size must be at least 258"),
     "prompt_length": (["--data.source.max_prompt_tokens=0"], "EnvSource: max_prompt_tokens must be at least 1, not 0"),
     "ticks": (["--data.source.env_ticks=-1"], "EnvSource: env_ticks must be at least 0, not -1"),

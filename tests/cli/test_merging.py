@@ -282,10 +282,6 @@ LOST = {  # options, and which of them would be lost
         ["--model.advantage=GRPO", "--model.advantage.scale_by_std=false", "--model.advantage=StepGAE"],
         "model.advantage.scale_by_std",
     ),
-    "no class": (
-        ["--model.critic=SharedCritic", "--model.critic.detach=true", "--model.critic=null"],
-        "model.critic.detach",
-    ),
     "nested": (["--data.source.env.max_steps=5", "--data.source=tests.envs.test_source_checks.OddJudge"], "data.source.env"),
     "nested, its like given": (
         ["--data.source.env.max_steps=5", "--data.source={class_path: EnvSource, env: tests.toy_env.CorridorEnv}"],
@@ -302,7 +298,6 @@ LOST = {  # options, and which of them would be lost
         "trainer.callbacks.monitor",
     ),
     "list": ([*STOPS, "--trainer.callbacks=[EarlyStopping]"], "trainer.callbacks.monitor"),
-    "shorter list": ([*STOPS, "--trainer.callbacks=[]"], "trainer.callbacks.monitor"),
 }
 
 
@@ -325,5 +320,7 @@ def test_what_is_said_again_counts_as_said_last() -> None:
         (["--model.advantage=GRPO", "--model.advantage=RLOO"], "model.advantage", ("RLOO", {})),
     ):
         assert shape(at(merged("--config", PLAIN, *options), place)) == left
+    nothing = ["--trainer.logger.save_dir=x", "--trainer.logger=false", *STOPS, "--trainer.callbacks=null"]
+    assert merged("--config", PLAIN, *nothing)["trainer"] == {"logger": False, "callbacks": None}
     more = merged("--config", PLAIN, *STOPS, "--trainer.callbacks+=LearningRateMonitor")["trainer"]["callbacks"]
     assert [shape(item) for item in more] == [("EarlyStopping", {"monitor": "b"}), ("LearningRateMonitor", {})]
