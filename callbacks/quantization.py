@@ -14,6 +14,7 @@ from torch import nn
 
 from steppo.checkpoints import read
 from steppo.errors import ConfigError
+from steppo.models import AdapterCritic, SeparateCritic
 from steppo.models.adapters import LoRASettings
 from steppo.module import AgentModule
 from steppo.run_folder import RunTrainer
@@ -80,7 +81,7 @@ class QuantizationCallback(pl.Callback):
 
     def _check(self, trainer: pl.Trainer, module: AgentModule) -> None:
         """Refuses what cannot work, with what can."""
-        strategy, policy = trainer.strategy, type(module.policy).__name__
+        strategy, policy, critic = trainer.strategy, type(module.policy).__name__, module.critic
         name = type(strategy).__name__
         if not isinstance(strategy, (SingleDeviceStrategy, DDPStrategy, ModelParallelStrategy)):
             raise ConfigError(
@@ -92,6 +93,10 @@ class QuantizationCallback(pl.Callback):
             raise ConfigError(f"{policy} is made from scratch, there is no base to freeze; use steppo.models.HFPolicy")
         if self.bits is not None and trainer.precision == "64-true":
             raise ConfigError("quantised weights compute in 32 or 16 bits: set trainer.precision to 32-true or bf16-mixed")
+        if self.lora_rank and isinstance(critic, SeparateCritic):
+            raise ConfigError("SeparateCritic would copy a frozen base: with LoRA use steppo.models.AdapterCritic instead")
+        if self.lora_rank == 0 and isinstance(critic, AdapterCritic):
+            raise ConfigError("AdapterCritic shares a frozen base: set quantization.lora_rank, or use SeparateCritic")
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: AgentModule) -> None:
         optimizer = trainer.optimizers[0]

@@ -9,7 +9,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.loggers import TensorBoardLogger
 from matplotlib.figure import Figure
 
-from steppo.distributed import gather
+from steppo.distributed import gather, gather_to_first
 from steppo.errors import require_at_least
 from steppo.learner import Experience, ReplayStatistics
 from steppo.listeners import Evaluation, Listener
@@ -77,8 +77,8 @@ class TranscriptCallback(Listener):
                         logger.experiment.add_figure(tag, as_figure(by_order[order]), counters.updates, close=False)
 
     def _write(self, trainer: pl.Trainer, common: dict[str, Any], mine: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Writes all ranks' records, in logical order, where there is a place for them."""
-        records = sorted((record for part in gather(mine) for record in part), key=lambda record: record["order"])
+        """Writes all ranks' records, in logical order, where there is a place for them; they are on rank 0 only."""
+        records = sorted((record for part in gather_to_first(mine) for record in part), key=lambda record: record["order"])
         folder = run_folder(trainer)
         if folder is not None and trainer.is_global_zero:
             self._writer = self._writer or TranscriptWriter(folder)

@@ -33,18 +33,31 @@ def gather(item: T) -> list[T]:
     return items
 
 
+def gather_to_first(item: T) -> list[T]:
+    """Everyone's item, in the order of ranks, on rank 0; nothing on the others."""
+    rank, world = rank_and_world()
+    if world == 1:
+        return [item]
+    items: list[T] | None = [item] * world if rank == 0 else None
+    dist.gather_object(item, items)
+    return items or []
+
+
 def made_once(make: Callable[[], T]) -> T:
     """What rank 0 makes, for everyone; its mistake is everyone's. All ranks must ask."""
-    made: Any = None
-    if rank_and_world()[0] == 0:
+    rank, world = rank_and_world()
+    if world == 1:
+        return make()
+    box: list[Any] = [None, None]
+    if rank == 0:
         try:
-            made = make()
+            box[0] = make()
         except SteppoError as error:
-            made = error
-    made = gather(made)[0]
-    if isinstance(made, SteppoError):
-        raise made
-    return made
+            box[1] = error
+    dist.broadcast_object_list(box, 0)
+    if box[1] is not None:
+        raise box[1]
+    return box[0]
 
 
 def require_equal(parts: Mapping[str, Any]) -> None:

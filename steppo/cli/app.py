@@ -138,14 +138,25 @@ class SteppoCLI(LightningCLI):
         except ArgumentError as error:
             raise ConfigError(explain(error)) from None
 
-    def _run_subcommand(self, subcommand: str) -> None:
-        """As Lightning's, with the run's folder held, and ended by SIGTERM."""
+    def fit(self, **kwargs: Any) -> None:
+        """Lightning calls this in place of the trainer's."""
+        self._run(self.trainer.fit, kwargs)
+
+    def validate(self, **kwargs: Any) -> None:
+        """As ``fit``."""
+        self._run(self.trainer.validate, kwargs)
+
+    def test(self, **kwargs: Any) -> None:
+        """As ``fit``."""
+        self._run(self.trainer.test, kwargs)
+
+    def _run(self, command: Callable[..., Any], kwargs: dict[str, Any]) -> None:
         folder = self.trainer.own_log_dir() if cast(Any, rank_zero_only).rank == 0 else None
-        fits = subcommand == "fit" and self.config_init.fit.checkpoint.enabled
+        fits = self.subcommand == "fit" and self.config_init.fit.checkpoint.enabled
         with ends_on_sigterm(self.trainer, self._say_stopped):
             try:
                 with held(None if folder is None else Path(folder), keeps_checkpoints=fits):
-                    super()._run_subcommand(subcommand)
+                    command(**kwargs)
             except SIGTERMException:
                 raise
             except BaseException as error:

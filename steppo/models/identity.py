@@ -10,17 +10,30 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig
-
-from steppo.errors import in_short
 
 if TYPE_CHECKING:
     from steppo.models.policy import Policy
 
 _SAMPLES = 64
 # Of a transformers config: what is bookkeeping, a starting value, or a limit. The rest is how the model computes.
-_NO_ARCHITECTURE = {"initializer_range", "max_position_embeddings", "quantization_config", "torch_dtype", "use_cache"}
-_NO_ARCHITECTURE |= PreTrainedConfig().to_dict().keys() - {"model_type"}
+_NO_ARCHITECTURE = {
+    "architectures",
+    "bos_token_id",
+    "decoder_start_token_id",
+    "dtype",
+    "eos_token_id",
+    "id2label",
+    "initializer_range",
+    "label2id",
+    "max_position_embeddings",
+    "pad_token_id",
+    "quantization_config",
+    "sep_token_id",
+    "task_specific_params",
+    "torch_dtype",
+    "transformers_version",
+    "use_cache",
+}
 _PROBE = "Take the coin, \u00c4ffchen!  x = {'a': [1, 23, 4567]}\n\t<b>don't</b> \u4e16\u754c \U0001f9ed"
 
 
@@ -49,9 +62,7 @@ def difference(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
         theirs = there.get(name, mine)  # what a later version added is not in an earlier one's checkpoint
         if name == "architecture":
             shared = [key for key in mine if key in theirs and theirs[key] != mine[key]]
-            found += [
-                f"{key} is {in_short(str(theirs[key]), 60)} there and {in_short(str(mine[key]), 60)} here" for key in shared
-            ]
+            found += [f"{key} is {_short(theirs[key])} there and {_short(mine[key])} here" for key in shared]
         elif theirs == mine:
             continue
         elif name in ("tokenizer", "chat_template"):
@@ -59,7 +70,7 @@ def difference(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
         elif name == "base":
             found.append("the base model's weights are others")
         else:
-            found.append(f"{name} is {theirs} there and {mine} here")
+            found.append(f"{name} is {_short(theirs)} there and {_short(mine)} here")
     return "; ".join(found[:4])
 
 
@@ -79,17 +90,21 @@ def fingerprint(module: torch.nn.Module, left_out: Any = lambda name: False) -> 
         if isinstance(weight, Tensor) and not left_out(name) and not (codes and name.endswith("weight")):
             digest.update(name.replace(".base_layer.", ".").encode())
             digest.update(f"{weight.dtype} {tuple(weight.shape)}".encode())
-            whole = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[weight.element_size()]
-            bits = weight.detach().reshape(-1).view(whole)
+            bits = _bits(weight)
             sample = bits[:: max(1, len(bits) // _SAMPLES)][:_SAMPLES]
             digest.update(str([int(bits.sum(dtype=torch.int64)), *sample.tolist()]).encode())
     return digest.hexdigest()[:32]
 
 
+def _bits(weight: Tensor) -> Tensor:
+    whole = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[weight.element_size()]
+    return weight.detach().reshape(-1).view(whole)
+
+
 def _architecture(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     for name, value in config.items():
-        aside = name.startswith("_") or name.endswith("_token_id") or name in _NO_ARCHITECTURE
-        if not aside and "dropout" not in name and "pdrop" not in name:
+        private = name.startswith("_") or name in _NO_ARCHITECTURE or "dropout" in name or "pdrop" in name
+        if not private and not name.startswith(("output_", "return_", "problem_")):
             yield name, json.loads(json.dumps(value, default=str))  # tuples become lists, as in a checkpoint
 
 
@@ -101,3 +116,8 @@ def _reading(tokenizer: Any) -> list[Any]:
 
 def _hash(value: Any) -> str:
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:32]
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else text[:57] + "..."
