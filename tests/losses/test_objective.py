@@ -96,10 +96,11 @@ def objective(module: Any, batch: list[Microbatch], seen: Counter[str]) -> Tenso
         tokens = microbatch.tokens
         hidden, logprobs, entropies = module.policy(tokens, microbatch.temperature_A)
         values = None if kind == "none" else module.critic(tokens, tokens.value_positions(kind), hidden)
+        old = logprobs.detach() if microbatch.old_logprobs_A is None else microbatch.old_logprobs_A
         steps += tokens.num_steps
         for step in range(tokens.num_steps):
             places = torch.nonzero(tokens.step_of_A == step)[:, 0].tolist()
-            log_ratio = {a: logprobs[a] - microbatch.old_logprobs_A[a] for a in places}
+            log_ratio = {a: logprobs[a] - old[a] for a in places}
             mean = sum(x.detach() for x in log_ratio.values()) / len(places)
             for a in places:
                 own = log_ratio[a]
@@ -117,8 +118,8 @@ def objective(module: Any, batch: list[Microbatch], seen: Counter[str]) -> Tenso
             for place in [] if values is None else [step] if kind == "step" else places:
                 assert microbatch.old_value is not None
                 assert microbatch.target is not None
-                old, target = microbatch.old_value[place], microbatch.target[place]
-                near = old + torch.clamp(values[place] - old, -settings.value_clip, settings.value_clip)
+                before, target = microbatch.old_value[place], microbatch.target[place]
+                near = before + torch.clamp(values[place] - before, -settings.value_clip, settings.value_clip)
                 seen["value clipped"] += bool((near - target) ** 2 > (values[place] - target) ** 2)
                 squared = torch.maximum((values[place] - target) ** 2, (near - target) ** 2)
                 kept = [float(microbatch.weight_A[a]) for a in (places if kind == "step" else [place])]
