@@ -18,11 +18,9 @@ Writes ``benchmarks/results/minibatches.json`` and prints tables. Takes half a m
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import math
 import os
-import platform
 import shutil
 import statistics
 import subprocess
@@ -32,9 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
-import torch
-import transformers
+from measuring import about
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from steppo.batch import Segment
@@ -194,15 +190,7 @@ def main() -> None:
         for cut in args.cuts
     }
     report = {
-        "command": " ".join(["python benchmarks/minibatches.py", *sys.argv[1:]]),
-        "date": datetime.date.today().isoformat(),
-        "machine": f"{os.cpu_count()} CPU cores, {psutil.virtual_memory().total // 2**30} GiB, {platform.machine()}",
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
-        "threads": 1,
+        **(about() | {"threads": 1}),
         "tokens": [
             {"steps": steps, "minibatches": count, "computed": tokens_of_a_pass(steps, count)}
             for steps in (8, 16, 32)

@@ -18,10 +18,7 @@ tables. All of ``tiny`` takes about half an hour, all of ``smollm2`` ten minutes
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
-import os
-import platform
 import statistics
 import sys
 import time
@@ -30,9 +27,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import torch
-import transformers
+from measuring import about
 from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -282,15 +278,7 @@ def main() -> None:
         rates = machine()
         limit = Limit(policy, rates)
         part: dict[str, Any] = {
-            "command": " ".join(["python benchmarks/rollout.py", *sys.argv[1:]]),
-            "date": datetime.date.today().isoformat(),
-            "machine": f"{os.cpu_count()} CPU cores, {psutil.virtual_memory().total // 2**30} GiB, {platform.machine()}",
-            "versions": {
-                "python": platform.python_version(),
-                "torch": torch.__version__,
-                "transformers": transformers.__version__,
-            },
-            "threads": 1,
+            **about(),
             "parameters": {"trunk": limit.trunk, "head": limit.head},
             "rates": rates,
             "pass_tokens": pass_tokens(policy),

@@ -19,14 +19,10 @@ from __future__ import annotations
 
 import argparse
 import copy
-import datetime
 import hashlib
 import json
 import math
-import os
-import platform
 import statistics
-import sys
 import time
 from collections import deque
 from dataclasses import replace
@@ -301,9 +297,8 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results" / "scheduling.json")
     args = parser.parse_args()
 
-    import psutil
     import torch
-    import transformers
+    from measuring import about
 
     from steppo.models import TinyPolicy
 
@@ -315,15 +310,7 @@ def main() -> None:
     rows = [row for shape in args.answers for speed in args.speeds for row in compare(shape, speed, args, policy)]
     bound = args.slots / (0.1005 * (STEPS + 1) / STEPS)
     report = {
-        "command": " ".join(["python benchmarks/scheduling.py", *sys.argv[1:]]),
-        "date": datetime.date.today().isoformat(),
-        "machine": f"{os.cpu_count()} CPU cores, {psutil.virtual_memory().total // 2**30} GiB, {platform.machine()}",
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
-        "threads": 1,
+        **about(),
         "slots": args.slots,
         "episodes": args.episodes,
         "clock": "wall" if args.workers else "process time and waits",
