@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from steppo.batch import Microbatch, Segment
-from steppo.distributed import gather
+from steppo.distributed import gather, rank_and_world
 from steppo.errors import RunError
 from steppo.learner import Experience, OldLogprobs
 from steppo.minibatches import Minibatches, ShuffledSteps, StepColumns, checked_cut
@@ -37,6 +38,7 @@ class StepBuffer:
     num_minibatches: int = 1
     minibatches: Minibatches = field(default_factory=ShuffledSteps)
     _experience: Experience | None = field(default=None, init=False)
+    _first_pass: tuple[StepColumns, list[np.ndarray]] | None = field(default=None, init=False)
     _old_A: Tensor = field(default_factory=lambda: torch.zeros(0), init=False)
     _costs: list[PackingCost] = field(default_factory=list, init=False)
 
@@ -74,7 +76,8 @@ class StepBuffer:
 
     def first_update(self, steps: StepColumns, seed: int, iteration: int) -> np.ndarray:
         """Which steps of all ranks the first of ``updates`` will learn from. Raises as ``updates``."""
-        return self._cut(steps, seed, iteration, epoch=0)[0]
+        self._first_pass = steps, self._cut(steps, seed, iteration, epoch=0)
+        return self._first_pass[1][0]
 
     def take(self, found: Sequence[OldLogprobs]) -> None:
         """Old log-probabilities that the first update found, for later passes."""
@@ -87,14 +90,23 @@ class StepBuffer:
         return max(gather(float(difference_A.max()) if len(difference_A) else 0.0))
 
     def _cut(self, steps: StepColumns, seed: int, iteration: int, epoch: int) -> list[np.ndarray]:
-        rng = np.random.default_rng([seed, iteration, epoch])
-        return checked_cut(self.minibatches, steps, self.num_minibatches, rng)
+        if epoch == 0 and self._first_pass is not None and self._first_pass[0] is steps:
+            return self._first_pass[1]  # what was left out when it was scored is what the first update finds
+        key = [seed, iteration, epoch]
+        try:
+            return checked_cut(self.minibatches, steps, self.num_minibatches, np.random.default_rng(key))
+        except RunError as error:  # episodes failed: that costs them, not the run
+            found = checked_cut(ShuffledSteps(), steps, self.num_minibatches, np.random.default_rng(key))
+            if rank_and_world()[0] == 0:
+                warnings.warn(f"{error}; this time steps are shuffled one by one", stacklevel=2)
+            return found
 
     def updates(self, seed: int, iteration: int) -> Iterator[list[Microbatch]]:
         """This rank's part of each update; how steps are shuffled follows from the two numbers.
 
         Raises:
-            RunError: There are too few steps, or what is to stay together, for the updates of a pass.
+            RunError: There are too few steps for the updates of a pass. Where what is to stay together is too little,
+                because episodes failed, steps are shuffled instead, with a warning.
             ConfigError: ``minibatches`` gave something else than the updates of a pass.
         """
         experience = self.experience
@@ -103,12 +115,16 @@ class StepBuffer:
         local[experience.mine_N] = np.arange(len(experience.mine_N))
         mean_sizes = len(local) / self.num_minibatches, int(columns.length_N.sum()) / self.num_minibatches
         self._costs = []
+        has_begun = False
         for epoch in range(self.update_epochs):
             for chosen in self._cut(columns, seed, iteration, epoch):
                 mine = np.sort(local[chosen][local[chosen] >= 0])
                 own_sizes = len(chosen), int(columns.length_N[chosen].sum())
                 sizes = mean_sizes if self.minibatches.mean_size else own_sizes
                 own = self.microbatches(mine, *sizes)
+                if has_begun and any(part.old_logprobs_A is None for part in own):
+                    raise RunError("StepBuffer.take was not given the old log-probabilities that the first update found")
+                has_begun = True
                 self._costs += [PackingCost.of(part.tokens) for part in own]
                 lacking = max(gather(len(own))) - len(own)  # all ranks make the same number of passes
                 yield own + [self.padding_microbatch(*sizes) for _ in range(lacking)]

@@ -8,7 +8,7 @@ from typing import ClassVar, NamedTuple
 
 import numpy as np
 
-from steppo.errors import ConfigError, RunError
+from steppo.errors import ConfigError, RunError, SteppoError, located
 
 
 class StepColumns(NamedTuple):
@@ -79,13 +79,18 @@ def checked_cut(
 
     Raises:
         RunError: There are too few steps.
-        ConfigError: They are no partition into so many parts.
+        ConfigError: They are no partition into so many parts, or the class raised.
     """
     total = len(steps.length_N)
     if total < num_minibatches:
         raise RunError(f"the iteration gave {total} steps, too few for {num_minibatches} minibatches")
     name = type(minibatches).__name__
-    found = minibatches.cut(steps, num_minibatches, rng)
+    try:
+        found = minibatches.cut(steps, num_minibatches, rng)
+    except SteppoError:
+        raise
+    except Exception as error:
+        raise ConfigError(f"{name}.cut: {located(error)}") from error
     try:
         parts = [np.asarray(part) for part in found]
     except (TypeError, ValueError) as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from types import SimpleNamespace
@@ -16,7 +17,8 @@ from steppo.batch import Credit, Microbatch
 from steppo.buffer import StepBuffer
 from steppo.datamodule import StepDataModule
 from steppo.errors import RunError
-from steppo.minibatches import ShuffledSteps, WholeEpisodes, WholeGroups
+from steppo.learner import OldLogprobs
+from steppo.minibatches import ShuffledSteps, StepColumns, WholeEpisodes, WholeGroups
 from steppo.packing import Packer, PaddedPacker
 from steppo.rollouts import EpisodeSource
 from steppo.samplers import SequentialSampler
@@ -217,6 +219,49 @@ def test_too_few_steps_for_the_updates(num_minibatches: int) -> None:
     else:
         with pytest.raises(RunError, match="gave 20 steps, too few for 21 minibatches"):
             next(found)
+
+
+def test_too_few_episodes_left_to_stay_whole() -> None:
+    """Others failed: that does not cost the run."""
+    data = make_data(EPISODES[:4], num_minibatches=4, update_epochs=1, minibatches=WholeEpisodes())
+    left = len({code // 1000 for code in codes_N(scored(EPISODES[:4]).steps)})
+    assert left < 4
+    with pytest.warns(UserWarning, match=f"episodes are {left}, too few for 4 .* shuffled one by one"):
+        cut = list(updates(data))
+    assert sum((steps_in(update) for update in cut), Counter()) == Counter(codes_N(scored(EPISODES[:4]).steps))
+
+
+def test_the_first_update_is_the_one_that_was_promised() -> None:
+    """Also if the cut draws from elsewhere. What it finds must be handed back before it is needed again."""
+
+    class Restless(ShuffledSteps):
+        calls = 0
+
+        def cut(self, steps: StepColumns, num_minibatches: int, rng: np.random.Generator) -> Sequence[np.ndarray]:
+            self.calls += 1
+            return super().cut(steps, num_minibatches, np.random.default_rng(self.calls))
+
+    played = scored(EPISODES)
+    experience = played.experience(played.assign(StepGAE()))
+    buffer = StepBuffer(PaddedPacker(), WIDE, update_epochs=2, num_minibatches=3, minibatches=Restless())
+    promised = buffer.first_update(experience.columns, 0, 0)
+    tokens = experience.steps.tokens_of(promised)
+    old = played.scores.old_logprobs_A.clone()
+    old[tokens] = torch.nan
+    experience = dataclasses.replace(experience, scores=dataclasses.replace(played.scores, old_logprobs_A=old))
+    buffer.hold(experience)
+    cut = buffer.updates(0, 0)
+    [first] = next(cut)
+    assert sorted(first.index_N.tolist()) == sorted(promised.tolist())
+    assert first.old_logprobs_A is None
+    with pytest.raises(RunError, match=r"StepBuffer.take was not given"):  # in the second pass
+        list(cut)
+    cut = buffer.updates(0, 0)
+    [first] = next(cut)
+    found = played.scores.old_logprobs_A[experience.steps.tokens_of(first.index_N.numpy())]
+    buffer.take([OldLogprobs(first.index_N, found)])
+    for [part] in cut:
+        close(part.old_logprobs_A, played.scores.old_logprobs_A[experience.steps.tokens_of(part.index_N.numpy())])
 
 
 def test_what_rows_cost_is_told_of_all_ranks(on_ranks: Callable[..., list[Any]]) -> None:

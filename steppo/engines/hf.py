@@ -55,7 +55,8 @@ class HFEngine(Engine):
     """Samples from a transformers model, one token of each request a tick, and keeps keys and values between requests.
 
     What a prompt has in common with its session's last one, or with any other session's, is not read again: a dialogue goes
-    on where it stopped, siblings share their first prompt, all share their instructions. New weights empty the cache.
+    on where it stopped, siblings share their first prompt, all share their instructions, as long as one session is there.
+    New weights empty the cache.
 
     Each request draws its random numbers from a generator of its own, so its answer does not depend on what else is in the
     batch. Log-probabilities are those of the tempered distribution, as the learner recomputes them.

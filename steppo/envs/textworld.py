@@ -56,7 +56,7 @@ _ALLOWED: dict[tuple[str, str], Sequence[Any]] = {
 }
 _SPLITS = ("train", "valid", "test")
 _SEEDS_PER_SPLIT = 1_000_000
-_MOST_TURNS = 50_000  # kept in memory, of a few hundred bytes each in most games
+_MOST_TURNS = 50_000  # kept in memory, of 1 to 2 kB each
 
 
 def _make_game(challenge: str, settings: Mapping[str, Any], seed: int, path: Path, scratch: str | Path) -> None:

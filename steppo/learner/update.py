@@ -210,7 +210,8 @@ class ReplayStatistics:
 
     Attributes:
         figures: Means over the updates that had them, over all ranks; of ratios also the extremes, and how far those of the
-            first update are from 1, where nothing has been learned yet: infinite without any.
+            first update are from 1, where nothing has been learned yet: infinite without any, or if that update found its
+            own old log-probabilities.
         ratio_N: float32, of each step of this rank the mean importance ratio of its tokens at its last update; NaN without.
         clipped_N: float32, likewise the share of its tokens outside the trust region.
     """
@@ -231,8 +232,9 @@ class ReplayStatistics:
         for name in sorted({name for update in updates for name in update.figures}):
             shares = [share for update in updates for share in update.figures.get(name, ())]
             mine[name] = float(sum(shares[1:], shares[0]))
-        first = next((update.ratios for update in updates if "ratio_mean" in update.figures), ())
-        ranks = gather((mine, _extremes(ratios), _extremes(first)))
+        first = next((update for update in updates if "ratio_mean" in update.figures), UpdateStatistics())
+        compared = first.ratios if not first.old_logprobs else ()  # with what was computed before, not with themselves
+        ranks = gather((mine, _extremes(ratios), _extremes(compared)))
         counts = {name: sum(name in update.figures for update in updates) for name in mine}
         figures = {name: sum(sums[name] for sums, _, _ in ranks) / count for name, count in counts.items()}
         figures |= {"ratio_min": min(low for _, (low, _), _ in ranks), "ratio_max": max(high for _, (_, high), _ in ranks)}

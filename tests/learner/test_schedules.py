@@ -107,7 +107,8 @@ def test_a_critic_that_warms_up_alone(critic: str, tmp_path: Path) -> None:
     assert kept == pytest.approx([2e-3 * factor for factor in (0.2, 0.2, 0.2, 0.2, 0.4, 0.6)])
     curves = scalars(tmp_path)
     for name in OF_POLICY:
-        assert [step for step, _ in curves[f"train/{name}"]] == [4, 6], name
+        own = name == "first_ratio_spread" and critic == "SeparateCritic"  # its later iterations score nothing before
+        assert [step for step, _ in curves[f"train/{name}"]] == ([4] if own else [4, 6]), name
     assert curves["train/ratio_mean"][0][1] == pytest.approx(1.0)  # before its first update
     assert 0.5 < curves["train/entropy"][0][1] / curves["train/entropy"][1][1] < 2
     assert [step for step, _ in curves["train/value_loss"]] == [2, 4, 6]
