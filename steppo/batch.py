@@ -34,8 +34,8 @@ class TokenBatch:
     Attributes:
         input_ids_BT: int64 [B, T].
         position_ids_BT: int64 [B, T].
-        until_BT: int64 [B, T], where rows branch: a token is seen from its own column on, up to this one, which no longer
-            sees it. ``None`` = causal along the row.
+        until_BT: int64 [1, T], where the only row branches: a token is seen from its own column on, up to this one, which
+            no longer sees it. ``None`` = causal along each row.
         predict_at_A: int64, flat position whose logits predict each action token.
         target_A: int64, the action tokens.
         step_of_A: int64 in [0, N), the step of each action token, non-decreasing.
@@ -60,7 +60,7 @@ class TokenBatch:
         return self.value_at_N.shape[0]
 
     def attention_mask(self, dtype: torch.dtype) -> Tensor | None:
-        """What is to be added to attention scores, [B, 1, T, T]: 0 or -inf; ``None`` where attention is causal."""
+        """What is to be added to attention scores, [1, 1, T, T]: 0 or -inf; ``None`` where attention is causal."""
         if self.until_BT is None:
             return None
         column_T = torch.arange(self.until_BT.shape[1], device=self.until_BT.device)

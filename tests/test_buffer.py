@@ -278,8 +278,8 @@ def test_what_rows_cost_is_told_of_all_ranks(on_ranks: Callable[..., list[Any]])
     assert alone["tokens_read"] == 2 * sum(len(step.prompt_ids) + len(step.action_ids) - 1 for step in learned)
     first, second = on_ranks(2, lambda rank: work(shares_of(2)[rank]))
     assert first == second
-    assert {name: first[name] for name in ("tokens_read", "tokens_unique", "mask_keys")} == {
-        name: alone[name] for name in ("tokens_read", "tokens_unique", "mask_keys")
+    assert {name: first[name] for name in ("tokens_read", "tokens_unique", "branches")} == {
+        name: alone[name] for name in ("tokens_read", "tokens_unique", "branches")
     }
 
 

@@ -74,7 +74,7 @@ TAGS = {
     "train/tokens_read",
     "train/tokens_unique",
     "train/padding_share",
-    "train/mask_keys",
+    "train/branches",
     "train/updates",
     "train/environment_steps",
     "seconds/rollout",

@@ -17,6 +17,7 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from steppo.batch import TokenBatch
 from steppo.errors import ConfigError
+from steppo.models import branches as _  # teaches sdpa rows that branch
 from steppo.models.adapters import Adapters, LoRASettings
 from steppo.models.reading import read_chunks
 
@@ -281,14 +282,19 @@ def trunk_states(trunk: Any, batch: TokenBatch) -> Tensor:
     """
     mask: Tensor | BlockMask | None = None
     if batch.until_BT is not None:
-        flex = trunk.config._attn_implementation == "flex_attention"
+        attention = trunk.config._attn_implementation
         odd = beyond_full_attention(trunk) - {"flex_attention"}
         if odd:
             raise ConfigError(
                 "rows of PrefixTreePacker branch, which wants full attention by sdpa, eager or flex_attention; "
                 f"{trunk.config.model_type} has {', '.join(sorted(odd))}: set data.packer to PaddedPacker"
             )
-        mask = batch.block_mask() if flex else batch.attention_mask(trunk.get_input_embeddings().weight.dtype)
+        if attention == "flex_attention":
+            mask = batch.block_mask()
+        elif attention == "sdpa" and trunk._supports_attention_backend:
+            mask = batch.until_BT[:, None, None]  # `branches.attend` takes it
+        else:
+            mask = batch.attention_mask(trunk.get_input_embeddings().weight.dtype)
     output = trunk(input_ids=batch.input_ids_BT, position_ids=batch.position_ids_BT, attention_mask=mask, use_cache=False)
     return output.last_hidden_state.flatten(0, 1)
 

@@ -17,13 +17,13 @@ class PackingCost(NamedTuple):
         read: What the steps read: each its prompt and its action but for the last token.
         unique: What is computed for it: in each row, what steps begin with in common once.
         computed: The same with the padding behind it.
-        pairs: Numbers in the masks of branched rows.
+        branches: Of rows that branch: each attends in a call of its own.
     """
 
     read: int = 0
     unique: int = 0
     computed: int = 0
-    pairs: int = 0
+    branches: int = 0
 
     @classmethod
     def of(cls, batch: TokenBatch) -> PackingCost:
@@ -35,7 +35,7 @@ class PackingCost(NamedTuple):
             read=_sum(batch.position_ids_BT.flatten()[last_N] + 1),
             unique=_sum(used_B),
             computed=rows * width,
-            pairs=0 if batch.until_BT is None else rows * width**2,
+            branches=0 if batch.until_BT is None else len(batch.until_BT.unique()),
         )
 
     @classmethod
@@ -49,7 +49,7 @@ class PackingCost(NamedTuple):
             "tokens_read": self.read,
             "tokens_unique": self.unique,
             "padding_share": (self.computed - self.unique) / max(self.computed, 1),
-            "mask_keys": self.pairs / max(self.computed, 1),
+            "branches": self.branches,
         }
 
 

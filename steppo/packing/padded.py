@@ -29,15 +29,12 @@ def tokens_read(segment: Segment) -> np.ndarray:
     return np.concatenate([segment.prompt_ids, segment.action_ids[:-1]])
 
 
-def by_width(
-    widths: np.ndarray, max_tokens: int, max_pairs: float = math.inf, max_padding: float = math.inf
-) -> Iterator[np.ndarray]:
-    """Indices of rows of similar width, ascending, as many together as are within all limits; a single row always is.
+def by_width(widths: np.ndarray, max_tokens: int, max_padding: float = math.inf) -> Iterator[np.ndarray]:
+    """Indices of rows of similar width, ascending, as many together as are within the limits; a single row always is.
 
     Args:
         widths: Tokens of each row.
         max_tokens: Most tokens of a batch, padding included.
-        max_pairs: Most pairs of tokens within its rows, padding included.
         max_padding: Most padding.
     """
     order = np.argsort(widths, kind="stable")
@@ -47,7 +44,7 @@ def by_width(
         if last < len(order):
             rows, width = last + 1 - first, int(widths[order[last]])  # ascending: the next row would be the widest
             padding = (rows - 1) * width - tokens
-            if rows * width <= max_tokens and rows * width**2 <= max_pairs and padding <= max_padding:
+            if rows * width <= max_tokens and padding <= max_padding:
                 continue
         yield order[first:last]
         first, tokens = last, 0

@@ -219,9 +219,9 @@ OPTIONS = {
     "time": (["--trainer.max_time=soon"], "not a valid duration. Expected a string in the format DD:HH:MM:SS"),
     "profiler": (["--trainer.profiler=nonsense"], "it can only be one of ['simple', 'advanced', 'pytorch', 'xla']"),
     "gradient_clip_val": (["--trainer.gradient_clip_val=1"], "max_grad_norm clip gradients"),
-    "keys_per_token": (
-        ["--data.packer=PrefixTreePacker", "--data.packer.keys_per_token=0"],
-        "PrefixTreePacker: keys_per_token must be at least 1, not 0",
+    "branch_tokens": (
+        ["--data.packer=PrefixTreePacker", "--data.packer.branch_tokens=-1"],
+        "PrefixTreePacker: branch_tokens must be at least 0, not -1",
     ),
     "accumulate_grad_batches": (["--trainer.accumulate_grad_batches=2"], "data.max_tokens_per_microbatch splits an update"),
     "limit_train_batches": (

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from steppo.models.branches import branches_of
 from steppo.packing import PackingCost, PaddedPacker, PrefixTreePacker
 from tests.numeric_helpers import FEW
 from tests.packing.scenes import FOREST, SCENES, append, forest, played
@@ -26,20 +26,20 @@ def agree(packer, segments, max_tokens):
     assert cost.read == sum(len(segment.prompt_ids) + len(segment.action_ids) - 1 for segment in segments)
     assert cost.unique == check(segments, packed, max_tokens)
     assert cost.computed == sum(batch.input_ids_BT.numel() for _, batch in packed)
-    masks = [mask for _, batch in packed if (mask := batch.attention_mask(torch.float32)) is not None]
-    assert cost.pairs == sum(mask.numel() for mask in masks)
+    paths = [branches_of(batch.until_BT).paths for _, batch in packed if batch.until_BT is not None]
+    assert cost.branches == sum(map(len, paths))
 
 
-@pytest.mark.parametrize("keys_per_token", [1, 10**6])
+@pytest.mark.parametrize("branch_tokens", [0, 16, 10**6])
 @pytest.mark.parametrize("scene", ACTING)
-def test_counts_of_scenes(scene, keys_per_token):
-    agree(PrefixTreePacker(keys_per_token), ACTING[scene], 10**6)
+def test_counts_of_scenes(scene, branch_tokens):
+    agree(PrefixTreePacker(branch_tokens), ACTING[scene], 10**6)
 
 
 @FEW
-@given(FOREST, st.integers(1, 80), st.sampled_from([1, 10, 10**6]))
-def test_counts_of_any_forest(pairs, max_tokens, keys_per_token):
-    agree(PrefixTreePacker(keys_per_token), forest([(prompt, [*action, 2]) for prompt, action in pairs]), max_tokens)
+@given(FOREST, st.integers(1, 80), st.sampled_from([0, 3, 10**6]))
+def test_counts_of_any_forest(pairs, max_tokens, branch_tokens):
+    agree(PrefixTreePacker(branch_tokens), forest([(prompt, [*action, 2]) for prompt, action in pairs]), max_tokens)
 
 
 def test_padded_rows_share_nothing():
@@ -54,8 +54,8 @@ def test_padded_rows_share_nothing():
 
 
 def test_figures_are_shares_of_what_adds_up():
-    parts = [PackingCost(100, 50, 60, 0), PackingCost(40, 30, 40, 400)]
-    assert PackingCost.total(parts) == PackingCost(140, 80, 100, 400)
+    parts = [PackingCost(100, 50, 60, 0), PackingCost(40, 30, 40, 4)]
+    assert PackingCost.total(parts) == PackingCost(140, 80, 100, 4)
     figures = PackingCost.total(parts).figures()
-    assert figures == {"tokens_read": 140, "tokens_unique": 80, "padding_share": pytest.approx(0.2), "mask_keys": 4.0}
-    assert PackingCost().figures() == {"tokens_read": 0, "tokens_unique": 0, "padding_share": 0.0, "mask_keys": 0.0}
+    assert figures == {"tokens_read": 140, "tokens_unique": 80, "padding_share": pytest.approx(0.2), "branches": 4}
+    assert PackingCost().figures() == {"tokens_read": 0, "tokens_unique": 0, "padding_share": 0.0, "branches": 0}

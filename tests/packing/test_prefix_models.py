@@ -14,7 +14,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import flex_attention
-from transformers import BloomConfig, BloomForCausalLM, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    StableLmConfig,
+    StableLmForCausalLM,
+)
 
 from steppo.batch import Microbatch, Segment, TokenBatch
 from steppo.errors import ConfigError
@@ -30,7 +39,7 @@ from tests.packing.scenes import FOREST, SCENES, forest
 from tests.packing.test_packing import VOCABULARY, _keep_float64
 
 WIDE = 10**6
-TREE = PrefixTreePacker()
+TREE = PrefixTreePacker(branch_tokens=0)
 SIZES = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"]
 
 
@@ -189,11 +198,11 @@ def reader() -> UpdateLoss:
 
 
 @FEW
-@given(FOREST, st.sampled_from([20, 60, WIDE]), st.sampled_from([10, 10**6]))
-def test_any_forest_through_a_model(reader, pairs, max_tokens, keys_per_token):
+@given(FOREST, st.sampled_from([20, 60, WIDE]), st.sampled_from([0, 3]))
+def test_any_forest_through_a_model(reader, pairs, max_tokens, branch_tokens):
     segments = forest(pairs)
     expected = readings(reader, segments, PaddedPacker())
-    same(readings(reader, segments, PrefixTreePacker(keys_per_token), max_tokens), expected)
+    same(readings(reader, segments, PrefixTreePacker(branch_tokens), max_tokens), expected)
 
 
 @pytest.mark.parametrize("scene", ["append group", "window", "mixed"])
@@ -287,6 +296,15 @@ def test_any_model_takes_rows_that_do_not_branch():
     disturb(list(loss.policy.parameters()))
     _keep_float64(loss.policy)
     same(readings(loss, SCENES["append"], TREE), readings(loss, SCENES["append"], PaddedPacker()))
+
+
+def test_attention_that_is_a_model_s_own_gets_a_mask():
+    """StableLM does not ask transformers for its attention."""
+    loss = make(TinyLlama, SharedCritic())
+    config = StableLmConfig(**{name: getattr(loss.policy.model.config, name) for name in SIZES}, attn_implementation="sdpa")
+    loss.policy.model = StableLmForCausalLM(config).double()
+    disturb(list(loss.policy.parameters()))
+    same(readings(loss, SCENES["state group"], TREE), readings(loss, SCENES["state group"], PaddedPacker()))
 
 
 def test_a_run(tmp_path: Path) -> None:

@@ -13,14 +13,14 @@ from hypothesis import strategies as st
 
 from steppo.batch import Segment, TokenBatch
 from steppo.errors import ConfigError
-from steppo.packing import PaddedPacker, PrefixTreePacker, prefix_tree
+from steppo.packing import PaddedPacker, PrefixTreePacker
 from steppo.packing.padded import tokens_read
 from tests.numeric_helpers import FEW
-from tests.packing.scenes import BRANCHED, FOREST, LONE, SCENES, append, forest, ids, played
+from tests.packing.scenes import BRANCHED, FOREST, LONE, SCENES, append, forest, ids, played, state
 from tests.packing.test_packing import make_segments
 
 WIDE = 10**6
-TREE = PrefixTreePacker()
+TREE = PrefixTreePacker(branch_tokens=0)
 
 
 def seen_by(batch: TokenBatch, position: int) -> tuple[list[int], list[int], list[int]]:
@@ -46,7 +46,7 @@ def check(segments: Sequence[Segment], packed: list[tuple[np.ndarray, TokenBatch
     for steps, batch in packed:
         rows, width = batch.input_ids_BT.shape
         assert rows * width <= max_tokens or (rows == 1 and batch.until_BT is None and width <= longest)
-        assert batch.until_BT is None or rows * width**2 <= prefix_tree._MASK_NUMBERS
+        assert batch.until_BT is None or rows == 1
         assert (batch.step_of_A.diff() >= 0).all()
         used: dict[int, set[int]] = {}
         by_row: dict[int, list[Segment]] = {}
@@ -70,25 +70,25 @@ def check(segments: Sequence[Segment], packed: list[tuple[np.ndarray, TokenBatch
 
 
 @FEW
-@given(FOREST, st.integers(1, 80), st.sampled_from([1, 10, 100, 10**6]))
-def test_any_forest_within_any_budget(pairs, max_tokens, keys_per_token):
+@given(FOREST, st.integers(1, 80), st.sampled_from([0, 1, 3, 10, 10**6]))
+def test_any_forest_within_any_budget(pairs, max_tokens, branch_tokens):
     segments = forest(pairs)
-    check(segments, PrefixTreePacker(keys_per_token).pack(segments, max_tokens), max_tokens)
+    check(segments, PrefixTreePacker(branch_tokens).pack(segments, max_tokens), max_tokens)
 
 
 @FEW
 @given(FOREST)
 def test_any_forest_has_each_token_once(pairs):
-    """Where there is room, and attention costs nothing."""
+    """Where there is room, and branches cost nothing."""
     segments = forest(pairs)
-    assert check(segments, PrefixTreePacker(10**9).pack(segments, WIDE), WIDE) == len(beginnings(segments))
+    assert check(segments, TREE.pack(segments, WIDE), WIDE) == len(beginnings(segments))
 
 
 @pytest.mark.parametrize("scene", SCENES)
 def test_scenes_are_laid_out(scene):
     segments = SCENES[scene]
     packed = TREE.pack(segments, WIDE)
-    assert check(segments, packed, WIDE) >= len(beginnings(segments))
+    assert check(segments, packed, WIDE) == len(beginnings(segments))
     assert any(batch.until_BT is not None for _, batch in packed) == (scene in BRANCHED)
 
 
@@ -119,37 +119,42 @@ def test_tokens_decide_whatever_the_episode():
 
 
 def test_little_in_common_is_padded():
-    """What a mask costs decides: a long tail behind a short head is cheaper without."""
+    """Six branches behind a head of 40 save 200 tokens: worth it as long as each costs less than a sixth of that."""
     rng = np.random.default_rng(0)
     head = ids(rng, 40, 41)
-    tails = [Segment(np.concatenate([head, ids(rng, 100, 120)]), LONE.action_ids) for _ in range(6)]
-    ((_, batch),) = PrefixTreePacker(keys_per_token=50).pack(tails, WIDE)
+    tails = [Segment(np.concatenate([head, [n + 2], ids(rng, 99, 119)]), LONE.action_ids) for n in range(6)]
+    ((_, batch),) = PrefixTreePacker(branch_tokens=34).pack(tails, WIDE)
     ((_, padded),) = PaddedPacker().pack(tails, WIDE)
     assert batch.until_BT is None
     assert batch.input_ids_BT.shape == padded.input_ids_BT.shape
-    ((_, batch),) = PrefixTreePacker(keys_per_token=10**6).pack(tails, WIDE)
+    ((_, batch),) = PrefixTreePacker(branch_tokens=33).pack(tails, WIDE)
     assert batch.until_BT is not None
 
 
-def test_a_tree_that_outgrows_its_row_repeats_only_its_trunk(monkeypatch):
-    """Twelve branches of 10 behind a trunk of 50, four to a row: by tokens, and where the mask is the limit."""
+def test_a_tree_that_outgrows_its_row_repeats_only_its_trunk():
+    """Twelve branches of 10 behind a trunk of 50, four to a row."""
     rng = np.random.default_rng(1)
     trunk = ids(rng, 50, 51)
     segments = [Segment(np.concatenate([trunk, np.int32([n + 2]), ids(rng, 9, 10)]), LONE.action_ids[:1]) for n in range(12)]
-    packer = PrefixTreePacker(10**6)
-    assert check(segments, packer.pack(segments, 99), 99) == 3 * 50 + 12 * 10
-    assert check(segments, packer.pack(segments, 90), 90) == 3 * 50 + 12 * 10
-    assert check(segments, packer.pack(segments, 89), 89) == 4 * 50 + 12 * 10
-    assert check(segments, packer.pack(segments, 49), 49) == 12 * 60
-    monkeypatch.setattr(prefix_tree, "_MASK_NUMBERS", 2 * 90**2)
-    packed = packer.pack(segments, WIDE)
-    assert check(segments, packed, WIDE) < 3 * 50 + 12 * 10
-    assert len(packed) == 2
+    assert check(segments, TREE.pack(segments, 99), 99) == 3 * 50 + 12 * 10
+    assert check(segments, TREE.pack(segments, 90), 90) == 3 * 50 + 12 * 10
+    assert check(segments, TREE.pack(segments, 89), 89) == 4 * 50 + 12 * 10
+    assert check(segments, TREE.pack(segments, 49), 49) == 12 * 60
 
 
-def test_nothing_to_attend_with():
-    with pytest.raises(ConfigError, match="keys_per_token must be at least 1, not 0"):
-        PrefixTreePacker(keys_per_token=0)
+def test_trees_lie_one_behind_the_other():
+    """Without padding, as many as the budget takes."""
+    trees = [played(state, [3], seed=seed) for seed in range(4)]
+    segments = [segment for tree in trees for segment in tree]
+    sizes = [len(beginnings(tree)) for tree in trees]
+    ((_, batch),) = TREE.pack(segments, WIDE)
+    assert batch.input_ids_BT.shape == (1, sum(sizes))
+    assert len(TREE.pack(segments, sum(sizes) - 1)) == 2
+
+
+def test_branches_that_would_pay():
+    with pytest.raises(ConfigError, match="branch_tokens must be at least 0, not -1"):
+        PrefixTreePacker(branch_tokens=-1)
 
 
 def test_a_mask_says_what_is_seen():

@@ -1,0 +1,81 @@
+"""Attention by branches against attention under a mask."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from steppo.batch import TokenBatch
+from steppo.models.branches import attend, branches_of
+from steppo.packing import PrefixTreePacker
+from tests.numeric_helpers import FEW, close, normal
+from tests.packing.scenes import BRANCHED, FOREST, SCENES, forest
+
+LAYER = SimpleNamespace(num_key_value_groups=2, is_causal=True)
+
+
+def test_branches_by_hand() -> None:
+    """A trunk 0 1, on it 2 3, on 2 also 4, on the trunk 5; then another tree, 6 7."""
+    assert branches_of(torch.tensor([6, 6, 5, 4, 5, 6, 8, 8])) == (
+        [4, 1, 1, 2],
+        [2, 1, 1, 1, 1, 2],
+        [[0, 1, 2], [0, 1, 3], [0, 4], [5]],
+    )
+
+
+def heads(width: int, seed: int) -> list[Tensor]:
+    """Query, key and value of four heads that share two, and a direction for gradients."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = [(1, 4, width, 6), (1, 2, width, 6), (1, 2, width, 6), (1, width, 4, 6)]
+    return [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+
+
+def attended(mask: Tensor | None, tensors: list[Tensor], scaling: float | None) -> list[Tensor]:
+    """What is seen, and its gradients."""
+    *inputs, direction = tensors
+    inputs = [tensor.clone().requires_grad_() for tensor in inputs]
+    seen = attend(LAYER, *inputs, mask, scaling=scaling)[0]
+    return [seen.detach(), *torch.autograd.grad((seen * direction).sum(), inputs)]
+
+
+def agree(batch: TokenBatch, scaling: float | None = None) -> None:
+    assert batch.until_BT is not None
+    tensors = heads(batch.until_BT.shape[1], seed=0)
+    found = attended(batch.until_BT[:, None, None], tensors, scaling)
+    for one, other in zip(found, attended(batch.attention_mask(torch.float64), tensors, scaling), strict=True):
+        close(one, other)
+
+
+@pytest.mark.parametrize("scaling", [None, 0.7])
+@pytest.mark.parametrize("scene", sorted(BRANCHED))
+def test_branches_see_what_the_mask_lets_them(scene: str, scaling: float | None) -> None:
+    ((_, batch),) = [(steps, batch) for steps, batch in packed(SCENES[scene]) if batch.until_BT is not None]
+    agree(batch, scaling)
+
+
+@FEW
+@given(FOREST)
+def test_any_forest(pairs: list[tuple[list[int], list[int]]]) -> None:
+    for _, batch in packed(forest(pairs)):
+        if batch.until_BT is not None:
+            agree(batch)
+
+
+def packed(segments):
+    return PrefixTreePacker(branch_tokens=0).pack(segments, 10**6)
+
+
+def test_other_masks_are_as_ever() -> None:
+    """Bit for bit what transformers computes."""
+    query, key, value, _ = heads(5, seed=1)
+    added = normal(np.random.default_rng(2), 1, 1, 5, 5)
+    for mask in (None, added, added > 0):
+        ours, theirs = (function(LAYER, query, key, value, mask)[0] for function in (attend, sdpa_attention_forward))
+        assert torch.equal(ours, theirs)
