@@ -13,7 +13,7 @@ where it would compute more than ``--most`` tokens.
 
 ``limit`` is (6 x trunk parameters x unique tokens + 6, or 8 where logits are computed twice, x head parameters x action
 tokens + 12 x layers x width of the queries x pairs of unique tokens) FLOP over the matmul rate that this run measured on
-the model's own matrices; ``share`` is how much of it the trees reach. ``--keys`` measures ``keys_per_token`` instead.
+the model's own matrices; ``share`` is how much of it the trees reach. ``--branches`` measures ``branch_tokens`` instead.
 Writes into ``benchmarks/results/update.json``, where other rows stay, and prints a table.
 """
 
@@ -29,7 +29,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from measuring import about, in_turns, markdown, peak_memory, seconds
 from records import CONTEXTS, VOCABULARY, Alternating, episodes, reads, smol, tiny, unique
@@ -130,22 +129,21 @@ def matmul_rate(policy: Policy, tokens: int = 1024) -> float:
     return done / spent
 
 
-def keys_per_token(made: Policy, attention: str, repeats: int) -> float:
-    """Process time of branched rows by their length: cost of a token over that of a key."""
-    made.model.set_attn_implementation(attention)
-    lengths, costs = [256, 512, 1024, 2048], []
+def branch_tokens(made: Policy, repeats: int) -> float:
+    """What a branch costs beside its tokens, in tokens: 1,024 of them on a trunk of 32, in 64 branches and in 8."""
+    costs = []
     none = torch.zeros(0, dtype=torch.int64)
-    for length in lengths:
-        rows = lengths[-1] // length
-        ids = torch.arange(rows * length).reshape(rows, length) % VOCABULARY
-        positions = torch.arange(length).expand(rows, length)
-        batch = TokenBatch(ids, positions, torch.full_like(ids, length), none, none, none, none)  # all see all before
+    for count in (64, 8):
+        lengths = torch.tensor([32, *[1024 // count] * count])
+        ends = lengths.cumsum(0)
+        until = ends.repeat_interleave(lengths)
+        until[:32] = width = int(ends[-1])
+        positions = torch.arange(width) - (ends - lengths - 32).clamp(min=0).repeat_interleave(lengths)
+        batch = TokenBatch(torch.arange(width)[None] % VOCABULARY, positions[None], until[None], none, none, none, none)
         call = lambda batch=batch: trunk_states(made.trunk, batch).square().mean().backward()  # noqa: E731
         call()
-        costs.append(statistics.median(seconds(call)[1] for _ in range(repeats)) / ids.numel())
-    slope, intercept = np.polyfit(lengths, costs, 1)
-    made.model.set_attn_implementation("sdpa")
-    return float(intercept / slope)
+        costs.append(statistics.median(seconds(call)[1] for _ in range(repeats)))
+    return (costs[0] - costs[1]) / (64 - 8) / (costs[1] / width)
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -190,7 +188,7 @@ def main() -> None:
     parser.add_argument("--minibatches", nargs="+", default=["whole", "steps"], choices=["whole", "steps"])
     parser.add_argument("--most", type=int, help="tokens read, beyond which only trees are measured")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--keys", action="store_true", help="measure keys_per_token alone")
+    parser.add_argument("--branches", action="store_true", help="measure branch_tokens alone")
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results" / "update.json")
     args = parser.parse_args()
 
@@ -200,10 +198,10 @@ def main() -> None:
         policy = tiny() if model == "tiny" else smol(args.folder)
         policy.train()
         facts: dict[str, Any] = {**about(), "parameters": sum(weight.numel() for weight in policy.parameters())}
-        if args.keys:
-            facts["keys_per_token"] = {name: keys_per_token(policy, name, args.repeats) for name in ("sdpa", "eager")}
-            write(args.results, f"{model}, keys_per_token", [], facts)
-            print(f"{model}: keys_per_token {facts['keys_per_token']}")
+        if args.branches:
+            facts["branch_tokens"] = branch_tokens(policy, args.repeats)
+            write(args.results, f"{model}, branch_tokens", [], facts)
+            print(f"{model}: branch_tokens {facts['branch_tokens']:.2f}")
             continue
         facts |= {"max_tokens": MAX_TOKENS[model], "weights": args.folder if model == "smollm2" else None}
         cases = itertools.product(args.contexts, args.groups, args.steps, args.minibatches)

@@ -14,17 +14,20 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.attention.flex_attention import BlockMask
+from transformers import AttentionInterface
 
 from steppo.batch import TokenBatch
 from steppo.errors import ConfigError
-from steppo.models import branches as _  # teaches sdpa rows that branch
 from steppo.models.adapters import Adapters, LoRASettings
+from steppo.models.branches import attend
 from steppo.models.reading import read_chunks
 
 # Most logits held at once, in numbers: 64 MiB in float32; but so many rows that a product is not mostly the weights' way
 # through memory.
 _LOGITS_PER_CHUNK = 2**24
 _ROWS_PER_CHUNK = 256
+
+AttentionInterface.register("sdpa", attend)  # for every model of the process the same as before, and rows that branch
 
 
 class PolicyOutput(NamedTuple):
@@ -292,7 +295,7 @@ def trunk_states(trunk: Any, batch: TokenBatch) -> Tensor:
         if attention == "flex_attention":
             mask = batch.block_mask()
         elif attention == "sdpa" and trunk._supports_attention_backend:
-            mask = batch.until_BT[:, None, None]  # `branches.attend` takes it
+            mask = batch.until_BT[:, None, None]  # for `attend`
         else:
             mask = batch.attention_mask(trunk.get_input_embeddings().weight.dtype)
     output = trunk(input_ids=batch.input_ids_BT, position_ids=batch.position_ids_BT, attention_mask=mask, use_cache=False)

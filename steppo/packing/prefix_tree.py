@@ -41,10 +41,11 @@ class PrefixTreePacker(Packer):
     (which skips what is masked), or by ``eager`` (whose mask is the row squared); others any causal model.
 
     Args:
-        branch_tokens: A branch costs as much as so many tokens beside its own: with fewer in common, rows do not branch.
+        branch_tokens: A branch costs as much as so many tokens beside its own: with fewer in common, rows do not branch
+            (``benchmarks/update.py --branches`` measures it).
     """
 
-    def __init__(self, branch_tokens: int = 16) -> None:
+    def __init__(self, branch_tokens: int = 8) -> None:
         require_at_least(0, self, branch_tokens=branch_tokens)
         self.branch_tokens = branch_tokens
 
