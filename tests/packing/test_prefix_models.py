@@ -29,7 +29,7 @@ from steppo.batch import Microbatch, Segment, TokenBatch
 from steppo.errors import ConfigError
 from steppo.learner.update import UpdateLoss
 from steppo.losses import ClippedLoss, ObjectiveSettings
-from steppo.models import AdapterCritic, Critic, Policy, SeparateCritic, SharedCritic, TinyPolicy
+from steppo.models import AdapterCritic, Critic, HFPolicy, Policy, SeparateCritic, SharedCritic, TinyPolicy
 from steppo.models import policy as policy_module
 from steppo.models.adapters import LoRASettings
 from steppo.packing import Packer, PaddedPacker, PrefixTreePacker
@@ -211,6 +211,23 @@ def test_under_lora(scene):
     expected = readings(loss, SCENES[scene], PaddedPacker())
     assert sum("lora" in name for name in expected) >= 20
     same(readings(loss, SCENES[scene], TREE), expected)
+
+
+@pytest.mark.parametrize("scene", ["append", "append group", "state group", "mixed"])
+def test_on_a_base_in_4_bits(scene: str, tiny_policy: TinyPolicy, tmp_path: Path) -> None:
+    """In float32. Products of a row of packed weights may go by another kernel than those of many."""
+    tiny_policy.export(tmp_path, merge=False)
+    policy = HFPolicy(str(tmp_path))
+    policy.bits = 4
+    policy.build(list)
+    policy.add_lora(LoRASettings(rank=3, alpha=6.0))
+    critic = AdapterCritic()
+    critic.build(policy)
+    disturb([*policy.trained_parameters(), *critic.trained_parameters()])
+    loss = UpdateLoss(policy, critic, "step", ClippedLoss(), ObjectiveSettings(ent_coef=0.05))
+    expected = readings(loss, SCENES[scene], PaddedPacker())
+    assert sum("lora" in name for name in expected) >= 20
+    same(readings(loss, SCENES[scene], TREE), expected, 1e-3)
 
 
 def test_with_recomputed_layers():
