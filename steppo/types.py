@@ -21,6 +21,14 @@ class Task:
     id: str
     data: Mapping[str, Any] = field(default_factory=dict)
 
+    def as_text(self) -> str:
+        """Id and data, the same whatever the order of the data's entries."""
+        given = [self.id, dict(self.data)]
+        try:
+            return json.dumps(given, sort_keys=True, default=repr)
+        except (TypeError, ValueError):  # keys that are no strings
+            return repr(given)
+
 
 @dataclass(frozen=True)
 class ToolSpec:

@@ -17,14 +17,26 @@ class Env(ABC):
     Attributes:
         max_steps: Steps that the task itself allows, at least 1, if it has a limit. Refused actions use them up too.
         tools: What the policy may call, the same in all tasks.
+        splits: What ``tasks`` knows.
+        version: Of grammar or data, for records: two that play differently have different ones.
     """
 
     max_steps: int | None = None
     tools: Sequence[ToolSpec] = ()
+    splits: Sequence[str] = ("train", "valid", "test")
+    version: str = ""
 
     @abstractmethod
     def tasks(self, split: str) -> list[Task]:
-        """Tasks of ``train``, ``valid`` or ``test``, always in the same order. Raises ``ConfigError`` for others."""
+        """Tasks of one of ``splits``, always in the same order. Raises ``ConfigError`` for others."""
+
+    def content(self, task: Task) -> str:
+        """Text that decides what the task is (game, goal, question with its gold answer), the same wherever it lies.
+
+        What a panel hashes. Asked once ``prepare`` is done; raise ``ConfigError`` for what is missing or damaged. Unless
+        defined it is the task's id and data, which is right where these say all.
+        """
+        return task.as_text()
 
     def start(self) -> None:
         """Loads what lasts (an index, a grammar): once in each worker process, before its first ``reset``.

@@ -1,4 +1,4 @@
-"""What an environment gives once: its limit, tools and tasks, and itself to workers. Mistakes are a ``ConfigError``."""
+"""What an environment gives once: limit, version, tools and tasks, and itself to workers. Mistakes are a ``ConfigError``."""
 
 from __future__ import annotations
 
@@ -26,6 +26,37 @@ def step_limit(env: Env) -> int | None:
     if isinstance(limit, bool) or not isinstance(limit, Integral) or int(limit) < 1:
         raise ConfigError(f"{name}: max_steps must be None or a whole number of at least 1, not {shown(limit)}")
     return int(limit)
+
+
+def version_of(env: Env) -> str:
+    """Of its grammar or data."""
+    name = type(env).__name__
+    with blamed_on(f"{name}.version"):
+        return _plain_or_refused(f"{name}: version", env.version)
+
+
+def splits_of(env: Env) -> tuple[str, ...]:
+    """The names of its splits."""
+    name = type(env).__name__
+    with blamed_on(f"{name}.splits"):
+        splits: Any = env.splits
+    if not isinstance(splits, list | tuple) or not splits:
+        raise ConfigError(f"{name}: splits must be a list or tuple of names, not {shown(splits)}")
+    return tuple(_plain_or_refused(f"{name}: splits[{number}]", split) for number, split in enumerate(splits))
+
+
+def content_of(env: Env, task: Task) -> str:
+    """What the task is, as text that can be hashed."""
+    where = f"{type(env).__name__}.content({task.id!r})"
+    with blamed_on(where):
+        return _plain_or_refused(f"what {where} returns", env.content(task))
+
+
+def _plain_or_refused(what: str, value: Any) -> str:
+    try:
+        return plain_text(what, value)
+    except WrongValue as error:
+        raise ConfigError(str(error)) from None
 
 
 def checked_tools(env: Env) -> tuple[ToolSpec, ...]:
