@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
 import time
-from collections.abc import Sequence
-from typing import Any, cast
+from pathlib import Path
+from typing import Any, Literal, cast
 
 import lightning.pytorch as pl
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 
+from steppo import results
 from steppo.datamodule import run_seed
 from steppo.distributed import gather, rank_and_world
 from steppo.errors import ConfigError, RunError
@@ -20,16 +21,14 @@ from steppo.learner.credit import check_orders
 from steppo.listeners import Evaluation, Listener, announce
 from steppo.metrics import common_failure, info_figures, wilson_interval
 from steppo.module import AgentModule
-from steppo.run_folder import run_folder
-from steppo.types import RolloutConfig, Task, groups_of
+from steppo.rollouts import EnvSource, expert_action, random_action
+from steppo.rollouts.players import Choose
+from steppo.run_folder import RunTrainer, run_folder
+from steppo.types import RolloutConfig, groups_of
 
 _SUCCESS, _RETURN = "val/success_rate", "val/return_mean"
 _RATE = ("success_rate", "success_low", "success_high")
-
-
-def panel_sha256(tasks: Sequence[Task]) -> str:
-    """Fingerprint of a panel: of its task ids in their order."""
-    return hashlib.sha256("\n".join(task.id for task in tasks).encode()).hexdigest()
+_SCRIPTS: dict[str, Choose] = {"expert": expert_action, "random": random_action}
 
 
 class EvaluationCallback(Listener):
@@ -37,7 +36,8 @@ class EvaluationCallback(Listener):
     with ``trainer.limit_val_batches 0``.
 
     Each evaluation is a line of ``evaluation.jsonl`` in the run's folder, and ``val/...`` (``test/...``) metrics, which
-    ModelCheckpoint and EarlyStopping can monitor. Listeners hear of it (``on_evaluation``).
+    ModelCheckpoint and EarlyStopping can monitor. Listeners hear of it (``on_evaluation``). ``validate`` and ``test`` also
+    write a result there: ``validate.json``, for ``python -m steppo.panel compare``, and ``validate.md``.
 
     Where the environment never says whether a task was solved there is no success rate, in no metric and in no record. If
     that is so in the run's first evaluation, callbacks that monitor ``val/success_rate`` monitor ``val/return_mean``.
@@ -46,17 +46,36 @@ class EvaluationCallback(Listener):
         samples: Episodes per task of the panel.
         temperature: Of sampling; 0 is greedy.
         before_training: Evaluate before the first iteration.
+        player: Who plays in ``validate`` and ``test``: the policy, as it is in the checkpoint or untrained, or without any
+            model the environment's expert, or random commands.
+
+    Attributes:
+        result: Of the last ``validate`` or ``test``.
     """
 
-    def __init__(self, samples: int = 1, temperature: float = 0.0, before_training: bool = True) -> None:
+    def __init__(
+        self,
+        samples: int = 1,
+        temperature: float = 0.0,
+        before_training: bool = True,
+        player: Literal["policy", "expert", "random"] = "policy",
+    ) -> None:
         if samples < 1 or not 0 <= temperature < math.inf:
             raise ConfigError("evaluation: samples must be at least 1 and temperature at least 0 and finite")
-        if samples > 1 and temperature == 0:
+        if samples > 1 and temperature == 0 and player != "random":
             raise ConfigError("evaluation: greedy episodes of a task are all the same; several samples need a temperature")
         self.samples = samples
         self.temperature = temperature
         self.before_training = before_training
+        self.player = player
         self.history: list[dict[str, Any]] = []
+        self.result: dict[str, Any] = {}
+        self._checkpoint: dict[str, Any] | None = None
+
+    def setup(self, trainer: pl.Trainer, pl_module: AgentModule, stage: str) -> None:
+        source = pl_module.data.source
+        if self.player != "policy" and not isinstance(source, EnvSource):
+            raise ConfigError(f"evaluation.player {self.player} needs an EnvSource; {type(source).__name__} has a player")
 
     def on_run_start(self, trainer: pl.Trainer, pl_module: AgentModule) -> None:
         if trainer.ckpt_path is not None:
@@ -79,7 +98,16 @@ class EvaluationCallback(Listener):
 
     def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: AgentModule, checkpoint: dict[str, Any]) -> None:
         """Before other callbacks take their states, which are kept by what they monitor."""
-        self._find_monitors(trainer, checkpoint["callbacks"].get(self.state_key, {}).get("history", []))
+        history = checkpoint["callbacks"].get(self.state_key, {}).get("history", [])
+        self._find_monitors(trainer, history)
+        path = cast(RunTrainer, trainer).begins_from or Path(str(trainer.ckpt_path))
+        monitor = _chosen_by(checkpoint, path.name)
+        self._checkpoint = {
+            "file": str(path),
+            "iteration": checkpoint["steppo"]["counters"]["iterations"],
+            "chosen_by": monitor,
+            "chosen_on": history[-1].get("panel_sha256") if monitor and history else None,
+        }
 
     def state_dict(self) -> dict[str, Any]:
         return {"history": self.history}
@@ -118,22 +146,27 @@ class EvaluationCallback(Listener):
         panel = module.data.panel(stage)
         rank, world = rank_and_world()
         groups = groups_of(panel, self.samples)[rank::world]
-        config = RolloutConfig(name=stage, seed=run_seed(), temperature=self.temperature, version=module.counters.updates)
+        config = RolloutConfig(stage, run_seed(), self.temperature, module.counters.updates, self.player == "expert")
         start = time.perf_counter()
-        episodes, figures = module.play("evaluation", groups, config)
+        episodes, figures = module.play("evaluation", groups, config, _SCRIPTS.get(self.player))
         check_orders(episodes)
+        if self.player != "policy" and not figures["episodes"]:
+            raise RunError(f"evaluation.player {self.player}: no episode could be played: {common_failure(episodes)}")
         known = not math.isnan(figures["success_rate"])
         if not known and figures["episodes"] and any(before["success_rate"] is not None for before in self.history):
             # The environment does say: none of these was solved. What monitors the rate must find one.
             known, (low, high) = True, wilson_interval(0, figures["episodes"])
             figures |= {"success_rate": 0.0, "success_low": low, "success_high": high}
         means, by_label = info_figures(episodes, known)
+        outcomes = results.outcomes_of(episodes, self.samples)
+        golden = results.by_golden_steps(outcomes, known)
         record = {
+            **({"player": self.player} if self.player != "policy" else {}),
             "iteration": module.counters.iterations,
             "updates": module.counters.updates,
             "environment_steps": module.counters.environment_steps,
             "split": module.data.splits[stage],
-            "panel_sha256": panel_sha256(panel),
+            "panel_sha256": module.data.panel_sha256(stage),
             "episodes": int(figures["episodes"]),
             "errors": int(figures["errors"]),
             "no_verdict": int(figures["no_verdict"]),
@@ -145,16 +178,60 @@ class EvaluationCallback(Listener):
             "seconds": max(gather(time.perf_counter() - start)),
             **({"info": means} if means else {}),
             **({"by_label": by_label} if by_label else {}),
+            **({"excess_steps": results.excess_steps(outcomes), "by_golden_steps": golden} if golden else {}),
         }
         if record["errors"]:
             record["most_common_error"] = common_failure(episodes)
         self.history.append(record)
         self._write(trainer, [record], append=True)
         self._find_monitors(trainer, self.history)
+        if trainer.state.fn != TrainerFn.FITTING:
+            self._write_result(trainer, module, stage, record, outcomes)
         announce(trainer, "on_evaluation", Evaluation("test" if stage == "test" else "valid", tuple(episodes), record))
         names = [*(_RATE if known else ()), "return_mean", "steps_mean", "invalid_action_rate", "errors", "no_verdict"]
         metrics = {name: figures[name] for name in names} | {f"info/{name}": mean for name, mean in means.items()}
         return {f"{'test' if stage == 'test' else 'val'}/{name}": value for name, value in metrics.items()}
+
+    def _write_result(
+        self, trainer: pl.Trainer, module: AgentModule, stage: str, figures: dict[str, Any], outcomes: list[results.Outcome]
+    ) -> None:
+        data, counters = module.data, module.counters
+        by_policy = self.player == "policy"
+        protocol = {
+            "player": self.player,
+            "samples": self.samples,
+            "temperature": self.temperature if by_policy else None,  # 0 is greedy
+            "seed": run_seed() if self.temperature or not by_policy else None,
+            **data.source.protocol(),
+        }
+        named = data.panels.get(stage)
+        model = {
+            "policy": type(module.policy).__name__,
+            "base": module.policy.base_model(),
+            "checkpoint": self._checkpoint,
+            "iteration": counters.iterations,
+            "updates": counters.updates,
+            "environment_steps": counters.environment_steps,
+            "identity": module.identity,
+        }
+        self.result = {
+            "format": results.FORMAT,
+            "stage": stage,
+            "split": data.splits[stage],
+            "panel": {
+                "file": named.path if named else None,
+                "sha256": data.panel_sha256(stage),
+                "version": data.source.version,
+                "differences": named.played_otherwise(protocol) if named else [],
+            },
+            "protocol": protocol,
+            "model": model if by_policy else None,
+            "figures": figures,
+            "episodes": outcomes,
+        }
+        folder = run_folder(trainer)
+        if folder is not None and trainer.is_global_zero:
+            results.write(folder, stage, self.result)
 
     @staticmethod
     def _write(trainer: pl.Trainer, records: list[dict[str, Any]], append: bool = False) -> None:
@@ -174,3 +251,12 @@ class EvaluationCallback(Listener):
                 os.replace(part, path)
         except OSError as error:
             raise RunError(f"cannot write {path}: {error.strerror}") from error
+
+
+def _chosen_by(checkpoint: dict[str, Any], name: str) -> str | None:
+    """What a ModelCheckpoint monitors that wrote a file of that name as the best so far."""
+    for state in checkpoint["callbacks"].values():
+        best = state.get("best_model_path") if isinstance(state, dict) else None
+        if best and Path(best).name == name and state.get("monitor"):
+            return state["monitor"]
+    return None

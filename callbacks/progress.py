@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Column, Table
 
 from callbacks.evaluation import EvaluationCallback
+from steppo import results
 from steppo.errors import ConfigError, in_short
 from steppo.learner import Experience, ReplayStatistics
 from steppo.listeners import Evaluation, Listener
@@ -140,18 +141,25 @@ class StepProgressBar(ProgressBar, Listener):
     def _finish(self, trainer: pl.Trainer) -> None:
         """A result is never kept to itself."""
         self.end_phase()
-        history = _evaluations(trainer)
-        for record in [*history[:1], *history[1:][-1:]] if self._enabled else history[-1:]:
-            if trainer.is_global_zero:
-                self._console.print(_in_one_line(record), soft_wrap=True)
+        callbacks: list[pl.Callback] = cast(Any, trainer).callbacks
+        evaluation = next((callback for callback in callbacks if isinstance(callback, EvaluationCallback)), None)
+        if evaluation is None or not trainer.is_global_zero:
+            return
+        history, fitting = evaluation.history, trainer.state.fn == TrainerFn.FITTING
+        for record in [*history[:1], *history[1:][-1:]] if self._enabled and fitting else history[-1:]:
+            self._console.print(_in_one_line(record), soft_wrap=True)
+        if self._enabled and evaluation.result:
+            for table in results.tables(evaluation.result):
+                self._console.print(results.as_rich(table))
 
     def _say_places(self, trainer: pl.Trainer) -> None:
         """Where to find what the run wrote."""
         folder = run_folder(trainer)
         if folder is None or not trainer.is_global_zero:
             return
-        if (folder / "evaluation.jsonl").exists():
-            self._console.print(f"Results: {folder / 'evaluation.jsonl'}", soft_wrap=True)
+        named = {TrainerFn.VALIDATING: "validate.md", TrainerFn.TESTING: "test.md"}
+        if (place := folder / named.get(cast(TrainerFn, trainer.state.fn), "evaluation.jsonl")).exists():
+            self._console.print(f"Results: {place}", soft_wrap=True)
         if self._enabled and (folder / "transcripts.html").exists():
             self._console.print(f"Episodes: {folder / 'transcripts.html'} (open it in a browser)", soft_wrap=True)
 
@@ -170,17 +178,13 @@ _LINE = {
 }
 
 
-def _evaluations(trainer: pl.Trainer) -> list[dict[str, Any]]:
-    callbacks: list[pl.Callback] = cast(Any, trainer).callbacks
-    return next((callback.history for callback in callbacks if isinstance(callback, EvaluationCallback)), [])
-
-
 def _in_one_line(record: Mapping[str, Any]) -> str:
     """An evaluation in a few words: its success, or its return where nobody says what success is."""
     result = f"return {record['return_mean']:.3g}"
     if record["success_rate"] is not None:
         result = f"success {record['success_rate']:.2f} " + "[{:.2f}, {:.2f}]".format(*record["success_ci95"])
-    text = f"evaluation on {record['split']} after {record['iteration']} iterations: {result}"
+    who = f"by {record['player']}" if "player" in record else f"after {record['iteration']} iterations"
+    text = f"evaluation on {record['split']} {who}: {result}"
     if not record["errors"]:
         return text
     return f"{text}  {_failed(record['errors'], record['errors'] + record['episodes'], record.get('most_common_error', ''))}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import lightning.pytorch as pl
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -14,7 +14,7 @@ from steppo.errors import require_at_least
 from steppo.learner import Experience, ReplayStatistics
 from steppo.listeners import Evaluation, Listener
 from steppo.module import AgentModule
-from steppo.run_folder import run_folder
+from steppo.run_folder import RunTrainer, run_folder
 from steppo.transcripts import TranscriptWriter, episode_records, info_text
 from steppo.types import Episode
 
@@ -64,8 +64,9 @@ class TranscriptCallback(Listener):
         episodes, kind, counters = evaluation.episodes, evaluation.split, pl_module.counters
         with pl_module.timed("transcripts"):
             shown = shown_orders(episodes, self.num_shown)
+            asked = shown and not cast(RunTrainer, trainer).is_scripted
             chosen = [episode for episode in episodes if episode.order in shown]
-            scored = pl_module.learner.score_episodes(chosen) if shown else None
+            scored = pl_module.learner.score_episodes(chosen) if asked else None
             common: dict[str, Any] = {"kind": kind, "iteration": counters.iterations, "updates": counters.updates}
             records = episode_records(episodes, pl_module.policy.tokenizer, scored, prompts=self.prompts, **common)
             by_order = {record["order"]: record for record in self._write(trainer, common, records)}

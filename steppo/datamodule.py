@@ -19,6 +19,7 @@ from steppo.distributed import made_once, rank_and_world, require_equal
 from steppo.errors import ConfigError, require_at_least
 from steppo.minibatches import Minibatches, ShuffledSteps
 from steppo.packing import Packer, PaddedPacker
+from steppo.panels import Panel, hashed, panel_sha256
 from steppo.progress import phase
 from steppo.rollouts import EpisodeSource
 from steppo.samplers import ShuffledSampler, TaskSampler
@@ -48,6 +49,9 @@ class StepDataModule(pl.LightningDataModule):
         test_split: Split of the panel that ``test`` plays.
         train_tasks: Learn from the first so many tasks of the split only.
         eval_tasks: Size of a panel: the first so many tasks of the split.
+        eval_panel: File of the panel that ``fit`` and ``validate`` play in place of ``eval_split`` and ``eval_tasks``. If
+            tasks are missing or have changed nothing is played.
+        test_panel: As ``eval_panel``, for ``test``.
     """
 
     def __init__(
@@ -64,6 +68,8 @@ class StepDataModule(pl.LightningDataModule):
         test_split: str = "test",
         train_tasks: int | None = None,
         eval_tasks: int = 100,
+        eval_panel: str | None = None,
+        test_panel: str | None = None,
     ) -> None:
         super().__init__()
         require_at_least(1, self, update_epochs=update_epochs, num_minibatches=num_minibatches)
@@ -78,11 +84,15 @@ class StepDataModule(pl.LightningDataModule):
             num_minibatches,
             minibatches or ShuffledSteps(),
         )
+        files = {"validate": eval_panel, "test": test_panel}
+        self.panels = {stage: Panel.read(path) for stage, path in files.items() if path is not None}
         self.splits = {"train": train_split, "validate": eval_split, "test": test_split}
+        self.splits |= {stage: panel.split for stage, panel in self.panels.items()}
         self.train_tasks = train_tasks
         self.eval_tasks = eval_tasks
         self._splits: dict[str, list[Task]] = {}
         self._tasks: dict[str, list[Task]] = {}
+        self._sha256: dict[str, str] = {}
 
     def tasks(self) -> list[Task]:
         """The tasks to learn from."""
@@ -90,7 +100,17 @@ class StepDataModule(pl.LightningDataModule):
 
     def panel(self, stage: str) -> list[Task]:
         """The tasks that ``validate`` or ``test`` plays."""
+        if stage in self.panels and stage not in self._tasks:
+            self._tasks[stage] = self.panels[stage].choose(self.source)
         return self._split(stage, self.eval_tasks)
+
+    def panel_sha256(self, stage: str) -> str:
+        """``Panel.sha256`` of these tasks, once they are prepared."""
+        if stage not in self._sha256:
+            named = self.panels.get(stage)
+            tasks = named.tasks if named else hashed(self.source, self.panel(stage))
+            self._sha256[stage] = panel_sha256(self.source.version, tasks)
+        return self._sha256[stage]
 
     def next_groups(self, num_tasks: int, group_size: int) -> list[Group]:
         """This rank's share of the next iteration's groups; their ids count over all ranks."""
@@ -109,7 +129,8 @@ class StepDataModule(pl.LightningDataModule):
         """Has the environment make what the tasks need, once per machine."""
         evaluating = self.trainer is not None and not self.trainer.training
         # Without a checkpoint an evaluation needs the training tasks too: a tokenizer may be made of their words.
-        tasks = [] if evaluating and self._from_checkpoint else self.tasks()
+        known = self._from_checkpoint or getattr(self.trainer, "is_scripted", False)
+        tasks = [] if evaluating and known else self.tasks()
         stage = "test" if self.trainer is not None and self.trainer.testing else "validate"
         panel = self.panel(stage)
         both = sorted({task.id for task in tasks} & {task.id for task in panel})
@@ -122,10 +143,15 @@ class StepDataModule(pl.LightningDataModule):
             self.source.prepare([*tasks, *panel], advance)
 
     def setup(self, stage: str) -> None:
-        """Ranks must agree on what they play before they share it among them."""
+        """A panel must be what its file says, and ranks must agree on what they play before they share it among them."""
+        played = "test" if stage == "test" else "validate"
+        if (named := self.panels.get(played)) is not None:
+            named.require_same(self.source, self.panel(played))
+            for difference in named.played_otherwise(self.source.protocol()):
+                rank_zero_warn(f"the panel {named.path} is played otherwise than it was made for: {difference}")
         if rank_and_world()[1] > 1:
             tasks = self.tasks() if stage == "fit" else []
-            panel = self.panel("test" if stage == "test" else "validate")
+            panel = self.panel(played)
             listed = json.dumps(
                 [[(task.id, dict(task.data)) for task in split] for split in (tasks, panel)],
                 default=lambda value: type(value).__name__,

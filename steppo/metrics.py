@@ -116,7 +116,7 @@ def info_figures(episodes: Iterable[Episode], known: bool = True) -> tuple[dict[
 
     Returns:
         The mean of each figure over the episodes that have it. For each label, by value (the 50 most common): episodes,
-        success rate (as that of all episodes: ``None`` unless ``known``) and mean return.
+        success rate and interval (as those of all episodes: ``None`` unless ``known``) and mean return.
     """
     healthy = [episode for episode in episodes if not episode.stop_reason.failed]
     mine = [(e.order, e.success is True, e.episode_return, info) for e in healthy if (info := e.info)]
@@ -137,8 +137,10 @@ def info_figures(episodes: Iterable[Episode], known: bool = True) -> tuple[dict[
 
 
 def _of_label(told: list[tuple[bool, float]], known: bool) -> dict[str, Any]:
+    solved = sum(success for success, _ in told)
     return {
         "episodes": len(told),
-        "success_rate": sum(success for success, _ in told) / len(told) if known else None,
+        "success_rate": solved / len(told) if known else None,
+        "success_ci95": list(wilson_interval(solved, len(told))) if known else None,
         "return_mean": math.fsum(total for _, total in told) / len(told),
     }

@@ -32,6 +32,8 @@ from steppo.models.adapters import LoRASettings
 from steppo.models.identity import fingerprint, identity
 from steppo.models.policy import AdapterView
 from steppo.progress import phase
+from steppo.rollouts import EnvSource, ScriptedPlayer
+from steppo.rollouts.players import Choose
 from steppo.run_folder import RunTrainer
 from steppo.run_module import RunModule, fill_state, take_settings
 from steppo.types import Episode, Group, RolloutConfig
@@ -97,7 +99,13 @@ class AgentModule(RunModule):
     # ---- set-up ----
 
     def configure_model(self) -> None:
-        """Builds the models (once), hands the policy to the episode source and everything to the learner."""
+        """Builds the models (once), hands the policy to the episode source and everything to the learner.
+
+        Where a script plays there is nothing to build but what writes its prompts.
+        """
+        if cast(RunTrainer, self.trainer).is_scripted:
+            self.policy, self.critic = cast(EnvSource, self.data.source).bind_script(), None
+            return
         if self.policy.model is None:
             self.build_models(self.data.tokenizer_texts)
             if isinstance(self.trainer.strategy, ModelParallelStrategy):
@@ -183,13 +191,24 @@ class AgentModule(RunModule):
         self.latest, self._updates = {}, []
         announce(self.trainer, "on_iteration_start")
 
-    def play(self, name: str, groups: Sequence[Group], config: RolloutConfig) -> tuple[list[Episode], dict[str, float]]:
-        """Plays this rank's groups with the weights as they are, a phase of that name: episodes, and all ranks' figures."""
-        episodes: list[Episode] = []
-        self.data.source.load_weights(self.policy.inference_weights(), config.version)
+    def play(
+        self, name: str, groups: Sequence[Group], config: RolloutConfig, script: Choose | None = None
+    ) -> tuple[list[Episode], dict[str, float]]:
+        """Plays this rank's groups, a phase of that name, with the weights as they are or by a script of an ``EnvSource``.
+
+        Gives the episodes, and all ranks' figures.
+        """
+        source, episodes = self.data.source, list[Episode]()
+        if script is None:
+            source.load_weights(self.policy.inference_weights(), config.version)
         total = sum(group.size for group in groups)
         with self.timed(name), self.inference_context(), phase(self.trainer, name, total) as advance:
-            for group in self.data.source.collect(groups, config):
+            if script is None:
+                played = source.collect(groups, config)
+            else:
+                scripted = cast(EnvSource, source)
+                played = scripted.collect(groups, config, ScriptedPlayer(script, scripted.write))
+            for group in played:
                 episodes += map(checked_episode, group)
                 advance(len(episodes))
         statistics = EpisodeStatistics().to(self.device)

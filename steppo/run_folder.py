@@ -29,11 +29,13 @@ class RunTrainer(pl.Trainer):
     Attributes:
         numbered: The ``runs/version_<n>`` to go on in, if it is not to be a new one.
         begins_from: The checkpoint that the run begins with. Lightning's own knows it only after models are built.
+        is_scripted: A script plays and no policy is asked, so that none is built.
         can_be_continued: There is a state to go on from; ``IterationCheckpoint`` says so.
     """
 
     numbered: Path | None = None
     begins_from: Path | None = None
+    is_scripted: bool = False
     can_be_continued: bool = False
 
     def save_checkpoint(self, filepath: Any, weights_only: bool | None = None, storage_options: Any = None) -> None:

@@ -19,6 +19,7 @@ LAYERS: list[set[str]] = [
     {"models"},
     {"engines"},
     {"rollouts", "samplers"},
+    {"panels"},
     {"learner"},
     {"buffer"},
     {
@@ -27,6 +28,7 @@ LAYERS: list[set[str]] = [
         "datamodule",
         "listeners",
         "metrics",
+        "results",
         "progress",
         "checkpoints",
         "transcripts",
@@ -34,7 +36,7 @@ LAYERS: list[set[str]] = [
     },
     {"callbacks"},
     {"cli"},
-    {"export", "play"},
+    {"export", "play", "panel", "data"},
 ]
 APART = LAYERS[1]  # these do not import each other either
 USE_LIGHTNING = {

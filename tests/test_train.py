@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import warnings
 from pathlib import Path
@@ -20,7 +19,6 @@ from steppo.batch import Credit, CreditBatch, Segment
 from steppo.models import TinyPolicy
 from steppo.module import AgentModule
 from tests.cli_helpers import checkpoint, evaluations, run, same, weights
-from tests.toy_env import CorridorEnv
 
 RECORD = {
     "iteration",
@@ -128,8 +126,7 @@ def test_fit_records_what_it_did(tmp_path: Path) -> None:
     assert [record["iteration"] for record in records] == [0, 2, 3]  # before, every second, at the end
     assert [record["updates"] for record in records] == [0, 4, 6]
     assert set(records[0]) == RECORD
-    ids = "\n".join(task.id for task in CorridorEnv().tasks("valid"))
-    assert records[0]["panel_sha256"] == hashlib.sha256(ids.encode()).hexdigest()
+    assert {record["panel_sha256"] for record in records} == {cli.datamodule.panel_sha256("validate")}
     assert all(record["episodes"] == 8 and record["split"] == "valid" for record in records)
     assert cli.trainer.global_step == 6
     curves = scalars(tmp_path)

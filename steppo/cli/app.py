@@ -184,6 +184,11 @@ class SteppoCLI(LightningCLI):
             config.trainer.enable_progress_bar, config.progress.enabled = None, False
         if "verbose" in config:
             config.verbose = False  # the progress bar prints the table
+        player = config.evaluation.player
+        if player != "policy" and self.subcommand == "fit":
+            raise ConfigError(f"evaluation.player {player} is for validate and test: fit evaluates what it trains")
+        if player != "policy" and self._ckpt_path is not None:
+            raise ConfigError(f"evaluation.player {player} asks no policy: leave --ckpt_path out, or the player")
         if self._ckpt_path is not None:
             path, folder = self._checkpoint, self._folder = beginning(self._ckpt_path, config, self.subcommand == "fit")
             if path is not None:
@@ -207,6 +212,8 @@ class SteppoCLI(LightningCLI):
         finally:
             if logger is not None:
                 logger.version = None  # the config that is saved is good for another run
+        if self.subcommand:
+            self.trainer.is_scripted = self._options.evaluation.player != "policy"
         if self._checkpoint is not None:
             self.config_init[self.subcommand].ckpt_path = str(self._checkpoint)
             self.trainer.begins_from = self._checkpoint

@@ -56,6 +56,7 @@ _ALLOWED: dict[tuple[str, str], Sequence[Any]] = {
 }
 _SPLITS = ("train", "valid", "test")
 _SEEDS_PER_SPLIT = 1_000_000
+_HEADER, _SERIAL = 64, slice(0x12, 0x18)  # of a Z-machine story file: bytes, and where the date is
 _MOST_TURNS = 50_000  # kept in memory, of 1 to 2 kB each
 
 
@@ -174,7 +175,9 @@ class TextWorldEnv(TextGameEnv):
         self.description = description
         self.reward = reward
         self.num_generators = num_generators
-        recipe = json.dumps([challenge, self.settings, importlib.metadata.version("textworld")], sort_keys=True)
+        version = importlib.metadata.version("textworld")
+        self.version = f"textworld {version}"
+        recipe = json.dumps([challenge, self.settings, version], sort_keys=True)
         root = Path(cache_dir) if cache_dir else Path(platformdirs.user_cache_dir("steppo")) / "textworld"
         self._folder = root / f"{challenge}-{hashlib.sha256(recipe.encode()).hexdigest()[:12]}"
         self._turns: dict[tuple[int, *tuple[str, ...]], Turn] = {}
@@ -222,6 +225,19 @@ class TextWorldEnv(TextGameEnv):
                     raise
                 # each challenge has errors of its own
                 raise ConfigError(f"TextWorldEnv: no {self.challenge} game from {self.settings}: {error}") from error
+
+    def content(self, task: Task) -> str:
+        """The compiled game, but for the day on which it was compiled."""
+        path = self._path(task)
+        try:
+            game = bytearray(path.read_bytes())
+        except OSError as error:
+            raise ConfigError(f"TextWorldEnv: cannot read the game {path}: {error.strerror}") from None
+        length, checksum = (int.from_bytes(game[place : place + 2]) for place in (0x1A, 0x1C))
+        if not _HEADER <= 8 * length <= len(game) or sum(game[_HEADER : 8 * length]) % 2**16 != checksum:
+            raise ConfigError(f"TextWorldEnv: the game {path} is damaged: delete it, and it is made anew")
+        game[_SERIAL] = bytes(6)
+        return f"{task.id} {hashlib.sha256(game).hexdigest()}"
 
     def start(self) -> None:
         self._turns = {}  # for all episodes of this process

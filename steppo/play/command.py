@@ -17,7 +17,6 @@ from steppo.cli import OwnOptions, PartsCLI, build_parts, errors_in_one_line
 from steppo.datamodule import run_seed
 from steppo.errors import ConfigError, RunError
 from steppo.metrics import EpisodeStatistics
-from steppo.models import TinyPolicy
 from steppo.module import AgentModule
 from steppo.packing import PaddedPacker
 from steppo.play.show import Human, Quit, Show
@@ -64,11 +63,8 @@ def main(args: Sequence[str] | None = None) -> None:
             _load(console, parts, checkpoint, fabric)
             value = _value(parts.model, fabric) if checkpoint is not None else None
             autocast = fabric.autocast()
-        else:  # nobody reads the prompts: any tokenizer does, and a model is not needed
-            bytewise = TinyPolicy()
-            bytewise.build(list)
-            source.bind_tokenizer(bytewise.tokenizer, bytewise.stop_ids)
-            source.max_prompt_tokens = _NO_LIMIT
+        else:
+            source.bind_script()
         choosers: dict[str, Choose] = {"expert": expert_action, "random": random_action, "human": Human(console)}
         choose = choosers.get(options.player)
         player = ScriptedPlayer(choose, source.write) if choose is not None else None

@@ -33,6 +33,19 @@ class EpisodeSource(ABC):
         """Plays the groups; each comes out whole, in the order in which they are finished."""
 
     @property
+    def version(self) -> str:
+        """Of the tasks' grammar or data."""
+        return ""
+
+    def content(self, task: Task) -> str:
+        """Text that decides what a task is, which a panel hashes."""
+        return task.as_text()
+
+    def protocol(self) -> dict[str, Any]:
+        """How it plays, for records: plain values, by name."""
+        return {}
+
+    @property
     def logprob_tolerance(self) -> float:
         """Largest difference between sampler and learner that is no cause for worry."""
         return math.inf

@@ -13,9 +13,10 @@ import numpy as np
 from steppo.engines import Engine
 from steppo.envs import Env
 from steppo.envs.checks import MOST_REWARD
-from steppo.envs.given import checked_tasks, checked_tools, pickled, step_limit
+from steppo.envs.given import checked_tasks, checked_tools, content_of, pickled, step_limit, version_of
 from steppo.envs.pool import COUNTS, EnvPool
 from steppo.errors import ConfigError, RunError, blamed_on
+from steppo.models import TinyPolicy
 from steppo.rendering import ActionParser, CommandParser, ContextPolicy, HermesParser, Renderer
 from steppo.rollouts.base import EpisodeSource
 from steppo.rollouts.episode import OnStep, play_episode
@@ -23,13 +24,16 @@ from steppo.rollouts.place import Place
 from steppo.rollouts.players import Player, PolicyPlayer
 from steppo.rollouts.rules import Rules
 from steppo.rollouts.scheduler import Scheduler, Seat
-from steppo.rollouts.texts import tokenizer_texts
+from steppo.rollouts.texts import prompt_version, tokenizer_texts
 from steppo.types import Action, Episode, Group, RolloutConfig, Sampling, Task
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from steppo.models.policy import Policy
+
+
+_NO_LIMIT = 2**31
 
 
 class EnvSource(EpisodeSource):
@@ -153,6 +157,14 @@ class EnvSource(EpisodeSource):
         self.bind_tokenizer(policy.tokenizer, policy.stop_ids)
         self.engine.bind(policy)
 
+    def bind_script(self) -> Policy:
+        """In place of ``bind`` where no policy is asked: any tokenizer writes the prompts, and none is too long."""
+        bytewise = TinyPolicy()
+        bytewise.build(list)
+        self.bind_tokenizer(bytewise.tokenizer, bytewise.stop_ids)
+        self.max_prompt_tokens = _NO_LIMIT
+        return bytewise
+
     def bind_tokenizer(self, tokenizer: Any, stop_ids: Collection[int]) -> None:
         """Takes what prompts are written with and answers read with."""
         tools_text = self.parser.tools_text(self.tools)
@@ -166,6 +178,26 @@ class EnvSource(EpisodeSource):
     def write(self, action: Action) -> np.ndarray:
         """Token ids of an action as the policy would give it, its stop token last."""
         return self.renderer.encode_action(self.parser.answer(action))
+
+    @property
+    def version(self) -> str:
+        return version_of(self.env)
+
+    def content(self, task: Task) -> str:
+        return content_of(self.env, task)
+
+    def protocol(self) -> dict[str, Any]:
+        return {
+            "env": f"{type(self.env).__module__}.{type(self.env).__qualname__}",
+            "max_steps": self.longest_episode,
+            "max_prompt_tokens": self.max_prompt_tokens if self.max_prompt_tokens < _NO_LIMIT else None,
+            "max_new_tokens": self.max_new_tokens,
+            "on_invalid": self.on_invalid,
+            "invalid_penalty": self.invalid_penalty,
+            "context": type(self.context).__name__,
+            "parser": type(self.parser).__name__,
+            "prompt_version": prompt_version(self.context, self.parser, self.tools),
+        }
 
     @property
     def logprob_tolerance(self) -> float:

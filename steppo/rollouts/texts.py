@@ -1,13 +1,19 @@
-"""What there is to read in an environment, for a policy that makes its own tokenizer."""
+"""What there is to read: in an environment, for a policy that makes its own tokenizer, and in a prompt, for its version."""
 
 from __future__ import annotations
 
+import copy
+import hashlib
+import json
 import random
 from collections.abc import Sequence
 
+import numpy as np
+
 from steppo.envs.pool import EnvPool
-from steppo.rendering import ActionParser, ContextPolicy, is_open
-from steppo.types import Action, Task
+from steppo.models import TinyPolicy
+from steppo.rendering import ActionParser, ContextPolicy, Renderer, is_open
+from steppo.types import Action, Message, Step, Task, ToolSpec, Turn
 
 
 def tokenizer_texts(
@@ -40,3 +46,26 @@ def tokenizer_texts(
         for slot, _ in active:
             pool.receive(slot)
     return texts
+
+
+def prompt_version(context: ContextPolicy, parser: ActionParser, tools: Sequence[ToolSpec]) -> str:
+    """A hash of what the context makes of an example, and of what is said of the tools, whatever the model.
+
+    Empty where the context can make nothing of the example.
+    """
+    bytewise, tools_text = TinyPolicy(), parser.tools_text(tools) if tools else ""
+    bytewise.build(list)
+    own = copy.copy(context)
+    none = np.zeros(0, dtype=np.int32)
+    turns = [Turn(f"Place {number}.", "Go.", ("north", "south"), info={"number": number}) for number in range(8)]
+    steps = [Step(none, none, none, 0.0, n, "stop", False, False, True, "", "north", 0.0, 0) for n in range(7)]
+    try:
+        renderer = Renderer()
+        renderer.bind(bytewise.tokenizer, bytewise.stop_ids, tools, tools_text)
+        own.bind(renderer)
+        shown = [own.messages(turns[: past + 1], steps[:past]) for past in (0, 1, 7)]
+    except Exception:
+        return ""
+    parts = [[[part.role, part.content] if isinstance(part, Message) else "" for part in parts] for parts in shown]
+    told = [own.instructions, parts, [tool.schema for tool in tools], tools_text]
+    return hashlib.sha256(json.dumps(told, default=str).encode()).hexdigest()[:12]

@@ -15,7 +15,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from steppo.envs.checks import LONGEST_LABEL, MOST_ENTRIES, checked_episode, checked_turn, opening_turn
-from steppo.metrics import info_figures
+from steppo.metrics import info_figures, wilson_interval
 from steppo.rendering import ActionParser, ParsedAction
 from steppo.types import Action, Episode, StopReason, Turn
 from tests.cli_helpers import evaluations, run, same, weights
@@ -148,15 +148,22 @@ EPISODES = [
 def test_figures_of_hand_made_episodes() -> None:
     means, by_label = info_figures(EPISODES)
     assert means == {"done": 0.5, "f1": math.fsum([0.1, 0.2]) / 4, "mixed": 3.0}
+    none_of_one = list(wilson_interval(0, 1))
     assert by_label == {
-        "mixed": {"text": {"episodes": 1, "success_rate": 0.0, "return_mean": 3.0}},
+        "mixed": {"text": {"episodes": 1, "success_rate": 0.0, "success_ci95": none_of_one, "return_mean": 3.0}},
         "type": {
-            "a": {"episodes": 2, "success_rate": 0.5, "return_mean": 1.5},
-            "b": {"episodes": 1, "success_rate": 0.0, "return_mean": 2.0},
+            "a": {
+                "episodes": 2,
+                "success_rate": 0.5,
+                "success_ci95": list(wilson_interval(1, 2)),
+                "return_mean": 1.5,
+            },
+            "b": {"episodes": 1, "success_rate": 0.0, "success_ci95": none_of_one, "return_mean": 2.0},
         },
     }
     assert info_figures(EPISODES[4:]) == info_figures([]) == ({}, {})
-    assert info_figures(EPISODES, known=False)[1]["type"]["a"] == {"episodes": 2, "success_rate": None, "return_mean": 1.5}
+    unknown = {"episodes": 2, "success_rate": None, "success_ci95": None, "return_mean": 1.5}
+    assert info_figures(EPISODES, known=False)[1]["type"]["a"] == unknown
 
 
 @pytest.mark.parametrize("ranks", itertools.product((0, 1), repeat=4), ids=str)

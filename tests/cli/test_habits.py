@@ -79,7 +79,7 @@ def test_no_logger(tmp_path: Path) -> None:
     run(tmp_path / "unused", *where, f"--ckpt_path={checkpoint(folders[0])}", command="validate")
     assert [[record["iteration"] for record in evaluations(folder)] for folder in folders] == [[1], [1, 2, 3], [1]]
     assert (folders[0] / "checkpoints" / "top.ckpt").exists()
-    assert {path.name for path in folders[2].iterdir()} == {*FILES, "config.yaml"}
+    assert {path.name for path in folders[2].iterdir()} == {*FILES, "config.yaml", "validate.json", "validate.md"}
     assert {path.name for path in tmp_path.iterdir()} == {"runs"}
 
 
@@ -204,7 +204,7 @@ def test_quiet(command: str, option: str, tmp_path: Path, capsys: pytest.Capture
     assert result.startswith(
         f"evaluation on {split} after {record['iteration']} iterations: success {record['success_rate']:.2f} ["
     )
-    assert place == f"Results: {tmp_path}/evaluation.jsonl"
+    assert place == f"Results: {tmp_path}/{'evaluation.jsonl' if command == 'fit' else f'{command}.md'}"
 
 
 def test_fine_tuning_on_expert_play_first(tmp_path: Path) -> None:

@@ -1,0 +1,1 @@
+"""Checks and prepares the data of an environment: ``python -m steppo.data``."""

@@ -1,0 +1,1 @@
+"""Makes panels, and compares results on them: ``python -m steppo.panel``."""
