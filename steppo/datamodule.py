@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator
+from functools import cached_property
 from typing import Any, cast
 
 import lightning.pytorch as pl
@@ -84,15 +85,23 @@ class StepDataModule(pl.LightningDataModule):
             num_minibatches,
             minibatches or ShuffledSteps(),
         )
-        files = {"validate": eval_panel, "test": test_panel}
-        self.panels = {stage: Panel.read(path) for stage, path in files.items() if path is not None}
-        self.splits = {"train": train_split, "validate": eval_split, "test": test_split}
-        self.splits |= {stage: panel.split for stage, panel in self.panels.items()}
+        self._named_splits = {"train": train_split, "validate": eval_split, "test": test_split}
+        self._panel_files = {"validate": eval_panel, "test": test_panel}
         self.train_tasks = train_tasks
         self.eval_tasks = eval_tasks
         self._splits: dict[str, list[Task]] = {}
         self._tasks: dict[str, list[Task]] = {}
         self._sha256: dict[str, str] = {}
+
+    @cached_property
+    def panels(self) -> dict[str, Panel]:
+        """The panels that files name, by stage: commands that evaluate nothing do not need the files."""
+        return {stage: Panel.read(path) for stage, path in self._panel_files.items() if path is not None}
+
+    @property
+    def splits(self) -> dict[str, str]:
+        """Which split ``train``, ``validate`` and ``test`` take their tasks from."""
+        return self._named_splits | {stage: panel.split for stage, panel in self.panels.items()}
 
     def tasks(self) -> list[Task]:
         """The tasks to learn from."""

@@ -14,7 +14,7 @@ from steppo.rollouts import EpisodeSource
 from steppo.types import Task
 
 _FORMAT = 1
-_MOST_NAMES = 8
+_MOST_NAMES = 5
 _TEXTS = ("env", "split", "version", "prompt_version", "sha256")
 
 

@@ -188,7 +188,8 @@ def _checkpoint(checkpoint: Mapping[str, Any] | None, panel: str) -> str:
     text = f"{checkpoint['file']} after {checkpoint['iteration']} iterations"
     if checkpoint["chosen_by"] is None:
         return text
-    where = "this very panel, so that its figures are too good" if checkpoint["chosen_on"] == panel else "another panel"
+    chosen_on = checkpoint["chosen_on"]
+    where = "this very panel, so that its figures are too good" if chosen_on == panel else f"the panel {chosen_on}"
     return f"{text}, the best of its run by {checkpoint['chosen_by']} on {where}"
 
 

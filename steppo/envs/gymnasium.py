@@ -147,6 +147,9 @@ class GymnasiumEnv(TextGameEnv):
 
         gymnasium.spec(self.id)  # imports the module that registers it
 
+    def content(self, task: Task) -> str:
+        return Task(task.id, {**task.data, "kwargs": self.kwargs, "success_reward": self.success_reward}).as_text()
+
     def reset(self, task: Task) -> Turn:
         import gymnasium
 
