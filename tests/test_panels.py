@@ -42,9 +42,8 @@ def validated(folder: Path, *options: str, command: str = "validate") -> dict[st
 
 
 def outcomes(result: dict[str, Any]) -> list[tuple[Any, ...]]:
-    return [
-        tuple(episode[name] for name in ("task", "sample", "success", "return", "steps")) for episode in result["episodes"]
-    ]
+    names = ("task", "sample", "success", "return", "steps")
+    return [tuple(episode[name] for name in names) for episode in result["episodes"]]
 
 
 # ---- the same content ----
@@ -268,7 +267,7 @@ def test_the_untrained_policy_plays_as_before_training(tmp_path: Path) -> None:
         ("fit", [], "evaluation.player random is for validate and test"),
         ("validate", ["--ckpt_path=x.ckpt"], "asks no policy: leave --ckpt_path out"),
         ("validate", [f"{ENV}=tests.search_env.SearchEnv"], "no episode could be played: NoAction: no commands are shown"),
-        ("validate", ["--data.source=tests.test_extend_tools.OwnSource"], "needs an EnvSource"),
+        ("validate", ["--data.source=tests.test_buffer.ListedTasks"], "needs an EnvSource"),
     ],
 )
 def test_players_that_cannot_play(
