@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import json
 import random
@@ -12,11 +13,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from steppo.errors import ConfigError
 from steppo.panel.command import main as panel
 from steppo.panel.compare import bootstrap_interval, compare, difference
-from steppo.results import by_golden_steps, excess_steps, outcomes_of, tables
+from steppo.results import as_markdown, as_rich, by_golden_steps, excess_steps, outcomes_of, tables
 from steppo.types import StopReason
 from tests.learner.fakes import make_episode
 
@@ -202,3 +204,8 @@ def test_markup_in_labels_is_text() -> None:
     played["figures"] |= {"return_mean": 1.0, "steps_mean": 2.0, "by_label": {"type": {"[red]|x": part}}}
     assert [table.title for table in tables(played)] == ["", "By type"]
     assert tables(played)[1].rows == [("[red]|x", "1", "1.000 [0.200, 1.000]", "1")]
+    console = Console(file=io.StringIO(), width=80)
+    console.print(as_rich(tables(played)[1]))
+    assert "[red]|x" in console.file.getvalue()  # type: ignore[attr-defined]
+    played["panel"] |= {"version": "", "differences": []}
+    assert "| [red]\\|x | 1 | 1.000 [0.200, 1.000] | 1 |\n" in as_markdown(played)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 from unittest import mock
 
+import numpy as np
 import platformdirs
 
 from steppo.envs.base import TextGameEnv
@@ -234,7 +235,8 @@ class TextWorldEnv(TextGameEnv):
         except OSError as error:
             raise ConfigError(f"TextWorldEnv: cannot read the game {path}: {error.strerror}") from None
         length, checksum = (int.from_bytes(game[place : place + 2]) for place in (0x1A, 0x1C))
-        if not _HEADER <= 8 * length <= len(game) or sum(game[_HEADER : 8 * length]) % 2**16 != checksum:
+        summed = int(np.frombuffer(game[_HEADER : 8 * length], dtype=np.uint8).sum(dtype=np.int64))
+        if not _HEADER <= 8 * length <= len(game) or summed % 2**16 != checksum:
             raise ConfigError(f"TextWorldEnv: the game {path} is damaged: delete it, and it is made anew")
         game[_SERIAL] = bytes(6)
         return f"{task.id} {hashlib.sha256(game).hexdigest()}"
