@@ -75,7 +75,7 @@ class EvaluationCallback(Listener):
     def setup(self, trainer: pl.Trainer, pl_module: AgentModule, stage: str) -> None:
         source = pl_module.data.source
         if self.player != "policy" and not isinstance(source, EnvSource):
-            raise ConfigError(f"evaluation.player {self.player} needs an EnvSource; {type(source).__name__} has a player")
+            raise ConfigError(f"evaluation.player {self.player} needs an EnvSource; {type(source).__name__} plays by itself")
 
     def on_run_start(self, trainer: pl.Trainer, pl_module: AgentModule) -> None:
         if trainer.ckpt_path is not None:
@@ -147,6 +147,7 @@ class EvaluationCallback(Listener):
         rank, world = rank_and_world()
         groups = groups_of(panel, self.samples)[rank::world]
         config = RolloutConfig(stage, run_seed(), self.temperature, module.counters.updates, self.player == "expert")
+        sha256 = module.data.panel_sha256(stage)
         start = time.perf_counter()
         episodes, figures = module.play("evaluation", groups, config, _SCRIPTS.get(self.player))
         check_orders(episodes)
@@ -166,7 +167,7 @@ class EvaluationCallback(Listener):
             "updates": module.counters.updates,
             "environment_steps": module.counters.environment_steps,
             "split": module.data.splits[stage],
-            "panel_sha256": module.data.panel_sha256(stage),
+            "panel_sha256": sha256,
             "episodes": int(figures["episodes"]),
             "errors": int(figures["errors"]),
             "no_verdict": int(figures["no_verdict"]),
@@ -220,7 +221,7 @@ class EvaluationCallback(Listener):
             "split": data.splits[stage],
             "panel": {
                 "file": named.path if named else None,
-                "sha256": data.panel_sha256(stage),
+                "sha256": figures["panel_sha256"],
                 "version": data.source.version,
                 "differences": named.played_otherwise(protocol) if named else [],
             },
