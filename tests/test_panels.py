@@ -36,6 +36,11 @@ def made(folder: Path, *options: str) -> Path:
     return path
 
 
+@pytest.fixture(scope="module")
+def toy_panel(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return json.loads(made(tmp_path_factory.mktemp("toy")).read_text())
+
+
 def validated(folder: Path, *options: str, command: str = "validate") -> dict[str, Any]:
     run(folder, *options, command=command)
     return json.loads((folder / f"{command}.json").read_text())
@@ -77,17 +82,17 @@ def test_training_evaluates_on_the_panel(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "settings", "words"),
+    ("command", "change", "settings", "words"),
     [
-        ("edit", {}, "2 of 4 tasks have another content than when it was made: valid/b.json, valid/d.json"),
-        ("remove", {}, "split 'valid' lacks 2 of 4 tasks: valid/b.json, valid/d.json"),
-        ("", {"version": "2"}, "is of version '1' of tests.folder_env.FolderEnv's tasks, here they are of '2'"),
-        ("cut", {}, "valid/b.json is damaged"),
+        ("validate", "edit", {}, "2 of 4 tasks have another content than when it was made: valid/b.json, valid/d.json"),
+        ("fit", "edit", {}, "2 of 4 tasks have another content than when it was made: valid/b.json, valid/d.json"),
+        ("validate", "remove", {}, "split 'valid' lacks 2 of 4 tasks: valid/b.json, valid/d.json"),
+        ("fit", "", {"version": "2"}, "is of version '1' of tests.folder_env.FolderEnv's tasks, here they are of '2'"),
+        ("validate", "cut", {}, "valid/b.json is damaged"),
     ],
 )
-@pytest.mark.parametrize("command", ["validate", "fit"])
 def test_what_has_changed_is_refused_and_named(
-    change: str, settings: dict[str, str], words: str, command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    command: str, change: str, settings: dict[str, str], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data = write_tasks(tmp_path / "data")
     path = made(tmp_path, *env(data))
@@ -139,14 +144,12 @@ def test_other_limits_and_prompts_are_told(tmp_path: Path) -> None:
         ({"tasks": [{"id": "valid/a.json", "sha256": "0"}]}, "the panel {path} was changed: its sha256"),
     ],
 )
-def test_files_that_are_no_panels(text: Any, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = made(tmp_path)
-    if isinstance(text, dict):
-        path.write_text(json.dumps(json.loads(path.read_text()) | text))
-    elif text is None:
-        path.unlink()
-    else:
-        path.write_text(text)
+def test_files_that_are_no_panels(
+    text: Any, words: str, toy_panel: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "panel.json"
+    if text is not None:
+        path.write_text(json.dumps(toy_panel | text) if isinstance(text, dict) else text)
     options = [f"--config={TOY}", f"--data.test_panel={path}", *places(tmp_path / "run")]
     assert words.format(path=path) in refused_by(["test", *options], capsys)
 

@@ -16,6 +16,7 @@ from typing import Any, cast
 import numpy as np
 import pytest
 
+from steppo.data.command import main as data
 from steppo.envs import TextWorldEnv
 from steppo.envs.checks import EnvReply
 from steppo.envs.pool import EnvPool
@@ -341,3 +342,26 @@ def test_a_lost_game_comes_back_the_same(
     again = play(copied, tasks)
     monkeypatch.setenv("PYTHONHASHSEED", "2")
     assert again == play(env, tasks)
+
+
+def test_games_of_textworld_are_told_by_what_is_in_them(
+    textworld_env: TextWorldEnv, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Not by the day on which they were compiled; a cut one is named."""
+    tasks = textworld_env.tasks("valid")
+    contents = [textworld_env.content(task) for task in tasks]
+    assert len(set(contents)) == len(tasks)
+    path = textworld_env._path(tasks[0])
+    game = path.read_bytes()
+    try:
+        path.write_bytes(game[:0x12] + b"991231" + game[0x18:])
+        assert textworld_env.content(tasks[0]) == contents[0]
+        where = [f"--cache_dir={path.parent.parent}", "--settings.level=2", "--num_train=4", "--num_valid=2", "--num_test=2"]
+        data(["textworld", *where])
+        assert len(capsys.readouterr().out.splitlines()) == 4
+        path.write_bytes(game[: len(game) // 2])
+        with pytest.raises(SystemExit):
+            data(["textworld", *where])
+        assert f"1 of 2 tasks of valid: TextWorldEnv: the game {path} is damaged" in capsys.readouterr().err
+    finally:
+        path.write_bytes(game)
