@@ -117,51 +117,43 @@ class StepProgressBar(ProgressBar, Listener):
 
     def on_evaluation(self, trainer: pl.Trainer, pl_module: AgentModule, evaluation: Evaluation) -> None:
         if self._enabled and trainer.state.fn == TrainerFn.FITTING:
-            self._console.print(_in_one_line(evaluation.record), soft_wrap=True)
-
-    def on_fit_end(self, trainer: pl.Trainer, pl_module: AgentModule) -> None:
-        self._finish(trainer)
-        if self._enabled:
-            self._console.print(_seconds_table(pl_module))
-        self._say_places(trainer)
-        for logger in trainer.loggers:
-            if self._enabled and isinstance(logger, TensorBoardLogger):
-                self._console.print(f"Curves:  tensorboard --logdir {logger.save_dir}", soft_wrap=True)
+            self._console.print(in_words(evaluation.record), soft_wrap=True)
 
     def on_test_end(self, trainer: pl.Trainer, pl_module: AgentModule) -> None:
-        self._finish(trainer)
-        self._say_places(trainer)
-
-    def on_exception(self, trainer: pl.Trainer, pl_module: AgentModule, exception: BaseException) -> None:
+        """A result is never kept to itself, nor where it is."""
         self.end_phase()
-
-    def teardown(self, trainer: pl.Trainer, pl_module: AgentModule, stage: str) -> None:
-        self.end_phase()
-
-    def _finish(self, trainer: pl.Trainer) -> None:
-        """A result is never kept to itself."""
-        self.end_phase()
+        folder = run_folder(trainer)
+        if not trainer.is_global_zero:
+            return
         callbacks: list[pl.Callback] = cast(Any, trainer).callbacks
         evaluation = next((callback for callback in callbacks if isinstance(callback, EvaluationCallback)), None)
-        if evaluation is None or not trainer.is_global_zero:
-            return
-        history, fitting = evaluation.history, trainer.state.fn == TrainerFn.FITTING
+        fitting = trainer.state.fn == TrainerFn.FITTING
+        history = evaluation.history if evaluation is not None else []
         for record in [*history[:1], *history[1:][-1:]] if self._enabled and fitting else history[-1:]:
-            self._console.print(_in_one_line(record), soft_wrap=True)
-        if self._enabled and evaluation.result:
+            self._console.print(in_words(record), soft_wrap=True)
+        if self._enabled and evaluation is not None and evaluation.result:
             for table in results.tables(evaluation.result):
                 self._console.print(results.as_rich(table))
-
-    def _say_places(self, trainer: pl.Trainer) -> None:
-        """Where to find what the run wrote."""
-        folder = run_folder(trainer)
-        if folder is None or not trainer.is_global_zero:
+        if self._enabled and fitting:
+            self._console.print(_seconds_table(pl_module))
+        if folder is None:
             return
         named = {TrainerFn.VALIDATING: "validate.md", TrainerFn.TESTING: "test.md"}
         if (place := folder / named.get(cast(TrainerFn, trainer.state.fn), "evaluation.jsonl")).exists():
             self._console.print(f"Results: {place}", soft_wrap=True)
         if self._enabled and (folder / "transcripts.html").exists():
             self._console.print(f"Episodes: {folder / 'transcripts.html'} (open it in a browser)", soft_wrap=True)
+        if self._enabled and fitting and isinstance(trainer.logger, TensorBoardLogger):
+            self._console.print(f"Curves:  tensorboard --logdir {trainer.logger.save_dir}", soft_wrap=True)
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: AgentModule) -> None:
+        self.on_test_end(trainer, pl_module)
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: AgentModule, exception: BaseException) -> None:
+        self.end_phase()
+
+    def teardown(self, trainer: pl.Trainer, pl_module: AgentModule, stage: str) -> None:
+        self.end_phase()
 
 
 _LONGEST_ERROR = 160
@@ -178,7 +170,7 @@ _LINE = {
 }
 
 
-def _in_one_line(record: Mapping[str, Any]) -> str:
+def in_words(record: Mapping[str, Any]) -> str:
     """An evaluation in a few words: its success, or its return where nobody says what success is."""
     result = f"return {record['return_mean']:.3g}"
     if record["success_rate"] is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 import lightning.pytorch as pl
@@ -20,6 +21,7 @@ from steppo.module import AgentModule
 from steppo.run_folder import RunTrainer
 
 
+@dataclass(eq=False)
 class QuantizationCallback(pl.Callback):
     """Sets up base precision and adapters before the model is built; says what will be trained and logs memory.
 
@@ -36,29 +38,22 @@ class QuantizationCallback(pl.Callback):
         gradient_checkpointing: Keep no activations within a layer, compute them again in the backward pass.
     """
 
-    def __init__(
-        self,
-        bits: Literal[4, 8] | None = None,
-        lora_rank: int = 0,
-        lora_alpha: float | None = None,
-        lora_targets: list[str] | None = None,
-        base_dtype: Literal["float32", "bfloat16"] | None = None,
-        gradient_checkpointing: bool = False,
-    ) -> None:
-        if lora_rank < 0 or (lora_alpha is not None and lora_alpha <= 0):
+    bits: Literal[4, 8] | None = None
+    lora_rank: int = 0
+    lora_alpha: float | None = None
+    lora_targets: list[str] | None = None
+    base_dtype: Literal["float32", "bfloat16"] | None = None
+    gradient_checkpointing: bool = False
+
+    def __post_init__(self) -> None:
+        if self.lora_rank < 0 or (self.lora_alpha is not None and self.lora_alpha <= 0):
             raise ConfigError("quantization: lora_rank must be at least 0 and lora_alpha above 0")
-        if lora_rank == 0 and (lora_alpha is not None or lora_targets is not None or base_dtype is not None):
+        if self.lora_rank == 0 and (self.lora_alpha, self.lora_targets, self.base_dtype) != (None, None, None):
             raise ConfigError("quantization: lora_alpha, lora_targets and base_dtype need lora_rank")
-        if lora_rank == 0 and bits is not None:
+        if self.lora_rank == 0 and self.bits is not None:
             raise ConfigError(
-                f"quantization: weights of {bits} bits cannot be trained; set quantization.lora_rank, such as 16"
+                f"quantization: weights of {self.bits} bits cannot be trained; set quantization.lora_rank, such as 16"
             )
-        self.bits = bits
-        self.lora_rank = lora_rank
-        self.lora_alpha = lora_alpha
-        self.lora_targets = lora_targets
-        self.base_dtype = base_dtype
-        self.gradient_checkpointing = gradient_checkpointing
 
     def setup(self, trainer: pl.Trainer, pl_module: AgentModule, stage: str) -> None:
         self._check(trainer, pl_module)
@@ -99,18 +94,13 @@ class QuantizationCallback(pl.Callback):
             raise ConfigError("AdapterCritic shares a frozen base: set quantization.lora_rank, or use SeparateCritic")
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: AgentModule) -> None:
-        optimizer = trainer.optimizers[0]
-        trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        trained = sum(parameter.numel() for group in trainer.optimizers[0].param_groups for parameter in group["params"])
         total = sum(_numel(parameter) for parameter in pl_module.parameters())
         base = "all weights"
         if self.lora_rank:
             stored = f"{self.bits}-bit" if self.bits else str(pl_module.policy.dtype).removeprefix("torch.")
             base = f"LoRA of rank {self.lora_rank} on a {stored} base"
-        count, size = sum(parameter.numel() for parameter in trained), _bytes(trained)
-        rank_zero_info(
-            f"training {base}: {count:,} of {total:,} parameters ({count / total:.1%}); weights "
-            f"{_mib(_bytes(list(pl_module.parameters())))}, gradients {_mib(size)}, optimizer {_mib(2 * size)}"
-        )
+        rank_zero_info(f"training {base}: {trained:,} of {total:,} parameters ({trained / total:.1%})")
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: AgentModule, outputs: Any, batch: Any, batch_idx: int
@@ -126,11 +116,3 @@ def _numel(parameter: nn.Parameter) -> int:
     """Weights that a parameter stands for; two 4-bit ones share a byte."""
     state = getattr(parameter, "quant_state", None)
     return math.prod(state.shape) if state is not None else parameter.numel()
-
-
-def _bytes(parameters: list[nn.Parameter]) -> int:
-    return sum(parameter.numel() * parameter.element_size() for parameter in parameters)
-
-
-def _mib(size: int) -> str:
-    return f"{size / 2**20:,.0f} MiB"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import lightning.pytorch as pl
 import torch
@@ -18,6 +19,7 @@ from steppo.module import AgentModule
 from steppo.types import Episode, RolloutConfig
 
 
+@dataclass(eq=False)
 class RolloutCallback(Listener):
     """Plays ``episodes_per_iteration`` episodes, ``group_size`` of each task, at the start of every iteration.
 
@@ -31,50 +33,45 @@ class RolloutCallback(Listener):
             ``trainer.max_epochs`` does not end it before; 0 ends it after the first evaluation, with no training at all.
     """
 
-    def __init__(
-        self,
-        episodes_per_iteration: int = 64,
-        group_size: int = 1,
-        temperature: float = 1.0,
-        min_valid_fraction: float = 0.5,
-        max_environment_steps: int | None = None,
-    ) -> None:
-        require_at_least(1, "rollout", episodes_per_iteration=episodes_per_iteration, group_size=group_size)
-        require_at_least(0, "rollout", max_environment_steps=max_environment_steps)
-        if episodes_per_iteration % group_size:
+    episodes_per_iteration: int = 64
+    group_size: int = 1
+    temperature: float = 1.0
+    min_valid_fraction: float = 0.5
+    max_environment_steps: int | None = None
+
+    def __post_init__(self) -> None:
+        episodes, group_size = self.episodes_per_iteration, self.group_size
+        require_at_least(1, "rollout", episodes_per_iteration=episodes, group_size=group_size)
+        require_at_least(0, "rollout", max_environment_steps=self.max_environment_steps)
+        if episodes % group_size:
+            raise ConfigError(f"rollout: episodes_per_iteration, {episodes}, must be a multiple of group_size, {group_size}")
+        if not 0 < self.temperature < math.inf:
             raise ConfigError(
-                f"rollout: episodes_per_iteration, {episodes_per_iteration}, must be a multiple of group_size, {group_size}"
+                f"rollout: temperature must be above 0 and finite, not {self.temperature}, or there is nothing to explore"
             )
-        if not 0 < temperature < math.inf:
-            raise ConfigError(
-                f"rollout: temperature must be above 0 and finite, not {temperature}, or there is nothing to explore"
-            )
-        if not 0 <= min_valid_fraction <= 1:
-            raise ConfigError(f"rollout: min_valid_fraction is a share, from 0 to 1, not {min_valid_fraction}")
-        self.tasks_per_iteration = episodes_per_iteration // group_size
-        self.group_size = group_size
-        self.temperature = temperature
-        self.min_valid_fraction = min_valid_fraction
-        self.max_environment_steps = max_environment_steps
+        if not 0 <= self.min_valid_fraction <= 1:
+            raise ConfigError(f"rollout: min_valid_fraction is a share, from 0 to 1, not {self.min_valid_fraction}")
+        self.tasks_per_iteration = episodes // group_size
 
     def setup(self, trainer: pl.Trainer, pl_module: AgentModule, stage: str) -> None:
-        if stage == "fit" and pl_module.advantage.needs_groups and self.group_size < 2:
+        if stage != "fit":
+            return
+        if pl_module.advantage.needs_groups and self.group_size < 2:
             scheme = type(pl_module.advantage).__name__
             raise ConfigError(f"{scheme} compares episodes of a group: set rollout.group_size to 2 or more")
-        if stage == "fit" and trainer.world_size > self.tasks_per_iteration:
+        if trainer.world_size > self.tasks_per_iteration:
             raise ConfigError(
                 f"rollout: {self.tasks_per_iteration} tasks per iteration (episodes_per_iteration / group_size) are fewer "
                 f"than the {trainer.world_size} processes"
             )
         data: StepDataModule = pl_module.data
-        longest, episodes = data.source.longest_episode, self.tasks_per_iteration * self.group_size
-        if stage == "fit" and longest is not None and episodes * longest < data.buffer.num_minibatches:
+        longest, episodes = data.source.longest_episode, self.episodes_per_iteration
+        if longest is not None and episodes * longest < data.buffer.num_minibatches:
             raise ConfigError(
                 f"an iteration of {episodes} episodes (rollout.episodes_per_iteration) of at most {longest} steps is too "
                 f"small for data.num_minibatches, {data.buffer.num_minibatches}"
             )
-        if stage == "fit":
-            data.buffer.rehearse(episodes, self.group_size)
+        data.buffer.rehearse(episodes, self.group_size)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: AgentModule) -> None:
         """Says which parts of the method are at work."""

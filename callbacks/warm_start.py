@@ -8,6 +8,7 @@ import json
 import math
 import platform
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
@@ -30,11 +31,11 @@ from steppo.models import Policy
 from steppo.module import AgentModule
 from steppo.progress import phase
 from steppo.rollouts import EnvSource, NoAction, ScriptedPlayer, expert_action, random_action
-from steppo.rollouts.players import Choose
-from steppo.types import Action, Episode, Request, RolloutConfig, Step, Turn, groups_of
+from steppo.types import Episode, RolloutConfig, Step, groups_of
 from steppo.weight_cache import WeightCache
 
 
+@dataclass(eq=False)
 class WarmStartCallback(pl.Callback):
     """Fine-tunes the policy on demonstrations before iteration 0; never when a checkpoint is resumed.
 
@@ -56,33 +57,25 @@ class WarmStartCallback(pl.Callback):
         cache_dir: Where results are kept; the user's cache folder unless given.
     """
 
-    def __init__(
-        self,
-        updates: int = 0,
-        actions: Literal["random", "expert"] = "random",
-        episodes: int = 128,
-        batch_size: int = 64,
-        lr: float = 1e-3,
-        seed: int | None = None,
-        cache_dir: str | None = None,
-    ) -> None:
-        if updates < 0 or episodes < 1 or batch_size < 1:
+    updates: int = 0
+    actions: Literal["random", "expert"] = "random"
+    episodes: int = 128
+    batch_size: int = 64
+    lr: float = 1e-3
+    seed: int | None = None
+    cache_dir: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.updates < 0 or self.episodes < 1 or self.batch_size < 1:
             raise ConfigError("warm_start: updates must be at least 0, episodes and batch_size at least 1")
-        if not 0 < lr < math.inf:
-            raise ConfigError(f"warm_start: lr must be above 0 and finite, not {lr}")
-        self.updates = updates
-        self.actions = actions
-        self.episodes = episodes
-        self.batch_size = batch_size
-        self.lr = lr
-        self._seed = seed
-        folder = Path(cache_dir) if cache_dir else Path(platformdirs.user_cache_dir("steppo")) / "warm_start"
+        if not 0 < self.lr < math.inf:
+            raise ConfigError(f"warm_start: lr must be above 0 and finite, not {self.lr}")
+        folder = Path(self.cache_dir) if self.cache_dir else Path(platformdirs.user_cache_dir("steppo")) / "warm_start"
         self.cache = WeightCache(folder)
 
     @property
-    def seed(self) -> int:
-        """Of demonstrations and batches."""
-        return run_seed() if self._seed is None else self._seed
+    def _own_seed(self) -> int:
+        return run_seed() if self.seed is None else self.seed
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: AgentModule) -> None:
         if self.updates == 0 or trainer.ckpt_path is not None:
@@ -101,7 +94,7 @@ class WarmStartCallback(pl.Callback):
 
     def _train(self, trainer: pl.Trainer, module: AgentModule, segments: list[Segment]) -> None:
         packing = module.data.buffer.packer, module.data.buffer.max_tokens
-        learner = SFTLearner(module.policy, segments, self.updates, self.batch_size, self.lr, self.seed, *packing)
+        learner = SFTLearner(module.policy, segments, self.updates, self.batch_size, self.lr, self._own_seed, *packing)
         with phase(trainer, "warm start", self.updates) as advance, trainer.precision_plugin.train_step_context():
             learner.fit(progress=advance)
 
@@ -110,41 +103,30 @@ class WarmStartCallback(pl.Callback):
         source = module.data.source
         if not isinstance(source, EnvSource):
             raise ConfigError("warm_start needs an EnvSource: other sources cannot be played by a script")
-        rule: Choose = random_action if self.actions == "random" else expert_action
-        early: set[str] = set()
-
-        def choose(turn: Turn, request: Request) -> str | Action:
-            try:
-                return rule(turn, request)
-            except NoAction:
-                early.add(request.session_id)
-                raise
-
         tasks = module.data.tasks()
         rank, world = rank_and_world()
         groups = groups_of([tasks[index % len(tasks)] for index in range(self.episodes)])[rank::world]
-        config = RolloutConfig("warm_start", self.seed, want_expert=self.actions == "expert")
-        player = ScriptedPlayer(choose, source.write)
+        config = RolloutConfig("warm_start", self._own_seed, want_expert=self.actions == "expert")
+        player = ScriptedPlayer(random_action if self.actions == "random" else expert_action, source.write)
         mine: list[Episode] = []
         with phase(trainer, "demonstrations", len(groups)) as advance:
             for group in source.collect(groups, config, player):
                 mine += group
                 advance(len(mine))
-        shares = gather((mine, early))
-        played = sorted((episode for share, _ in shares for episode in share), key=lambda episode: episode.order)
-        ended = {episode_id for _, ids in shares for episode_id in ids}
-        steps = [step for e in played if e.id in ended or not e.stop_reason.failed for step in e.steps]
-        self._say_what_is_missing(type(source.env).__name__, played, ended, bool(steps))
+        played = sorted((episode for share in gather(mine) for episode in share), key=lambda episode: episode.order)
+        steps = [step for e in played if _ended_early(e) or not e.stop_reason.failed for step in e.steps]
+        self._say_what_is_missing(type(source.env).__name__, played, bool(steps))
         self._check_lengths(steps, source)
         return [Segment(step.prompt_ids, step.action_ids) for step in steps]
 
-    def _say_what_is_missing(self, env: str, played: Sequence[Episode], ended: set[str], any_steps: bool) -> None:
+    def _say_what_is_missing(self, env: str, played: Sequence[Episode], any_steps: bool) -> None:
         """One line for what ended early (its steps count), one for what failed; ``RunError`` without any step."""
-        failed = [episode for episode in played if episode.stop_reason.failed and episode.id not in ended]
+        early = sum(map(_ended_early, played))
+        failed = [episode for episode in played if episode.stop_reason.failed and not _ended_early(episode)]
         why = f"the expert of {env} had no action" if self.actions == "expert" else f"{env} showed no commands"
         lines = []
-        if ended:
-            lines.append(f"{len(ended)} of {len(played)} demonstrations ended early: {why}")
+        if early:
+            lines.append(f"{early} of {len(played)} demonstrations ended early: {why}")
         if failed:
             lines.append(f"{len(failed)} of {len(played)} demonstrations failed and are left out: {why_nothing(failed)}")
         if not any_steps:
@@ -170,7 +152,7 @@ class WarmStartCallback(pl.Callback):
         policy, packed = module.policy, module.data.buffer
         config = policy.model.config
         shapes = {
-            "settings": {name: value for name, value in vars(self).items() if name != "cache"} | {"_seed": self.seed},
+            "settings": asdict(replace(self, seed=self._own_seed, cache_dir=None)),
             "model": {name: value for name, value in config.to_dict().items() if not name.startswith("_")},
             "attention": getattr(config, "_attn_implementation", None),
             "identity": module.identity,
@@ -195,6 +177,11 @@ class WarmStartCallback(pl.Callback):
             digest.update(np.asarray([len(segment.prompt_ids), len(segment.action_ids)]).tobytes())
             digest.update(segment.prompt_ids.tobytes() + segment.action_ids.tobytes())
         return digest.hexdigest()[:32]
+
+
+def _ended_early(episode: Episode) -> bool:
+    """The script had no action; what it did before counts."""
+    return episode.error.startswith(NoAction.__name__)
 
 
 def _processor(device: torch.device) -> str:

@@ -13,8 +13,9 @@ from lightning.fabric import Fabric
 from rich.console import Console
 from transformers import GenerationConfig
 
+from callbacks.progress import in_words
 from steppo.checkpoints import read
-from steppo.cli import OwnOptions, PartsCLI, build_parts, errors_in_one_line
+from steppo.cli import PartsCLI, build_parts, errors_in_one_line, own_options
 from steppo.errors import ConfigError
 from steppo.models import Policy
 from steppo.rendering import PLAIN_TEMPLATE
@@ -33,7 +34,7 @@ _USER_IN_URL = re.compile(r"(?<=://)[^/@\s]+@")
 @errors_in_one_line()
 def main(args: Sequence[str] | None = None) -> None:
     """Runs the command line (the process's own unless given)."""
-    parser = OwnOptions(
+    parser = own_options(
         "python -m steppo.export",
         "Writes the policy of a checkpoint as a Hugging Face folder: weights (safetensors), tokenizer, chat template,\n"
         "generation config, and a model card with the run's config and results.",
@@ -52,7 +53,7 @@ def main(args: Sequence[str] | None = None) -> None:
     checkpoint = read(options.ckpt_path, mmap=True)
     parts = build_parts(options, overrides)
     policy: Policy = parts.model.policy
-    parts.build_models(Fabric(accelerator="cpu", devices=1, precision=parts.resolved["trainer"]["precision"]), checkpoint)
+    parts.build_models(Fabric(accelerator="cpu", devices=1, precision=parts.config_dump["trainer"]["precision"]), checkpoint)
     if not policy.tokenizer.chat_template:  # contexts begin with what the tokenizer begins with
         begin = policy.tokenizer.decode(policy.tokenizer.encode("", add_special_tokens=True))
         policy.tokenizer.chat_template = begin + PLAIN_TEMPLATE
@@ -72,7 +73,7 @@ def main(args: Sequence[str] | None = None) -> None:
 
 def _generation(parts: PartsCLI) -> GenerationConfig:
     """Sampling as in the run's evaluations: temperature only, whatever the base model came with."""
-    policy, temperature = parts.model.policy, parts.resolved["evaluation"]["temperature"]
+    policy, temperature = parts.model.policy, parts.config_dump["evaluation"]["temperature"]
     sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {}
     source = parts.datamodule.source
     return GenerationConfig(
@@ -93,7 +94,7 @@ def _card(name: str, parts: PartsCLI, checkpoint: dict[str, Any], adapter: bool)
         pipeline_tag="text-generation",
         tags=["steppo", "reinforcement-learning", "agent"],
     )
-    config = clean_config(parts.resolved)
+    config = clean_config(parts.config_dump)
     data, model = config["data"]["init_args"], config["model"]["init_args"]
     environment = data["source"].get("init_args", {}).get("env") or data["source"]
     counters = checkpoint["steppo"]["counters"]
@@ -137,18 +138,10 @@ def _card(name: str, parts: PartsCLI, checkpoint: dict[str, Any], adapter: bool)
 def _use(name: str, parts: PartsCLI, adapter: bool) -> list[str]:
     """Code that gives the run's own answers: the base stored and computing as in the run, and sampling as evaluated."""
     policy, source = parts.model.policy, parts.datamodule.source
-    arguments = {
-        key: repr(value) for key, value in policy.load_arguments().items() if adapter or key == "attn_implementation"
-    }
-    quantized = "quantization_config" in arguments
-    if quantized:
-        settings = policy.load_arguments()["quantization_config"]
-        quantization = ", ".join(f"{key}={value!r}" for key, value in settings.items())
-        arguments["quantization_config"] = f"BitsAndBytesConfig({quantization})"
-    mixed = parts.resolved["trainer"]["precision"] in ("bf16", "bf16-mixed") and (adapter or policy.adapters is None)
-    names = ["AutoTokenizer", *(["BitsAndBytesConfig"] if quantized else [])]
-    names += ["GenerationConfig"] if adapter else ["AutoModelForCausalLM"]
-    loaded = "".join(f"    {key}={value},\n" for key, value in arguments.items())
+    arguments = {key: value for key, value in policy.load_arguments().items() if adapter or key == "attn_implementation"}
+    loaded = "".join(f"    {key}={value!r},\n" for key, value in arguments.items())
+    names = "AutoTokenizer, GenerationConfig" if adapter else "AutoModelForCausalLM, AutoTokenizer"
+    mixed = parts.config_dump["trainer"]["precision"] == "bf16-mixed" and (adapter or policy.adapters is None)
     turns, rendering = [{"role": "user", "content": "..."}], ""
     if isinstance(source, EnvSource):
         source.bind_tokenizer(policy.tokenizer, policy.stop_ids)
@@ -161,13 +154,13 @@ def _use(name: str, parts: PartsCLI, adapter: bool) -> list[str]:
     return [
         *(["import torch"] if mixed or "torch." in loaded else []),
         *(["from peft import AutoPeftModelForCausalLM"] if adapter else []),
-        f"from transformers import {', '.join(sorted(names))}",
+        f"from transformers import {names}",
         "",
         f'tokenizer = AutoTokenizer.from_pretrained("{name}")',
         f"model = Auto{'Peft' if adapter else ''}ModelForCausalLM.from_pretrained("
         + (f'\n    "{name}",\n{loaded})' if loaded else f'"{name}")'),
         *([f'model.generation_config = GenerationConfig.from_pretrained("{name}")'] if adapter else []),
-        *(_QUANTIZED_LAYERS if quantized else []),
+        *(_QUANTIZED_LAYERS if "quantization_config" in arguments else []),
         f"prompt = {turns!r}  # as the context in the config below writes it",
         f"text = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False{rendering})",
         'inputs = tokenizer(text, add_special_tokens=False, return_tensors="pt").to(model.device)',
@@ -177,40 +170,22 @@ def _use(name: str, parts: PartsCLI, adapter: bool) -> list[str]:
 
 
 def _results(checkpoint: dict[str, Any], temperature: float) -> list[str]:
-    """A table of each split's first evaluation and of those of these weights, out of all up to the checkpoint."""
+    """Each split's first evaluation and those of these weights, out of all up to the checkpoint."""
     records = checkpoint.get("callbacks", {}).get("EvaluationCallback", {}).get("history", [])
     if not records:
         return ["The run was not evaluated."]
-    lines = [
-        "| split | iteration | environment steps | success [95 %] | return | steps per episode | episodes | |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+    iterations = checkpoint["steppo"]["counters"]["iterations"]
     firsts = {record["split"]: record for record in reversed(records)}
-    for record in records:
-        exported = record["iteration"] == checkpoint["steppo"]["counters"]["iterations"]
-        if exported or record is firsts[record["split"]]:
-            success = "unknown"
-            if record["success_rate"] is not None:
-                success = f"{record['success_rate']:.3f} " + "[{:.3f}, {:.3f}]".format(*record["success_ci95"])
-            lines.append(
-                f"| {record['split']} | {record['iteration']} | {record['environment_steps']:,} "
-                f"| {success} | {record['return_mean']:.3f} | {record['steps_mean']:.1f} | {record['episodes']} "
-                f"| {'**these weights**' if exported else ''} |"
-            )
+    shown = [record for record in records if record["iteration"] == iterations or record is firsts[record["split"]]]
     how = f"at temperature {temperature:g}" if temperature else "greedily"
-    return [*lines, "", f"Played {how}. Intervals are Wilson's. Iteration 0 is before reinforcement learning."]
+    return [*(f"- {in_words(record)}" for record in shown), "", f"Played {how}; with 95 % intervals (Wilson's)."]
 
 
 def clean_config(value: Any, key: str = "") -> Any:
-    """A config to show around: no secrets, no paths of a machine, nothing about its loggers, callbacks and progress bar."""
+    """A config to show around: no secrets and no paths of a machine."""
     if isinstance(value, dict):
-        gone: set[str] = {"": {"ckpt_path", "progress"}, "trainer": {"logger", "callbacks"}}.get(key, set())
         terse = key in ("", "trainer")  # null is the default there
-        return {
-            name: clean_config(entry, name)
-            for name, entry in value.items()
-            if name not in gone and not (terse and entry is None)
-        }
+        return {name: clean_config(entry, name) for name, entry in value.items() if entry is not None or not terse}
     if isinstance(value, list):
         return [clean_config(entry, key) for entry in value]
     if isinstance(value, str):

@@ -143,19 +143,17 @@ def centred_within(x: Returns, group: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return torch.where(equal, 0.0, task), penalty, equal
 
 
-def standardised_within(x: Returns | Tensor, group: Tensor, scale_by_std: bool) -> Tensor:
+def standardised_within(x: Returns, group: Tensor, scale_by_std: bool) -> Tensor:
     """Minus the mean of the group and, if ``scale_by_std``, divided by the group's sample std + 1e-6; all [n].
 
     A group of one gives 0, and so do equal returns, but for their penalties: these are centred, too, divided by the
     deviation of the task returns, and added; where the task returns are equal they are left as they are.
 
     Args:
-        x: Returns, or any floating-point numbers.
+        x: What is compared.
         group: int64, equal for rows of one group; any numbers.
         scale_by_std: Divide, as GRPO does, or only centre.
     """
-    if isinstance(x, Tensor):
-        x = Returns(x, torch.zeros_like(x), x.abs())
     task, penalty, equal = centred_within(x, group)
     if not scale_by_std:
         return task + penalty

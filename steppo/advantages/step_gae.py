@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from steppo.advantages.base import (
@@ -18,6 +19,7 @@ from steppo.advantages.base import (
 from steppo.batch import Credit, CreditBatch
 
 
+@dataclass(eq=False)
 class StepGAE(Advantage):
     """``A_t = delta_t + gamma * lambda * A_{t+1}``, ``delta_t = r_t + gamma * V_{t+1} - V_t``, one value per step.
 
@@ -35,18 +37,13 @@ class StepGAE(Advantage):
 
     needs_values: ClassVar[Literal["none", "step", "token"]] = "step"
 
-    def __init__(
-        self,
-        gamma: float = 1.0,
-        gae_lambda: float = 1.0,
-        bootstrap_truncated: bool = False,
-        whiten_over: Literal["steps", "episodes"] = "steps",
-    ) -> None:
-        check_decays(self, gamma=gamma, gae_lambda=gae_lambda)
-        self.gamma = gamma
-        self.gae_lambda = gae_lambda
-        self.bootstrap_truncated = bootstrap_truncated
-        self.whiten_over = whiten_over
+    gamma: float = 1.0
+    gae_lambda: float = 1.0
+    bootstrap_truncated: bool = False
+    whiten_over: Literal["steps", "episodes"] = "steps"
+
+    def __post_init__(self) -> None:
+        check_decays(self, gamma=self.gamma, gae_lambda=self.gae_lambda)
 
     def __call__(self, batch: CreditBatch) -> Credit:
         value_N = given(batch.value_N, "value_N")

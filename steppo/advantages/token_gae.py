@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
@@ -19,6 +20,7 @@ from steppo.advantages.base import (
 from steppo.batch import Credit, CreditBatch
 
 
+@dataclass(eq=False)
 class TokenGAE(Advantage):
     """GAE over the generated tokens of a whole episode, across its steps; whitened over tokens.
 
@@ -36,18 +38,13 @@ class TokenGAE(Advantage):
 
     needs_values: ClassVar[Literal["none", "step", "token"]] = "token"
 
-    def __init__(
-        self,
-        gamma: float = 1.0,
-        gae_lambda: float = 1.0,
-        bootstrap_truncated: bool = False,
-        whiten_over: Literal["tokens", "episodes"] = "tokens",
-    ) -> None:
-        check_decays(self, gamma=gamma, gae_lambda=gae_lambda)
-        self.gamma = gamma
-        self.gae_lambda = gae_lambda
-        self.bootstrap_truncated = bootstrap_truncated
-        self.whiten_over = whiten_over
+    gamma: float = 1.0
+    gae_lambda: float = 1.0
+    bootstrap_truncated: bool = False
+    whiten_over: Literal["tokens", "episodes"] = "tokens"
+
+    def __post_init__(self) -> None:
+        check_decays(self, gamma=self.gamma, gae_lambda=self.gae_lambda)
 
     def __call__(self, batch: CreditBatch) -> Credit:
         value_A = given(batch.value_A, "value_A")

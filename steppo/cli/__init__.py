@@ -1,5 +1,5 @@
 """The command line."""
 
-from steppo.cli.app import OwnOptions, PartsCLI, SteppoCLI, build_parts, errors_in_one_line, main
+from steppo.cli.app import PartsCLI, SteppoCLI, build_parts, errors_in_one_line, main, own_options
 
-__all__ = ["OwnOptions", "PartsCLI", "SteppoCLI", "build_parts", "errors_in_one_line", "main"]
+__all__ = ["PartsCLI", "SteppoCLI", "build_parts", "errors_in_one_line", "main", "own_options"]

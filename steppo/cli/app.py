@@ -11,11 +11,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any, NoReturn, TextIO, TypeVar, cast
+from typing import Any, TextIO, TypeVar, cast
 
 import torch
 import yaml
 from jsonargparse import ArgumentError, Namespace
+from jsonargparse.typing import PositiveInt
 from lightning.fabric import Fabric
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -23,7 +24,6 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, Timer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_only
-from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf.errors import OmegaConfBaseException
 
 from callbacks import (
@@ -37,11 +37,11 @@ from callbacks import (
 )
 from steppo.checkpoints import CheckpointIO, iteration_checkpoints, read
 from steppo.cli.config import complete, merged_config
-from steppo.cli.config_errors import check_config, explain, in_one_line, refusal
+from steppo.cli.config_errors import check_config, explain, refusal, refusals_in_one_line
 from steppo.cli.config_files import read_command_line
 from steppo.cli.config_types import Settings
 from steppo.cli.resuming import beginning, logger_arguments
-from steppo.cli.stopping import STOPPED, ends_on_sigterm, ranks
+from steppo.cli.stopping import STOPPED, ends_on_sigterm
 from steppo.datamodule import StepDataModule
 from steppo.distributed import require_equal
 from steppo.errors import ConfigError, SteppoError
@@ -60,10 +60,8 @@ CALLBACKS: dict[str, Any] = {
 SECTIONS = Settings(
     {
         "seed_everything": bool | int,
-        "num_threads": int | None,
+        "num_threads": PositiveInt | None,
         "ckpt_path": str | None,
-        "verbose": Any,
-        "weights_only": Any,
         "trainer": Settings(RunTrainer),
         "model": AgentModule,
         "data": StepDataModule,
@@ -72,13 +70,6 @@ SECTIONS = Settings(
 )
 
 _CLI = TypeVar("_CLI", bound="SteppoCLI")
-
-
-class _Quoted(yaml.SafeDumper):
-    """Writes all text in quotes: the parser takes more of it for numbers than YAML does."""
-
-
-_Quoted.add_representer(str, lambda dumper, text: dumper.represent_scalar("tag:yaml.org,2002:str", text, style='"'))
 
 
 class SaveConfig(SaveConfigCallback):
@@ -108,7 +99,7 @@ class SteppoCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument(
-            "--num_threads", type=int | None, default=None, help="CPU threads of torch; part of what makes a run repeatable."
+            "--num_threads", type=PositiveInt | None, help="CPU threads of torch; part of what makes a run repeatable."
         )
         for name, callback in CALLBACKS.items():
             parser.add_lightning_class_args(callback, name)
@@ -117,7 +108,7 @@ class SteppoCLI(LightningCLI):
     def subcommands() -> dict[str, set[str]]:
         """Nothing predicts. Checkpoints are always read as weights only."""
         known = LightningCLI.subcommands()
-        return {name: known[name] | {"weights_only"} for name in SteppoCLI.commands}
+        return {name: known[name] | {"weights_only", "verbose"} for name in SteppoCLI.commands}
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """As Lightning's, of the one config that files and options make; what is wrong is said in one line."""
@@ -132,39 +123,31 @@ class SteppoCLI(LightningCLI):
             if trainer.get("logger", True) in (None, True):
                 place = {"save_dir": trainer.get("default_root_dir") or "."}
                 trainer["logger"] = {"class_path": "lightning.pytorch.loggers.TensorBoardLogger", "init_args": place}
-            words += ["--config", yaml.dump(config, Dumper=_Quoted, sort_keys=False)]
-        try:
-            super().parse_arguments(parser, [*words, *flags])
-        except ArgumentError as error:
-            raise ConfigError(explain(error)) from None
+            # All in quotes: the parser takes more text for numbers than YAML does.
+            words += ["--config", yaml.safe_dump(config, default_style='"', sort_keys=False)]
+        self.config = parser.parse_args([*words, *flags])
 
     def fit(self, **kwargs: Any) -> None:
         """Lightning calls this in place of the trainer's."""
-        self._run(self.trainer.fit, kwargs)
+        with self._run(keeps_checkpoints=self.config_init.fit.checkpoint.enabled):
+            self.trainer.fit(**kwargs)
 
     def validate(self, **kwargs: Any) -> None:
-        """As ``fit``."""
-        self._run(self.trainer.validate, kwargs)
+        """As ``fit``; the progress bar prints the results."""
+        with self._run():
+            self.trainer.validate(**kwargs, verbose=False)
 
     def test(self, **kwargs: Any) -> None:
-        """As ``fit``."""
-        self._run(self.trainer.test, kwargs)
+        """As ``validate``."""
+        with self._run():
+            self.trainer.test(**kwargs, verbose=False)
 
-    def _run(self, command: Callable[..., Any], kwargs: dict[str, Any]) -> None:
+    @contextmanager
+    def _run(self, keeps_checkpoints: bool = False) -> Iterator[None]:
         folder = self.trainer.own_log_dir() if cast(Any, rank_zero_only).rank == 0 else None
-        fits = self.subcommand == "fit" and self.config_init.fit.checkpoint.enabled
-        with ends_on_sigterm(self.trainer, self._say_stopped):
-            try:
-                with held(None if folder is None else Path(folder), keeps_checkpoints=fits):
-                    command(**kwargs)
-            except SIGTERMException:
-                raise
-            except BaseException as error:
-                for process in ranks(self.trainer):
-                    process.kill()  # it would wait for this process in a collective
-                if isinstance(error, RuntimeError | ValueError | OSError):
-                    raise in_one_line(error) from error
-                raise
+        place = None if folder is None else Path(folder)
+        with ends_on_sigterm(self.trainer, self._say_stopped), refusals_in_one_line(), held(place, keeps_checkpoints):
+            yield
 
     def _say_stopped(self) -> None:
         folder = self.trainer.own_log_dir() if self.subcommand == "fit" else None
@@ -182,8 +165,6 @@ class SteppoCLI(LightningCLI):
             torch.set_num_threads(config.num_threads)
         if config.trainer.enable_progress_bar is False:
             config.trainer.enable_progress_bar, config.progress.enabled = None, False
-        if "verbose" in config:
-            config.verbose = False  # the progress bar prints the table
         player = config.evaluation.player
         if player != "policy" and self.subcommand == "fit":
             raise ConfigError(f"evaluation.player {player} is for validate and test: fit evaluates what it trains")
@@ -200,18 +181,16 @@ class SteppoCLI(LightningCLI):
 
     def instantiate_classes(self) -> None:
         """As Lightning's; what a component refuses is said in its own words, not the parser's."""
-        logger = logger_arguments(self._options)
-        if self._folder is None or logger is None or logger.version is not None:
-            logger = None
-        else:
+        logger = logger_arguments(self._options) or Namespace(version=None)
+        version = logger.version
+        if version is None and self._folder is not None:
             logger.version = self._folder.name
         try:
             super().instantiate_classes()
         except Exception as error:
             raise refusal(error) from None
         finally:
-            if logger is not None:
-                logger.version = None  # the config that is saved is good for another run
+            logger.version = version  # the config that is saved is good for another run
         if self.subcommand:
             self.trainer.is_scripted = self._options.evaluation.player != "policy"
         if self._checkpoint is not None:
@@ -241,17 +220,13 @@ class SteppoCLI(LightningCLI):
 class PartsCLI(SteppoCLI):
     """Makes the model and the data of a config, and no trainer: for commands other than ``train.py``.
 
-    Takes the configs and options of ``train.py fit``, the ``config.yaml`` of a run's folder among them.
-
-    Attributes:
-        resolved: The merged config.
+    Takes the configs and options of ``train.py fit``, the ``config.yaml`` of a run's folder among them. Lightning keeps what
+    they make together, as plain data, in ``config_dump``.
     """
 
     commands = ()
-    resolved: dict[str, Any]
 
     def before_instantiate_classes(self) -> None:
-        self.resolved = yaml.safe_load(self.parser.dump(self.config, skip_none=False, format="yaml"))
         self._ckpt_path = None
         self.config.trainer.logger = self.config.trainer.callbacks = None
         super().before_instantiate_classes()
@@ -273,32 +248,25 @@ class PartsCLI(SteppoCLI):
         module.to(fabric.device).eval()
 
 
-class OwnOptions(argparse.ArgumentParser):
-    """The options of a command of its own; ``parse_known_args`` leaves those of the config. A mistake is a ConfigError."""
-
-    def __init__(self, prog: str, description: str, example: str) -> None:
-        super().__init__(
-            prog=prog,
-            usage=f"{prog} [options] [any option of train.py fit]",
-            description=description,
-            epilog=f"example:\n  {example}\n\nAll options of a config: python train.py fit --help",
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-            allow_abbrev=False,
-        )
-        self.add_argument("--ckpt_path", type=Path, metavar="FILE", help="Checkpoint of a run.")
-        self.add_argument(
-            "--config",
-            action="append",
-            metavar="FILE",
-            help="Config or overlay, several in their order. Unless given: config.yaml of the checkpoint's run.",
-        )
-
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(message)
+def own_options(prog: str, description: str, example: str) -> argparse.ArgumentParser:
+    """The options of a command of its own; ``parse_known_args`` leaves those of the config."""
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        usage=f"{prog} [options] [any option of train.py fit]",
+        description=description,
+        epilog=f"example:\n  {example}\n\nAll options of a config: python train.py fit --help",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        exit_on_error=False,
+    )
+    parser.add_argument("--ckpt_path", type=Path, metavar="FILE", help="Checkpoint of a run.")
+    config_help = "Config or overlay, several in their order. Unless given: config.yaml of the checkpoint's run."
+    parser.add_argument("--config", action="append", metavar="FILE", help=config_help)
+    return parser
 
 
 def build_parts(options: argparse.Namespace, overrides: Sequence[str]) -> PartsCLI:
-    """Model and data of ``OwnOptions``' configs (or of the checkpoint's run) with overrides."""
+    """Model and data of ``own_options``' configs (or of the checkpoint's run) with overrides."""
     configs = options.config
     if not configs:
         if options.ckpt_path is None:
@@ -314,7 +282,6 @@ def build_parts(options: argparse.Namespace, overrides: Sequence[str]) -> PartsC
 def errors_in_one_line() -> Iterator[None]:
     """A user's mistake is one line and exit status 2."""
     warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
-    warnings.filterwarnings("ignore", message="LightningCLI's args parameter.*")
     warnings.filterwarnings("ignore", message=".*IterableDataset. has .__len__. defined.*")
     warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
     # The states of callbacks that monitor a return for want of a success rate: EvaluationCallback finds them again.

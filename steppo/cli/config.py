@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from steppo.cli.config_files import Dotted, Keys, Layer, Word
+from steppo.cli.config_files import Dotted, Key, Keys, Word, mistake
 from steppo.cli.config_types import (
     MISSING,
     Kind,
@@ -37,7 +37,7 @@ class Component(dict[str, Any]):
         self.given = given
 
 
-def merged_config(layers: Iterable[Layer], sections: Settings) -> dict[str, Any]:
+def merged_config(layers: Iterable[Mapping[str, Any]], sections: Settings) -> dict[str, Any]:
     """The settings of all layers, the later over the earlier.
 
     Mappings merge key by key; lists, and values of type ``dict``, are replaced; ``name+`` appends to a list. Another class
@@ -49,80 +49,61 @@ def merged_config(layers: Iterable[Layer], sections: Settings) -> dict[str, Any]
     """
     config: dict[str, Any] = {}
     for layer in layers:
-        before, config = config, _merge(config, layer.value, sections, layer, ())
-        for keys in _lost(before, config):
-            place, by = ".".join(keys[:-1]), layer.name or "a later option"
-            raise ConfigError(f"--{'.'.join(keys)} would be lost: {by} replaces {place}; name the class first")
+        config = _merge(config, layer, sections, ())
     return config
 
 
-def _lost(before: Any, after: Any, keys: Keys = ()) -> Iterator[Keys]:
-    """What options gave to a class and another class does not have."""
-    if isinstance(before, list) and isinstance(after, list):
-        for old, new in zip(before, after, strict=False):
-            yield from _lost(old, new, keys)
-    elif isinstance(before, dict) and isinstance(after, dict):
-        for name, item in before.items():
-            if name in after:
-                yield from _lost(item, after[name], (*keys, name))
-            elif isinstance(before, Component) and name in before.given:
-                yield (*keys, name)
-
-
-def _merge(base: Any, new: Any, hint: Any, layer: Layer, keys: Keys) -> Any:
+def _merge(base: Any, new: Any, hint: Any, keys: Keys) -> Any:
     kind = kind_of(hint)
     value = new.read() if isinstance(new, Word) else new
     if isinstance(value, str) and "${" in value:  # the parser resolves it
         return value
     if isinstance(value, dict):
         if isinstance(base, str) and "${" in base:
-            raise layer.error(keys, f" belongs to what {base} stands for: set that, or give all of {'.'.join(keys)} here")
+            raise mistake(keys, f" belongs to what {base} stands for: set that, or give all of {'.'.join(keys)} here")
         if kind.settings is not None:
-            return _merge_arguments(base if isinstance(base, dict) else {}, value, kind.settings, layer, keys)
+            return _merge_arguments(base if isinstance(base, dict) else {}, value, kind.settings, keys)
         if isinstance(value, Dotted) and kind.items is not MISSING and isinstance(base, list) and base:
-            return [*base[:-1], _merge(base[-1], value, kind.items, layer, keys)]  # of the last that was appended
+            return [*base[:-1], _merge(base[-1], value, kind.items, keys)]  # of the last that was appended
     if isinstance(value, list) and kind.items is not MISSING:
-        return [_merge(None, item, kind.items, layer, (*keys, str(number))) for number, item in enumerate(value)]
+        return [_merge(None, item, kind.items, (*keys, str(number))) for number, item in enumerate(value)]
     if isinstance(value, str | dict) and kind.bases:
-        component = _merge_component(base, value, kind, layer, keys)
+        component = _merge_component(base, value, kind, keys)
         if component is not None:
             return component
     if isinstance(value, Dotted) and kind.values is not MISSING:
         below = base if isinstance(base, dict) else {}
-        return below | {key: _merge(below.get(key), item, kind.values, layer, (*keys, key)) for key, item in value.items()}
+        return below | {key: _merge(below.get(key), item, kind.values, (*keys, key)) for key, item in value.items()}
     for meant in (value, str(new)) if isinstance(new, Word) else (value,):
         if accepts(hint, meant):
             return meant
     shown = value if isinstance(value, str) and value else json.dumps(value, default=str)
-    raise layer.error(keys, f" must be {type_text(hint)}, not {shown}")
+    raise mistake(keys, f" must be {type_text(hint)}, not {shown}")
 
 
-def _merge_arguments(
-    base: Mapping[str, Any], new: Mapping[Any, Any], owner: Any, layer: Layer, keys: Keys
-) -> dict[str, Any]:
+def _merge_arguments(base: Mapping[str, Any], new: Mapping[Any, Any], owner: Any, keys: Keys) -> dict[str, Any]:
     known = owner if isinstance(owner, dict) else {name: hint for name, (hint, _) in parameters(owner).items()}
     merged = dict(base)
     for key, value in new.items():
-        name = str(key).removesuffix("+")
-        place = (*keys, name)
+        name, place = str(key).removesuffix("+"), (*keys, key)
         if name not in known:
             there_are = f"; there are {', '.join(known)} (CHANGELOG.md tells what was renamed)"
             near = did_you_mean(name, [*known, "class_path"], lambda found: ".".join((*keys, found)))
             of = f" of {owner.__name__}" if inspect.isclass(owner) else ""
-            raise layer.error(place, f" is no setting{of}{near or there_are}")
+            raise mistake(place, f" is no setting{of}{near or there_are}")
         if str(key).endswith("+"):
             if kind_of(known[name]).items is MISSING:
-                raise layer.error(place, " is no list, so that nothing can be appended")
+                raise mistake(place, " is no list, so that nothing can be appended")
             read = value.read() if isinstance(value, Word) else value
             before, added = ([item] if not isinstance(item, list) else item for item in (merged.get(name, []), read))
-            value = _merge(None, added, known[name], layer, place)
+            value = _merge(None, added, known[name], place)
             merged[name] = [*(item for item in before if item is not None), *value]
         else:
-            merged[name] = _merge(merged.get(name), value, known[name], layer, place)
+            merged[name] = _merge(merged.get(name), value, known[name], place)
     return merged
 
 
-def _merge_component(base: Any, new: str | dict[Any, Any], kind: Kind, layer: Layer, keys: Keys) -> Component | None:
+def _merge_component(base: Any, new: str | dict[Any, Any], kind: Kind, keys: Keys) -> Component | None:
     """``None``: the text is no class, and may be text."""
     old = base if isinstance(base, Component) else None
     arguments = {"class_path": new} if isinstance(new, str) else dict(new)
@@ -130,19 +111,21 @@ def _merge_component(base: Any, new: str | dict[Any, Any], kind: Kind, layer: La
     if name is None:
         owner = old.owner if old is not None else default_class(kind.bases)
         if owner is None:
-            raise layer.error(
-                keys, f" needs a class_path, such as {', '.join(class_names(kind.bases)[:6]) or 'module.Class'}"
-            )
+            such_as = ", ".join(class_names(kind.bases)[:6]) or "module.Class"
+            raise mistake(keys, f" needs a class_path, such as {such_as}")
     else:
         try:
             owner = find_class(str(name), kind.bases)
         except ConfigError as error:
             if isinstance(new, str) and str in kind.options:
                 return None
-            raise layer.error(keys, f": {error}") from None
+            raise mistake(keys, f": {error}") from None
     kept = old if old is not None and old.owner is owner else Component(owner, kind.called_later, {})
-    given = kept.given if layer.name else kept.given | {str(key).removesuffix("+") for key in arguments}
-    return Component(owner, kind.called_later, _merge_arguments(kept, arguments, owner, layer, keys), given)
+    if old is not None and (lost := old.given - kept.given - arguments.keys()):
+        place = ".".join(map(str, keys))
+        raise ConfigError(f"--{place}.{min(lost)} would be lost: {place} is another class later; name the class first")
+    given = kept.given | {str(key).removesuffix("+") for key in arguments if not isinstance(key, Key)}
+    return Component(owner, kind.called_later, _merge_arguments(kept, arguments, owner, keys), given)
 
 
 def complete(config: Any, keys: Keys = ()) -> Any:
@@ -156,7 +139,7 @@ def complete(config: Any, keys: Keys = ()) -> Any:
     if not isinstance(config, dict):
         return config
     if not isinstance(config, Component):
-        return {key: complete(item, (*keys, str(key))) for key, item in config.items()}
+        return {str(key) if isinstance(key, Key) else key: complete(item, (*keys, key)) for key, item in config.items()}
     arguments = dict(config)
     for name, (hint, default) in parameters(config.owner).items():
         if default is MISSING and name not in arguments and not config.called_later:
@@ -164,6 +147,6 @@ def complete(config: Any, keys: Keys = ()) -> Any:
             owner = default_class(bases)
             if owner is None:
                 choice = f", one of {', '.join(class_names(bases))}" if bases else ""
-                raise ConfigError(f"{'.'.join(keys)}: {config.owner.__name__} needs {name}{choice}")
+                raise ConfigError(f"{'.'.join(map(str, keys))}: {config.owner.__name__} needs {name}{choice}")
             arguments[name] = Component(owner, False, {})
     return {"class_path": import_path(config.owner), "init_args": complete(arguments, keys)}

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 import traceback
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +45,6 @@ def check_config(config: Mapping[str, Any]) -> None:
     seed = config.get("seed_everything")
     if not isinstance(seed, bool | None) and not 0 <= seed < 2**32:
         raise ConfigError(f"seed_everything must be from 0 to {2**32 - 1}, not {seed}")
-    if (threads := config.get("num_threads")) is not None and threads < 1:
-        raise ConfigError(f"num_threads must be at least 1, not {threads}")
     trainer = config.get("trainer", {})
     for option, instead in _OTHERWISE.items():
         if trainer.get(option) not in (None, parameters(Trainer)[option][1]):
@@ -92,13 +91,19 @@ def refusal(error: Exception) -> Exception:
     return ArgumentError(None, str(error))
 
 
-def in_one_line(error: Exception) -> Exception:
-    """The error of a run, as a ConfigError where Lightning refused to go on or a file could not be used; else itself."""
-    if isinstance(error, OSError) and error.filename is not None:
-        return ConfigError(f"cannot use {error.filename}: {error.strerror}")
-    if isinstance(error, RuntimeError | ValueError) and _is_foreign(error):
-        return ConfigError(str(error))
-    return error
+@contextmanager
+def refusals_in_one_line() -> Iterator[None]:
+    """A run: where Lightning refuses to go on, or a file cannot be used, that is a ConfigError."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            raise
+        raise ConfigError(f"cannot use {error.filename}: {error.strerror}") from error
+    except (RuntimeError, ValueError) as error:
+        if not _is_foreign(error):
+            raise
+        raise ConfigError(str(error)) from error
 
 
 def _is_foreign(error: BaseException) -> bool:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,13 @@ import yaml
 from steppo.cli.config_types import did_you_mean
 from steppo.errors import ConfigError
 
-Keys = tuple[str, ...]
+Keys = tuple[Any, ...]
+
+
+class Key(str):
+    """The name of a setting in a file, and its place there. In options names are plain text."""
+
+    place: str
 
 
 class Word(str):
@@ -24,7 +29,7 @@ class Word(str):
     def read(self) -> Any:
         """What it means in YAML; itself, if nothing."""
         try:
-            return _flat(yaml.load(self, _Loader))
+            return yaml.load(self, _Loader)
         except yaml.YAMLError:
             return str(self)
 
@@ -33,29 +38,16 @@ class Dotted(dict[str, Any]):
     """What a dotted option sets: one entry of a mapping, where a mapping in a file would replace the whole."""
 
 
-@dataclass
-class Layer:
-    """Settings of one file or option.
-
-    Attributes:
-        value: The settings, without ``init_args``: arguments stand beside their ``class_path``.
-        name: Of the file, for errors; none for an option.
-        lines: Line of each setting of a file.
-    """
-
-    value: dict[str, Any]
-    name: str = ""
-    lines: dict[Keys, int] = field(default_factory=dict)
-
-    def error(self, keys: Keys, problem: str) -> ConfigError:
-        """Says which setting, and where it was set."""
-        line = next((self.lines[keys[:n]] for n in range(len(keys), 0, -1) if keys[:n] in self.lines), 1)
-        return ConfigError(f"{f'{self.name}, line {line}: ' if self.name else '--'}{'.'.join(keys)}{problem}")
+def mistake(keys: Keys, problem: str) -> ConfigError:
+    """Says which setting, and where it was set."""
+    place = next((key.place for key in reversed(keys) if isinstance(key, Key)), "--")
+    return ConfigError(f"{place}{'.'.join(str(key).removesuffix('+') for key in keys)}{problem}")
 
 
 class _Loader(yaml.SafeLoader):
-    """Reads 1e-3 as a number, and a date as text; takes no key twice."""
+    """Reads 1e-3 as a number, and a date as text; takes no key twice; puts ``init_args`` beside their ``class_path``."""
 
+    file = ""
     yaml_implicit_resolvers = {  # noqa: RUF012 - as in its base class
         first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith(":timestamp")]
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
@@ -68,7 +60,13 @@ class _Loader(yaml.SafeLoader):
                 problem = f"{key.value} is there a second time; only the last would count"
                 raise yaml.constructor.ConstructorError(problem=problem, problem_mark=key.start_mark)
             seen.add(str(key.value))
-        return super().construct_mapping(node, deep)
+        mapping = super().construct_mapping(node, deep=True)
+        for key, _ in node.value if self.file else ():
+            if key.value in mapping:
+                name = Key(key.value)
+                name.place = f"{self.file}, line {key.start_mark.line + 1}: "
+                mapping[name] = mapping.pop(name)
+        return mapping | mapping.pop("init_args") if isinstance(mapping.get("init_args"), dict) else mapping
 
 
 _Loader.add_implicit_resolver(
@@ -76,7 +74,7 @@ _Loader.add_implicit_resolver(
 )
 
 
-def read_command_line(words: Sequence[str], commands: Collection[str]) -> tuple[str | None, list[Layer], list[str]]:
+def read_command_line(words: Sequence[str], commands: Collection[str]) -> tuple[str | None, list[dict[str, Any]], list[str]]:
     """Takes a command line apart and reads its files.
 
     Args:
@@ -90,7 +88,7 @@ def read_command_line(words: Sequence[str], commands: Collection[str]) -> tuple[
         ConfigError: A word has no meaning, or a file cannot be used.
     """
     command: str | None = None
-    layers: list[Layer] = []
+    layers: list[dict[str, Any]] = []
     flags: list[str] = []
     rest = list(words)
     while rest:
@@ -108,7 +106,7 @@ def read_command_line(words: Sequence[str], commands: Collection[str]) -> tuple[
                 layers += read_config(value)
             else:
                 keys = name.removeprefix("--").split(".")
-                layers.append(Layer(_nested([key for key in keys if key != "init_args"], Word(value))))
+                layers.append(_nested([key for key in keys if key != "init_args"], Word(value)))
         elif command is None and commands:
             if word not in commands:
                 near = did_you_mean(word, commands) or f"; there are {', '.join(commands)}"
@@ -125,7 +123,7 @@ def _nested(keys: Sequence[str], value: Any) -> Any:
     return Dotted({keys[0]: _nested(keys[1:], value)}) if keys else value
 
 
-def read_config(path: str, extended_by: tuple[Path, ...] = ()) -> list[Layer]:
+def read_config(path: str, extended_by: tuple[Path, ...] = ()) -> list[dict[str, Any]]:
     """A file and before it those that it ``extends``.
 
     Args:
@@ -139,8 +137,8 @@ def read_config(path: str, extended_by: tuple[Path, ...] = ()) -> list[Layer]:
     try:
         text = path if path.startswith("{") else file.read_text(encoding="utf-8")
         loader = _Loader(text)
-        node = loader.get_single_node()
-        value = _flat(loader.construct_document(node)) if node is not None else None
+        loader.file = name
+        value = loader.get_single_data()
     except UnicodeDecodeError:
         raise ConfigError(f"{name} is not a text file") from None
     except OSError as error:
@@ -160,28 +158,4 @@ def read_config(path: str, extended_by: tuple[Path, ...] = ()) -> list[Layer]:
         if file.resolve() in extended_by:
             raise ConfigError(f"{name} extends itself")
         layers += read_config(str(file.parent / other), (*extended_by, file.resolve()))
-    return [*layers, Layer(value, name, dict(_lines(node, ())))]
-
-
-def _flat(value: Any) -> Any:
-    """Without ``init_args``: arguments beside their ``class_path``."""
-    if isinstance(value, list):
-        return [_flat(item) for item in value]
-    if not isinstance(value, dict):
-        return value
-    flat = {key: _flat(item) for key, item in value.items()}
-    return flat | flat.pop("init_args") if isinstance(flat.get("init_args"), dict) else flat
-
-
-def _lines(node: yaml.Node, above: Keys) -> Iterator[tuple[Keys, int]]:
-    """Keys and line of each setting; ``init_args`` counts for nothing."""
-    below: list[tuple[Keys, yaml.Node, yaml.Node]] = []
-    if isinstance(node, yaml.MappingNode):
-        names = [(key, str(key.value).removesuffix("+"), value) for key, value in node.value]
-        below = [(above if name == "init_args" else (*above, name), key, value) for key, name, value in names]
-    elif isinstance(node, yaml.SequenceNode):
-        below = [((*above, str(number)), value, value) for number, value in enumerate(node.value)]
-    for keys, key, value in below:
-        if keys != above:
-            yield keys, key.start_mark.line + 1
-        yield from _lines(value, keys)
+    return [*layers, value]

@@ -101,15 +101,10 @@ def parameters(owner: type) -> Mapping[str, tuple[Any, Any]]:
     for place in reversed(owner.__mro__):
         with suppress(NameError, TypeError, AttributeError):  # annotations that only a type checker can read
             hints |= typing.get_type_hints(place.__init__)  # type: ignore[misc]
-    found, passes_on = {}, False
-    for name, parameter in inspect.signature(owner).parameters.items():
-        passes_on |= parameter.kind is parameter.VAR_KEYWORD
-        if parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL):
-            found[name] = hints.get(name, Any), parameter.default
-    if passes_on:  # the parser reads in the source where **kwargs go
-        for name in ArgumentParser(exit_on_error=False).add_class_arguments(owner, fail_untyped=False):
-            found.setdefault(name, (hints.get(name, Any), None))
-    return found
+    defaults = {name: parameter.default for name, parameter in inspect.signature(owner).parameters.items()}
+    # The parser reads in the source where **kwargs go.
+    names = ArgumentParser(exit_on_error=False).add_class_arguments(owner, fail_untyped=False)
+    return {name: (hints.get(name, Any), defaults.get(name)) for name in names}
 
 
 def accepts(hint: Any, value: Any) -> bool:
@@ -118,20 +113,13 @@ def accepts(hint: Any, value: Any) -> bool:
         return isinstance(value, dict)
     if value is None:  # the parser takes it anywhere
         return not {Any, MISSING, NoneType, None}.isdisjoint(kind_of(hint).options)
-    try:
-        _parser(hint).parse_object({"value": value})
-    except ArgumentError:
-        return False
-    except ValueError:
-        return True
-    return True
-
-
-@cache
-def _parser(hint: Any) -> ArgumentParser:
     parser = ArgumentParser(exit_on_error=False)
-    parser.add_argument("--value", type=hint)
-    return parser
+    try:
+        parser.add_argument("--value", type=hint)
+        parser.parse_object({"value": value})
+    except (ArgumentError, ValueError) as error:
+        return not isinstance(error, ArgumentError)
+    return True
 
 
 def type_text(hint: Any) -> str:
@@ -176,29 +164,21 @@ def find_class(name: str, bases: tuple[type, ...]) -> type:
     Raises:
         ConfigError: There is none, or it is not one of ``bases``.
     """
+    owner = _imported(name) if "." in name else next((it for it in _subclasses(bases) if it.__name__ == name), None)
+    if inspect.isclass(owner) and issubclass(owner, bases) and not inspect.isabstract(owner):
+        return owner
     kind, names = " or ".join(base.__name__ for base in bases), class_names(bases)
     there_are = f"; there are {', '.join(names if len(names) < 20 else [*names[:12], '...'])}" if names else ""
-    if "." not in name:
-        found = next((owner for owner in _subclasses(bases) if owner.__name__ == name), None)
-        if found is None:
-            near = did_you_mean(name, names) or there_are
-            raise ConfigError(f"there is no {kind} called {name!r}{near} (a class of your own: module.Class)")
-        return found
-    owner = _imported(name)
-    if not inspect.isclass(owner) or not issubclass(owner, bases) or inspect.isabstract(owner):
-        raise ConfigError(f"{name} is no {kind} that can be made{there_are}")
-    return owner
+    near = did_you_mean(name.rpartition(".")[2], names) if owner is None else ""
+    raise ConfigError(f"{name} is no {kind} that can be made{near or there_are} (a class of your own: module.Class)")
 
 
 def _imported(path: str) -> Any:
-    module_name, _, name = path.rpartition(".")
+    module, _, name = path.rpartition(".")
     try:
-        module = importlib.import_module(module_name)
+        return getattr(importlib.import_module(module), name, None)
     except Exception as error:
         raise ConfigError(f"cannot import {path}: {error if isinstance(error, ImportError) else located(error)}") from None
-    if not hasattr(module, name):
-        raise ConfigError(f"{module_name} has no {name!r}{did_you_mean(name, dir(module))}")
-    return getattr(module, name)
 
 
 def import_path(owner: type) -> str:

@@ -24,7 +24,8 @@ def ends_on_sigterm(trainer: pl.Trainer, say: Callable[[], None]) -> Iterator[No
     """A SIGTERM while the body runs raises ``SIGTERMException`` there, at once, and goes to the ranks started from here.
 
     Where Python does not get a word in (a long operation, a collective that waits for another rank, code that swallows the
-    exception), the process ends itself a little later. ``say`` is called before the end, once.
+    exception), the process ends itself a little later. ``say`` is called before the end, once. Any other exception ends the
+    other ranks, too.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -40,16 +41,15 @@ def ends_on_sigterm(trainer: pl.Trainer, say: Callable[[], None]) -> Iterator[No
         stop.tidy()
         say()
         raise SystemExit(STOPPED) from None
+    except BaseException:
+        for process in stop.ranks():
+            process.kill()  # it would wait for this process in a collective
+        raise
     finally:
         cast(Any, trainer).callbacks.pop(0)
         signal.set_wakeup_fd(wakeup)
         signal.signal(signal.SIGTERM, handler)
         stop.end()
-
-
-def ranks(trainer: pl.Trainer) -> list[subprocess.Popen]:
-    """Processes that the trainer's launcher started: the other ranks of this machine."""
-    return getattr(trainer.strategy.launcher, "procs", [])
 
 
 class _TakesBack(pl.Callback):
@@ -90,7 +90,7 @@ class _Stop(threading.Thread):
     def run(self) -> None:
         while number := os.read(self._reader, 1):
             if number[0] == signal.SIGTERM:
-                for process in self._ranks():
+                for process in self.ranks():
                     process.terminate()
                 if not self._over.wait(_PATIENCE_S):
                     self._say()
@@ -100,7 +100,7 @@ class _Stop(threading.Thread):
 
     def tidy(self) -> None:
         """Gives the other ranks the time that is left, and leaves no process behind."""
-        for process in self._ranks():
+        for process in self.ranks():
             with suppress(subprocess.TimeoutExpired):
                 process.wait(max(self._deadline - 1.0 - time.monotonic(), 0.0))
         self._kill()
@@ -111,15 +111,15 @@ class _Stop(threading.Thread):
         self.join()
         os.close(self._reader)
 
-    def _ranks(self) -> list[subprocess.Popen]:
+    def ranks(self) -> list[subprocess.Popen]:
         """Ranks started from here. Lightning, which would kill this process when one of them ends, forgets them."""
-        started = ranks(self._trainer)
+        started = getattr(self._trainer.strategy.launcher, "procs", [])
         self._children += started
         started.clear()
         return self._children
 
     def _kill(self) -> None:
-        for process in self._ranks():
+        for process in self.ranks():
             process.kill()
         for worker in mp.active_children():
             worker.kill()

@@ -88,16 +88,16 @@ class HFPolicy(Policy):
         return arguments
 
     def export(self, folder: Path, merge: bool) -> None:
-        if self.adapters is None or merge:
-            (self.model if self.adapters is None else self._merged()).save_pretrained(folder)
-            self.tokenizer.save_pretrained(folder)
-            return
-        self.model.set_adapter("policy")  # what is active is saved
-        base = Path(self.name_or_path)
-        settings = self.model.peft_config["policy"]
-        settings.base_model_name_or_path = str(base.resolve()) if base.is_dir() else self.name_or_path
-        settings.revision = None if self.revision == "main" else self.revision
-        self.model.save_pretrained(folder)
+        model = self.model
+        if self.adapters is not None and merge:
+            model = self._merged()
+        elif self.adapters is not None:
+            model.set_adapter("policy")  # what is active is saved
+            base = Path(self.name_or_path)
+            settings = model.peft_config["policy"]
+            settings.base_model_name_or_path = str(base.resolve()) if base.is_dir() else self.name_or_path
+            settings.revision = None if self.revision == "main" else self.revision
+        model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
 
     @torch.no_grad()

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from steppo.errors import in_short
+
 if TYPE_CHECKING:
     from steppo.models.policy import Policy
 
@@ -57,21 +59,17 @@ def identity(policy: Policy) -> dict[str, Any]:
 
 def difference(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
     """What differs between a checkpoint's identity and a model's, for people; empty if nothing does."""
-    found = []
-    for name, mine in here.items():
-        theirs = there.get(name, mine)  # what a later version added is not in an earlier one's checkpoint
-        if name == "architecture":
-            shared = [key for key in mine if key in theirs and theirs[key] != mine[key]]
-            found += [f"{key} is {_short(theirs[key])} there and {_short(mine[key])} here" for key in shared]
-        elif theirs == mine:
-            continue
-        elif name in ("tokenizer", "chat_template"):
-            found.append(f"the {name.replace('_', ' ')} is another one")
-        elif name == "base":
-            found.append("the base model's weights are others")
-        else:
-            found.append(f"{name} is {_short(theirs)} there and {_short(mine)} here")
-    return "; ".join(found[:4])
+    there, here = ({**part.get("architecture", {}), **part, "architecture": None} for part in (there, here))
+    # What a later version added is not in an earlier one's checkpoint.
+    unlike = [name for name, mine in here.items() if there.get(name, mine) != mine]
+    said = {
+        "tokenizer": "the tokenizer is another one",
+        "chat_template": "the chat template is another one",
+        "base": "the base model's weights are others",
+    }
+    for name in unlike:
+        said.setdefault(name, f"{name} is {in_short(str(there[name]), 60)} there and {in_short(str(here[name]), 60)} here")
+    return "; ".join(said[name] for name in unlike[:4])
 
 
 def fingerprint(module: torch.nn.Module, left_out: Any = lambda name: False) -> str:
@@ -116,8 +114,3 @@ def _reading(tokenizer: Any) -> list[Any]:
 
 def _hash(value: Any) -> str:
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:32]
-
-
-def _short(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 60 else text[:57] + "..."

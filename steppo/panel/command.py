@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from steppo import results
-from steppo.cli import OwnOptions, build_parts, errors_in_one_line
+from steppo.cli import build_parts, errors_in_one_line, own_options
 from steppo.errors import ConfigError
 from steppo.panel.compare import Comparison, Difference, compare
 from steppo.panels import Panel, write_text
@@ -38,7 +38,7 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 def _make(args: Sequence[str]) -> None:
-    parser = OwnOptions(
+    parser = own_options(
         "python -m steppo.panel make",
         "Writes the panel that `validate` plays: the split's first data.eval_tasks tasks, in their order, each with a hash\n"
         "of its content. A config names it as data.eval_panel (or data.test_panel).",

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from steppo.batch import Segment
 from steppo.checkpoints import read
-from steppo.cli import OwnOptions, PartsCLI, build_parts, errors_in_one_line
+from steppo.cli import PartsCLI, build_parts, errors_in_one_line, own_options
 from steppo.datamodule import run_seed
 from steppo.errors import ConfigError, RunError
 from steppo.metrics import EpisodeStatistics
@@ -30,7 +30,7 @@ _NO_LIMIT = 2**31
 @errors_in_one_line()
 def main(args: Sequence[str] | None = None) -> None:
     """Runs the command line (the process's own unless given)."""
-    parser = OwnOptions(
+    parser = own_options(
         "python -m steppo.play",
         "Watch the policy of a checkpoint play, or an expert, or random actions; or play yourself.",
         "python -m steppo.play --ckpt_path runs/quickstart/version_0/checkpoints/best.ckpt --episodes 3\n"
@@ -58,7 +58,7 @@ def main(args: Sequence[str] | None = None) -> None:
         value: Callable[[Step], float] | None = None
         autocast: AbstractContextManager = nullcontext()
         if checkpoint is not None or options.player == "policy":
-            trainer = parts.resolved["trainer"]
+            trainer = parts.config_dump["trainer"]
             fabric = Fabric(accelerator=trainer["accelerator"], devices=1, precision=trainer["precision"])
             _load(console, parts, checkpoint, fabric)
             value = _value(parts.model, fabric) if checkpoint is not None else None

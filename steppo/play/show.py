@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 from rich.console import Console
 from rich.text import Text
@@ -13,6 +14,7 @@ from steppo.transcripts import info_text
 from steppo.types import Episode, Request, Step, Task, Turn
 
 
+@dataclass(frozen=True)
 class Show:
     """Prints an episode as it is played.
 
@@ -23,17 +25,14 @@ class Show:
         value: Step -> the critic's value of its prompt, if there is one to show.
     """
 
-    def __init__(
-        self, console: Console, player: str, decode: Callable[[Step], str], value: Callable[[Step], float] | None
-    ) -> None:
-        self._console = console
-        self._player = player
-        self._decode = decode
-        self._value = value
+    console: Console
+    player: str
+    decode: Callable[[Step], str]
+    value: Callable[[Step], float] | None
 
     def opening(self, task: Task) -> None:
         """The headline of an episode."""
-        self._console.rule(Text(_printable(f"{task.id} · {self._player}"), style="bold"), align="left")
+        self.console.rule(Text(_printable(f"{task.id} · {self.player}"), style="bold"), align="left")
 
     def turn(self, step: Step | None, turn: Turn) -> None:
         """A step that was taken, and what is to be seen after it."""
@@ -54,15 +53,15 @@ class Show:
             self._line(Text(_printable("   ".join(commands)), style="dim"))
 
     def _step(self, step: Step) -> None:
-        said = " ".join(self._decode(step).split())
+        said = " ".join(self.decode(step).split())
         line = Text.assemble((f"{step.index + 1}> ", "bold"), (_printable(step.action), "bold cyan"))
         if said != " ".join(step.action.split()):
             line.append(f"  said: {said!r}", style="dim")
         line.append(f"  reward {step.reward:g}", style="green" if step.reward > 0 else "red" if step.reward < 0 else "dim")
         if not step.action_valid:
             line.append("  not valid", style="red")
-        if self._value is not None:
-            line.append(f"  value before {self._value(step):.3f}", style="dim")
+        if self.value is not None:
+            line.append(f"  value before {self.value(step):.3f}", style="dim")
         self._line(line)
 
     def ending(self, episode: Episode) -> None:
@@ -88,7 +87,7 @@ class Show:
             self._line(Text(_printable(what + info_text(info)), style="magenta"))
 
     def _line(self, text: Text) -> None:
-        self._console.print(text, soft_wrap=True)
+        self.console.print(text, soft_wrap=True)
 
 
 def _printable(text: str) -> str:

@@ -128,10 +128,10 @@ def test_the_model_card_shows_what_there_is(silent_run: tuple[SteppoCLI, Path], 
     _, folder = silent_run
     export([f"--ckpt_path={checkpoint(folder)}", f"--out={tmp_path / 'out'}"])
     card = (tmp_path / "out" / "README.md").read_text()
-    rows = [line for line in card.splitlines() if line.startswith("| valid")]
-    assert rows
-    assert all("| unknown |" in row for row in rows)
-    assert f"{evaluations(folder)[-1]['return_mean']:.3f}" in rows[-1]
+    lines = [line for line in card.splitlines() if line.startswith("- evaluation on valid")]
+    assert lines
+    assert all("success" not in line for line in lines)
+    assert f"return {evaluations(folder)[-1]['return_mean']:.3g}" in lines[-1]
 
 
 def test_one_verdict_makes_a_rate_of_all(tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ COMMANDS = {
 OPTIONS = {
     "class_after_its_argument": (
         ["--model.advantage.gamma", "0.9", "--model.advantage=GRPO"],
-        "--model.advantage.gamma would be lost: a later option replaces model.advantage; name the class first",
+        "--model.advantage.gamma would be lost: model.advantage is another class later; name the class first",
     ),
     # class paths
     "missing_module": (
@@ -46,11 +46,11 @@ OPTIONS = {
     ),
     "missing_class": (
         [f"--{POLICY}=steppo.models.TinyPolic"],
-        "steppo.models has no 'TinyPolic'; did you mean 'TinyPolicy'?",
+        "model.policy: steppo.models.TinyPolic is no Policy that can be made; did you mean 'TinyPolicy'?",
     ),
     "no_class_path": (
         [f"--{POLICY}=TinyPoly"],
-        "model.policy: there is no Policy called 'TinyPoly'; did you mean 'TinyPolicy'?",
+        "model.policy: TinyPoly is no Policy that can be made; did you mean 'TinyPolicy'?",
     ),
     "empty_class_path": (["--model.advantage="], "--model.advantage must be Advantage, not null"),
     "a_module": ([f"--{ENV}=steppo.envs"], "steppo.envs is no Env that can be made; there are "),
@@ -64,7 +64,7 @@ OPTIONS = {
     ),
     "a_context_for_a_policy": (
         [f"--{POLICY}=StateContext"],
-        "there is no Policy called 'StateContext'; there are HFPolicy, ",
+        "StateContext is no Policy that can be made; there are HFPolicy, ",
     ),
     "abstract_class": (
         ["--model.advantage=steppo.advantages.Advantage"],
@@ -115,7 +115,7 @@ OPTIONS = {
     "schedule": (["--model.policy_optimizer.schedule=cos"], "schedule must be constant or linear or cosine, not cos"),
     "seed": (["--seed_everything=-1"], "seed_everything must be from 0 to 4294967295, not -1"),
     "seed_type": (["--seed_everything=abc"], "--seed_everything must be bool or int, not abc"),
-    "threads": (["--num_threads=0"], "num_threads must be at least 1, not 0"),
+    "threads": (["--num_threads=0"], "--num_threads must be PositiveInt or null, not 0"),
     # ranges
     "group_size": (["--rollout.group_size=0"], "group_size must be at least 1"),
     "tasks": (["--rollout.episodes_per_iteration=-3"], "rollout: episodes_per_iteration must be at least 1, not -3"),
@@ -236,8 +236,8 @@ OPTIONS = {
     "check_val": (["--trainer.check_val_every_n_epoch=0"], "check_val_every_n_epoch must be at least 1"),
     "wandb": (["--trainer.logger=false", "--trainer.logger=WandbLogger"], "pip install -U 'wandb"),
     "logger": (
-        [f"--trainer.logger={LOGGERS}.NeptunLogger"],
-        "--trainer.logger: lightning.pytorch.loggers has no 'NeptunLogger'; did",
+        [f"--trainer.logger={LOGGERS}.CVSLogger"],
+        "--trainer.logger: lightning.pytorch.loggers.CVSLogger is no Logger that can be made; did you mean 'CSVLogger'",
     ),
     "callback": ([f"--trainer.callbacks+={CALLBACKS}.EarlyStoping"], "did you mean 'EarlyStopping'?"),
     "callback_argument": (
@@ -268,7 +268,7 @@ LATE = {
     ),
     "no_minibatches": (
         ["--data.minibatches=Shuffled"],
-        "data.minibatches: there is no Minibatches called 'Shuffled'; did you mean 'ShuffledSteps'?",
+        "data.minibatches: Shuffled is no Minibatches that can be made; did you mean 'ShuffledSteps'?",
     ),
     "too_few_steps": (["--data.num_minibatches=5000"], "at most 8 steps is too small for data.num_minibatches, 5000"),
     "no_weight": ([WEIGHTED, "--data.sampler.weights={'*': 0}"], "WeightedSampler: every task has weight 0"),
