@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.util
 import json
@@ -26,7 +27,6 @@ from steppo.types import Task, Turn
 
 _FOLDERS = {"train": "train", "valid": "valid_seen", "test": "valid_unseen"}
 _FOLDERS |= {folder: folder for folder in ("valid_seen", "valid_unseen")}  # the publishers' names will do, too
-_FILE = "game.tw-pddl"
 _SOLVABLE = re.compile(rb'(?<!\\)"solvable"\s*:\s*true')
 _MOST_GAMES = 64  # kept in memory, of about 2 MiB each
 _GET_DATA = "get the data with alfworld-download, and set data or $ALFWORLD_DATA to its folder (docs/alfworld.md)"
@@ -34,65 +34,94 @@ _GET_DATA = "get the data with alfworld-download, and set data or $ALFWORLD_DATA
 
 @dataclass(frozen=True)
 class _File:
-    """A game's file, read."""
+    """A game's file, read.
+
+    Raises:
+        ConfigError: It is missing, damaged, or no game of ALFWorld's.
+    """
 
     path: Path
-    digest: str
-    content: dict[str, Any]
+    text: bytes
+    domain: str
+    problem: str
+    grammar: Grammar
+    walkthrough: tuple[str, ...]
+    content: str
 
     @classmethod
     def read(cls, path: Path) -> _File:
+        text = _bytes(path)
         try:
-            text = path.read_bytes()
-            content = json.loads(text)
-            walkthrough = content.setdefault("walkthrough", [])
-            texts = [*(content[name] for name in ("pddl_domain", "pddl_problem", "grammar")), *walkthrough]
-            if not all(isinstance(each, str) for each in texts):
+            found = json.loads(text)
+            parts = {name: found[name] for name in ("pddl_domain", "pddl_problem", "grammar")}
+            walkthrough = tuple(found.get("walkthrough") or ())
+            if not all(isinstance(each, str) for each in (*parts.values(), *walkthrough)):
                 raise TypeError("a text is none")
-        except FileNotFoundError:
-            raise ConfigError(f"AlfworldEnv: there is no {path}; {_GET_DATA}") from None
-        except OSError as error:
-            raise ConfigError(f"AlfworldEnv: cannot read {path}: {error.strerror}") from error
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise ConfigError(f"AlfworldEnv: {path} is cut off or damaged; unpack the data again") from error
-        return cls(path, hashlib.sha256(text).hexdigest(), content)
-
-    def translated(self, cache: Path) -> dict[str, Any]:
-        """From the cache, or made now. Raises ``GameError``, or ``OSError`` when it cannot be kept."""
-        place = cache / f"{self.digest}.json.z"
-        if (data := kept(place)) is None:
-            data = translated(self.content["pddl_domain"], self.content["pddl_problem"])
-            keep(data, place)
-        return data
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            raise _damaged(path) from None
+        try:
+            grammar = Grammar(parts["grammar"])
+        except GameError as error:
+            raise _unplayable(path, error) from error
+        content = json.dumps(parts | {"walkthrough": walkthrough}, sort_keys=True)
+        return cls(path, text, parts["pddl_domain"], parts["pddl_problem"], grammar, walkthrough, content)
 
     def game(self, cache: Path) -> Game:
+        """Ready to play. What is not in the cache, or damaged there, is translated, and kept if there is room."""
+        place = _place(self.text, cache)
         try:
-            try:
-                data = self.translated(cache)
-            except OSError:  # no room to keep it
-                data = translated(self.content["pddl_domain"], self.content["pddl_problem"])
-            return Game(data, Grammar(self.content["grammar"]))
+            if (data := kept(place)) is None:
+                data = translated(self.domain, self.problem)
+                with contextlib.suppress(OSError):
+                    keep(data, place)
+            return Game(data, self.grammar)
         except GameError as error:
-            raise ConfigError(f"AlfworldEnv: {self.path} cannot be played: {error}") from error
+            raise _unplayable(self.path, error) from error
+
+
+def _bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise ConfigError(f"AlfworldEnv: there is no {path}; {_GET_DATA}") from None
+    except OSError as error:
+        raise ConfigError(f"AlfworldEnv: cannot read {path}: {error.strerror}") from error
+
+
+def _place(game: bytes, cache: Path) -> Path:
+    """Where the translation of a game's file is kept."""
+    return cache / f"{hashlib.sha256(game).hexdigest()}.json.z"
+
+
+def _damaged(path: Path) -> ConfigError:
+    return ConfigError(f"AlfworldEnv: {path} is cut off or damaged; unpack the data again")
+
+
+def _unplayable(path: Path, error: GameError) -> ConfigError:
+    return ConfigError(f"AlfworldEnv: {path} cannot be played: {error}")
 
 
 def _translate(path: Path, cache: Path) -> None:
     """In a process of its own."""
+    file = _File.read(path)
     try:
-        _File.read(path).translated(cache)
-    except (GameError, ConfigError):
-        pass  # its episodes will fail, and say why
+        data = translated(file.domain, file.problem)
+    except GameError:
+        return  # its episodes will fail, and say why
+    try:
+        keep(data, _place(file.text, cache))
     except OSError as error:
         raise ConfigError(f"AlfworldEnv: cannot keep translated games in {cache}: {error.strerror}") from error
 
 
 class AlfworldEnv(TextGameEnv):
-    """Household tasks in ALFWorld's text games; ``valid`` is the publishers' ``valid_seen``, ``test`` their ``valid_unseen``.
+    """Household tasks in ALFWorld's text games; ``valid`` is the publishers' valid_seen, ``test`` their valid_unseen.
 
     Texts, commands and rewards are those of TextWorld, which plays these games too, but slower.
 
     Args:
-        data: Folder that holds ``json_2.1.1`` (or is it); ``$ALFWORLD_DATA`` unless given.
+        data: Folder that holds ``json_2.1.1``, or is it. Unless given ``$ALFWORLD_DATA``, or else ``~/.cache/alfworld``,
+            where alfworld-download puts it.
         max_steps: Steps that the task allows; when they are used up it is over, unsolved. The StepPO paper's are 20, most
             others' 50.
         num_train: Number of training games; all unless given.
@@ -118,10 +147,7 @@ class AlfworldEnv(TextGameEnv):
         require_at_least(0, self, num_train=num_train, num_valid=num_valid, num_test=num_test)
         if importlib.util.find_spec("fast_downward") is None:
             raise ConfigError('AlfworldEnv needs a translator of PDDL: pip install "steppo[alfworld]"')
-        given = data or os.environ.get("ALFWORLD_DATA")
-        if not given:
-            raise ConfigError(f"AlfworldEnv needs ALFWorld's data: {_GET_DATA}")
-        folder = Path(given).expanduser()
+        folder = Path(data or os.environ.get("ALFWORLD_DATA") or "~/.cache/alfworld").expanduser()
         self.folder = folder / "json_2.1.1" if (folder / "json_2.1.1").is_dir() else folder
         if not self.folder.is_dir():
             raise ConfigError(f"AlfworldEnv: there is no folder {folder}; {_GET_DATA}")
@@ -129,7 +155,7 @@ class AlfworldEnv(TextGameEnv):
         self.num_games = {"train": num_train, "valid_seen": num_valid, "valid_unseen": num_test}
         self.num_translators = num_translators
         root = Path(cache_dir) if cache_dir else Path(platformdirs.user_cache_dir("steppo")) / "alfworld"
-        self._cache = root / f"{FORMAT}"
+        self._cache = root / f"translated-{FORMAT}"
         self._games: dict[str, tuple[Game, tuple[str, ...]]] = {}
 
     @property
@@ -138,7 +164,7 @@ class AlfworldEnv(TextGameEnv):
         grammars = set()
         for folder in self.num_games:
             if (path := next(self._solvable(folder), None)) is not None:
-                grammars.add(Grammar(_File.read(self.folder / path).content["grammar"]).version)
+                grammars.add(_File.read(self.folder / path).grammar.version)
         return ", ".join(sorted(grammars))
 
     def tasks(self, split: str) -> list[Task]:
@@ -146,26 +172,23 @@ class AlfworldEnv(TextGameEnv):
             raise ConfigError(f"AlfworldEnv has no split {split!r}; it has {', '.join(_FOLDERS)}")
         folder = _FOLDERS[split]
         limit = self.num_games[folder]
-        tasks = []
+        tasks: list[Task] = []
         for path in self._solvable(folder):
             if len(tasks) == limit:
                 return tasks
             tasks.append(Task(f"alfworld/{path.parent.as_posix()}", {"game": path.as_posix()}))
         if not tasks and limit != 0:
-            raise ConfigError(f"AlfworldEnv: no solvable {_FILE} in {self.folder / folder}; {_GET_DATA}")
+            raise ConfigError(f"AlfworldEnv: no solvable game.tw-pddl in {self.folder / folder}; {_GET_DATA}")
         return tasks
 
     def content(self, task: Task) -> str:
         """Domain, problem, grammar and walkthrough, wherever the file lies and however its JSON is written."""
-        content = _File.read(self.folder / task.data["game"]).content
-        names = ("pddl_domain", "pddl_problem", "grammar", "walkthrough")
-        return json.dumps({name: content[name] for name in names}, sort_keys=True)
+        return _File.read(self.folder / task.data["game"]).content
 
     def prepare(self, tasks: Sequence[Task], progress: Callable[[int, int], None]) -> None:
         """Translates games that are not in the cache. One that cannot be is left: its episodes will fail."""
-        paths = {self.folder / task.data["game"] for task in tasks}
-        kept_already = {path.name for path in self._cache.glob("*.json.z")}
-        missing = [path for path in sorted(paths) if f"{_File.read(path).digest}.json.z" not in kept_already]
+        paths = sorted({self.folder / task.data["game"] for task in tasks})
+        missing = [path for path in paths if not _place(_bytes(path), self._cache).exists()]
         if not missing:
             return
         progress(0, len(missing))
@@ -190,7 +213,7 @@ class AlfworldEnv(TextGameEnv):
             file = _File.read(self.folder / name)
             if len(self._games) >= _MOST_GAMES:
                 del self._games[next(iter(self._games))]
-            self._games[name] = file.game(self._cache), tuple(file.content["walkthrough"])
+            self._games[name] = file.game(self._cache), file.walkthrough
         game, self._walkthrough = self._games[name]
         self._episode = Episode(game)
         self._commands = self._episode.commands()
@@ -230,12 +253,12 @@ class AlfworldEnv(TextGameEnv):
 
         As the publishers do, it leaves out tasks with sliced or movable things, and games that their planner did not solve.
         """
-        paths = [path.relative_to(self.folder) for path in (self.folder / folder).rglob(_FILE)]
+        paths = [path.relative_to(self.folder) for path in (self.folder / folder).glob("*/*/game.tw-pddl")]
         for path in sorted(paths, key=lambda path: hashlib.sha256(path.as_posix().encode()).digest()):
             if "movable" in path.as_posix() or "Sliced" in path.as_posix():
                 continue
-            text = (self.folder / path).read_bytes()
+            text = _bytes(self.folder / path)
             if not text.rstrip().endswith(b"}"):
-                raise ConfigError(f"AlfworldEnv: {self.folder / path} is cut off or damaged; unpack the data again")
+                raise _damaged(self.folder / path)
             if _SOLVABLE.search(text):
                 yield path

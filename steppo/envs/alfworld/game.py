@@ -15,17 +15,17 @@ def names_of(ids: Sequence[str]) -> dict[str, str]:
     """What ALFWorld calls things: kind and number, which counts down by the order of their ids."""
     kinds = {}
     for thing in sorted(ids):
-        kind, numbered, _ = thing.partition("_bar_")
-        if numbered and "basin" in thing:
+        kind, bar, _ = thing.partition("_bar_")
+        if bar and "basin" in thing:
             kind += "basin"
         for code, sign in _SIGNS.items():
             kind = kind.replace(code, sign)
-        kinds[thing] = kind, bool(numbered)
-    left = Counter(kind for kind, numbered in kinds.values() if numbered)
+        kinds[thing] = f"{kind} ", bool(bar)
+    left = Counter(kind for kind, is_numbered in kinds.values() if is_numbered)
     names = {}
-    for thing, (kind, numbered) in kinds.items():
-        names[thing] = f"{kind} {left[kind]}" if numbered else f"{kind} "
-        left[kind] -= numbered
+    for thing, (kind, is_numbered) in kinds.items():
+        names[thing] = kind + str(left[kind]) * is_numbered
+        left[kind] -= is_numbered
     return names
 
 
@@ -101,7 +101,7 @@ class Game:
         """What an action's parameters stand for."""
         if operator not in self.scenes:
             action, numbers = self.actions[operator]
-            bound = dict(zip(self._parameters[action], numbers))
+            bound = dict(zip(self._parameters[action], numbers, strict=False))  # others are quantified
             names = {name: thing for (name, _), number in bound.items() if (thing := self.things[number])}
             self.scenes[operator] = Scene(names, bound)
         return self.scenes[operator]
@@ -134,12 +134,13 @@ class Episode:
         for axiom in range(len(game.heads)):
             if not game.unmet[game.num_operators + axiom]:
                 self._met(axiom)
-        for (predicate, numbers), value in zip(game.variables, self._values):
+        for (predicate, numbers), value in zip(game.variables, self._values, strict=True):
             if value == 0:
                 self.holding.setdefault(predicate, set()).add(numbers)
 
     @property
-    def things(self) -> list[Thing | None]:
+    def things(self) -> Sequence[Thing | None]:
+        """By their numbers; ``None`` for those that no fact is about."""
         return self._game.things
 
     def of_type(self, name: str) -> frozenset[int]:

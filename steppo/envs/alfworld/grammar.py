@@ -34,7 +34,9 @@ class GameError(Exception):
 class World(Protocol):
     """What texts are about: facts, and the things in them, which are numbered by the order of their ids."""
 
-    things: Sequence[Thing | None]
+    @property
+    def things(self) -> Sequence[Thing | None]:
+        """By their numbers; ``None`` for those that no fact is about."""
 
     def facts(self, predicate: str) -> Sequence[tuple[int, ...]]:
         """The things that a predicate holds for, sorted."""
@@ -86,7 +88,7 @@ class Query:
         for fact in world.facts(predicate):
             if len(fact) != len(placeholders):
                 continue
-            for placeholder, thing, of_type in zip(placeholders, fact, allowed):
+            for placeholder, thing, of_type in zip(placeholders, fact, allowed, strict=True):
                 known = bound.get(placeholder)
                 if known is None:
                     if thing in used or thing not in of_type:
@@ -219,14 +221,14 @@ class Grammar:
         while tokens:
             head = tokens.pop()
             if head == ("word", "grammar"):
-                rules.update(json.loads(textwrap.dedent(_setting(tokens)[1])))
+                rules.update(json.loads(textwrap.dedent(_setting(tokens))))
                 continue
             if head != ("word", "action"):
                 raise ValueError(f"{head[1]!r} stands where an action or a grammar begins")
             action = tokens.pop()[1].lower()
             _expect(tokens, "{")
             while (key := tokens.pop()[1]) != "}":
-                kind, value = _setting(tokens)
+                value = _setting(tokens)
                 if key == "template":
                     self.templates[action] = value
                 elif key == "feedback":
@@ -299,11 +301,11 @@ def _expect(tokens: list[tuple[str, str]], sign: str) -> None:
         raise ValueError(f"{found[1]!r} stands where {sign!r} is expected")
 
 
-def _setting(tokens: list[tuple[str, str]]) -> tuple[str, str]:
+def _setting(tokens: list[tuple[str, str]]) -> str:
     """``:: "text";`` behind a key."""
     _expect(tokens, "::")
     kind, value = tokens.pop()
     if kind not in ("text", "block"):
         raise ValueError(f"{value!r} stands where a text is expected")
     _expect(tokens, ";")
-    return kind, value
+    return value

@@ -17,7 +17,7 @@ from steppo.errors import said
 
 # fast_downward is imported where it is used: its library must not share a process with torch.
 
-FORMAT = 1  # of what is kept
+FORMAT = 1  # of what is kept; another number where translations change
 
 
 def translated(domain: str, problem: str) -> dict[str, Any]:
@@ -148,10 +148,9 @@ def _refuse_circles(axioms: list[Any]) -> None:
 def kept(path: Path) -> dict[str, Any] | None:
     """What is kept in a file, or ``None`` if there is none, or it is damaged."""
     try:
-        form, data = json.loads(zlib.decompress(path.read_bytes()))
-    except (OSError, ValueError, zlib.error, TypeError):
+        return json.loads(zlib.decompress(path.read_bytes()))
+    except (OSError, ValueError, zlib.error):  # zlib has a checksum
         return None
-    return data if form == FORMAT else None
 
 
 def keep(data: dict[str, Any], path: Path) -> None:
@@ -160,7 +159,7 @@ def keep(data: dict[str, Any], path: Path) -> None:
     handle, scratch = tempfile.mkstemp(dir=path.parent)
     try:
         with open(handle, "wb") as file:
-            file.write(zlib.compress(json.dumps([FORMAT, data], separators=(",", ":")).encode()))
+            file.write(zlib.compress(json.dumps(data, separators=(",", ":")).encode()))
         os.replace(scratch, path)
     except BaseException:
         with contextlib.suppress(OSError):
