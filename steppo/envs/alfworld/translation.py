@@ -49,7 +49,7 @@ def translated(domain: str, problem: str) -> dict[str, Any]:
 
 
 def _plain(task: Any, lines: Iterator[str]) -> dict[str, Any]:
-    objects = sorted((thing.name, thing.type_name) for thing in task.objects)
+    objects = sorted([thing.name, thing.type_name] for thing in task.objects)
     numbers = {name: number for number, (name, _) in enumerate(objects)}
     variables, operators, axioms, goal = _read(lines, numbers)
     atoms = [atom for atom in task.init if hasattr(atom, "predicate") and atom.predicate != "="]
@@ -64,7 +64,7 @@ def _plain(task: Any, lines: Iterator[str]) -> dict[str, Any]:
             action.name: [[parameter.name.strip("?"), parameter.type_name] for parameter in action.parameters]
             for action in task.actions
         },
-        "facts": sorted(facts),
+        "facts": sorted(map(list, facts)),
         "variables": variables,
         "operators": operators,
         "axioms": axioms,
