@@ -1,12 +1,13 @@
 """Plays ALFWorld's games as TextWorld comes, for comparison: in a process of its own, as its library breaks others.
 
-Reads a JSON list of [game file, commands] from standard input and writes one JSON object a game: what was said, the commands
-that were possible and whether it was won, for the start and after each command; seconds of processor time for ``start`` and
-``reset`` together, and for all steps.
+Reads lines of JSON from standard input, each a game file and commands, and answers each with one: what was said, the
+commands that were possible, whether it was won and the score, for the start and after each command; seconds of processor
+time to load the game, to reset it, and for all steps.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import sys
@@ -31,22 +32,26 @@ except ImportError:  # names by our own rule
                 info.name = names[info.id]
 
 
+PARTS = ("load", "reset", "steps")
+
+
 def play(path: str, commands: list[str]) -> dict[str, Any]:
-    began = time.process_time()
-    wanted = textworld.EnvInfos(feedback=True, admissible_commands=True, won=True)
-    env = textworld.start(path, wanted, [Named()])
+    times = [time.process_time()]
+    env = textworld.start(path, textworld.EnvInfos(feedback=True, admissible_commands=True, won=True), [Named()])
+    times.append(time.process_time())
     state = env.reset()
-    started = time.process_time()
+    times.append(time.process_time())
     turns = [[state.feedback, list(state.admissible_commands), bool(state.won), 0]]
     for command in commands:
         state, score, _ = env.step(command)
         turns.append([state.feedback, list(state.admissible_commands), bool(state.won), score])
-    ended = time.process_time()
+    times.append(time.process_time())
     env.close()
-    return {"turns": turns, "reset_s": started - began, "steps_s": ended - started, "names": Named.__module__}
+    seconds = {name: after - before for name, (before, after) in zip(PARTS, itertools.pairwise(times), strict=True)}
+    return {"turns": turns, "seconds": seconds, "names": Named.__module__}
 
 
 if __name__ == "__main__":
-    for game, commands in json.load(sys.stdin):
-        print(json.dumps(play(game, commands)), flush=True)
+    for line in sys.stdin:
+        print(json.dumps(play(*json.loads(line))), flush=True)
     os._exit(0)  # its library crashes at an orderly end

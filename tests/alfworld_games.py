@@ -47,9 +47,9 @@ DOMAIN = """
     :parameters (?a - agent ?s - spot ?t - thing ?f - furniture)
     :precondition (and (lamp ?t) (at ?a ?s) (stands ?f ?s) (in ?t ?f))
     :effect (and (when (lit ?t) (not (lit ?t))) (when (not (lit ?t)) (lit ?t)) (used ?t)))
-  (:action ExamineIt
+  (:action ExamineIt                                  ; with empty hands
     :parameters (?a - agent ?f - furniture)
-    :precondition (exists (?s - spot) (and (at ?a ?s) (stands ?f ?s)))
+    :precondition (and (exists (?s - spot) (and (at ?a ?s) (stands ?f ?s))) (forall (?t - thing) (not (holds ?a ?t))))
     :effect (seen ?f))
   (:action ExamineObject
     :parameters (?a - agent ?t - thing)
@@ -96,10 +96,10 @@ action UseObject {
     template :: "use {t}";
     feedback :: "#switch#";
     grammar :: """{"switch": [
-        {"condition": "not_lit(t:thing)", "rhs": "Click goes the {t.name}."},
+        {"condition": "not_lit(t:thing)", "rhs": "Click goes the {t.name} of the {f.name}."},
         {"rhs": "Snap goes the {t.name}."}]}""";
 }
-action ExamineIt { template :: "examine {f}"; feedback :: "#inside#"; }
+action ExamineIt { template :: "examine {f}"; feedback :: "#inside# Not [{g.name | stands(g:furniture, s:spot)}]."; }
 action ExamineObject {
     template :: "examine {t}";
     feedback :: "#state#";
@@ -204,6 +204,7 @@ def game(number: int, wording: str = "move") -> dict[str, Any]:
     ]
     facts += [f"(stands {furniture} {spot})" for furniture, spot in FURNITURE.items()]
     facts += [f"(in {thing} {furniture})" for thing, furniture in PLACES.items()]
+    facts += ["(in lamp_bar_1 shelf_bar_2)"]  # too, so that two actions have one command
     facts += [f"(is {thing} {sort}sort)" for thing, sort in THINGS.items()]
     declared = " ".join(f"{name} - {kind}" for name, kind in objects.items())
     problem = f"(define (problem p{number}) (:domain flat) (:objects {declared}) (:init {' '.join(facts)}) (:goal {goal}))"

@@ -88,7 +88,7 @@ def test_every_word_is_textworlds(env: AlfworldEnv) -> None:
     pytest.importorskip("textworld")
     played = list(episodes(env))
     assert sum(answers[-1][2] for _, _, answers in played) >= len(TASKS), "walkthroughs win"
-    games = json.dumps([[str(path_of(env, task)), commands] for task, commands, _ in played])
+    games = "".join(f"{json.dumps([str(path_of(env, task)), commands])}\n" for task, commands, _ in played)
     command = [sys.executable, str(ROOT / "benchmarks" / "stock_textworld.py")]
     stock = subprocess.run(command, input=games, cwd=ROOT, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
     lines = stock.stdout.splitlines()
@@ -137,6 +137,14 @@ def test_steps_are_limited_and_others_words_do_nothing(env: AlfworldEnv) -> None
     assert short.expert_action() is None, "the walkthrough goes another way"
     turn = short.command("look")
     assert (turn.action_valid, turn.terminated, turn.truncated, turn.success) == (True, True, False, False)
+
+
+def test_what_is_undone_is_as_before(env: AlfworldEnv) -> None:
+    opening = env.reset(task_of(env))
+    holding = env.command("take egg 1 from sinkbasin 1").commands or ()
+    assert "examine sinkbasin 1" not in holding, "which takes empty hands"
+    [put] = [command for command in holding if command.startswith(("put", "move"))]
+    assert env.command(put).commands == opening.commands
 
 
 def test_workers_play_the_same(env: AlfworldEnv) -> None:

@@ -127,7 +127,7 @@ class AlfworldEnv(TextGameEnv):
         num_train: Number of training games; all unless given.
         num_valid: Number of games of ``valid_seen``; all unless given.
         num_test: Number of games of ``valid_unseen``; all unless given.
-        cache_dir: Where translated games are kept, about 35 kB each; the user's cache folder unless given.
+        cache_dir: Where translated games are kept, about 20 kB each; the user's cache folder unless given.
         num_translators: Processes that translate games; one per CPU unless given.
     """
 
