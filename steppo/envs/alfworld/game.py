@@ -48,10 +48,12 @@ class Game:
         self.actions = [(action[0], tuple(action[1:])) for action, _, _ in data["operators"]]
         self.effects = [effects for _, _, effects in data["operators"]]
         self.num_operators = len(self.actions)
-        self.heads = [(variable, value) for _, variable, value in data["axioms"]]
+        # Those of the value at the start say no more than that no other holds.
+        axioms = [axiom for axiom in data["axioms"] if axiom[2] != self.initial[axiom[1]]]
+        self.heads = [(variable, value) for _, variable, value in axioms]
         # What waits for a variable's value: operators, and behind them axioms.
         self.waiting: list[tuple[list[int], list[int]]] = [([], []) for _ in self.variables]
-        needed = [*(needed for _, needed, _ in data["operators"]), *(needed for needed, _, _ in data["axioms"])]
+        needed = [*(needed for _, needed, _ in data["operators"]), *(needed for needed, _, _ in axioms)]
         self.unmet = []
         for number, conditions in enumerate(needed):
             for variable, value in conditions:
