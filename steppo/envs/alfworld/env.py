@@ -9,6 +9,7 @@ import json
 import multiprocessing as mp
 import os
 import re
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -73,7 +74,8 @@ class _File:
             if (data := kept(place)) is None:
                 data = translated(self.domain, self.problem)
                 with contextlib.suppress(OSError):
-                    keep(data, place)
+                    cache.mkdir(parents=True, exist_ok=True)
+                    keep(data, place, cache)
             return Game(data, self.grammar)
         except GameError as error:
             raise _unplayable(self.path, error) from error
@@ -97,11 +99,15 @@ def _damaged(path: Path) -> ConfigError:
     return ConfigError(f"AlfworldEnv: {path} is cut off or damaged; unpack the data again")
 
 
-def _unplayable(path: Path, error: GameError) -> ConfigError:
+def _unplayable(path: Path, error: Exception) -> ConfigError:
     return ConfigError(f"AlfworldEnv: {path} cannot be played: {error}")
 
 
-def _translate(path: Path, cache: Path) -> None:
+def _no_room(cache: Path, error: OSError) -> ConfigError:
+    return ConfigError(f"AlfworldEnv: cannot keep translated games in {cache}: {error.strerror}")
+
+
+def _translate(path: Path, cache: Path, scratch: str) -> None:
     """In a process of its own."""
     file = _File.read(path)
     try:
@@ -109,9 +115,9 @@ def _translate(path: Path, cache: Path) -> None:
     except GameError:
         return  # its episodes will fail, and say why
     try:
-        keep(data, _place(file.text, cache))
+        keep(data, _place(file.text, cache), scratch)
     except OSError as error:
-        raise ConfigError(f"AlfworldEnv: cannot keep translated games in {cache}: {error.strerror}") from error
+        raise _no_room(cache, error) from error
 
 
 class AlfworldEnv(TextGameEnv):
@@ -191,11 +197,20 @@ class AlfworldEnv(TextGameEnv):
         missing = [path for path in paths if not _place(_bytes(path), self._cache).exists()]
         if not missing:
             return
+        try:
+            self._cache.mkdir(parents=True, exist_ok=True)
+            scratch = tempfile.TemporaryDirectory(dir=self._cache)
+        except OSError as error:
+            raise _no_room(self._cache, error) from error
         progress(0, len(missing))
-        with Guard() as guard, ProcessPoolExecutor(self.num_translators, mp.get_context("spawn")) as pool:
+        with (
+            scratch as folder,
+            Guard() as guard,
+            ProcessPoolExecutor(self.num_translators, mp.get_context("spawn")) as pool,
+        ):
             try:
                 with guard.marking():
-                    jobs = [pool.submit(_translate, path, self._cache) for path in missing]
+                    jobs = [pool.submit(_translate, path, self._cache, folder) for path in missing]
                 for done, job in enumerate(as_completed(jobs), start=1):
                     job.result()
                     progress(done, len(missing))
@@ -215,10 +230,13 @@ class AlfworldEnv(TextGameEnv):
                 del self._games[next(iter(self._games))]
             self._games[name] = file.game(self._cache), file.walkthrough
         game, self._walkthrough = self._games[name]
-        self._episode = Episode(game)
-        self._commands = self._episode.commands()
         self._actions: list[str] = []
-        before, sign, goal = self._episode.intro().partition("Your task is to: ")
+        try:
+            self._episode = Episode(game)
+            self._commands = self._episode.commands()
+            before, sign, goal = self._episode.intro().partition("Your task is to: ")
+        except (GameError, RecursionError) as error:
+            raise _unplayable(self.folder / name, error) from error
         self._goal = sign + goal
         info: dict[str, str | float] = {"task_type": Path(name).parts[1].split("-")[0], "grammar": game.grammar.version}
         if self._walkthrough:

@@ -153,10 +153,9 @@ def kept(path: Path) -> dict[str, Any] | None:
         return None
 
 
-def keep(data: dict[str, Any], path: Path) -> None:
-    """Writes a file, whole or not at all. Raises ``OSError``."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, scratch = tempfile.mkstemp(dir=path.parent)
+def keep(data: dict[str, Any], path: Path, folder: str | Path) -> None:
+    """Writes a file, first in a folder on the same disk: it appears whole or not at all. Raises ``OSError``."""
+    handle, scratch = tempfile.mkstemp(dir=folder)
     try:
         with open(handle, "wb") as file:
             file.write(zlib.compress(json.dumps(data, separators=(",", ":")).encode()))
