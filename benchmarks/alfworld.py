@@ -58,7 +58,8 @@ def play(env: AlfworldEnv, task: Task, by_chance: bool, most: int) -> dict[str, 
 
 def compare(env: AlfworldEnv, tasks: Sequence[Task], random_steps: int) -> dict[str, Any]:
     """Plays tasks here and in TextWorld. Raises ``SystemExit`` where they differ."""
-    command = [sys.executable, str(ROOT / "benchmarks" / "stock_textworld.py")]
+    # -P: this file is no package of that name.
+    command = [sys.executable, "-P", str(ROOT / "benchmarks" / "stock_textworld.py")]
     figures: dict[str, list[float]] = {name: [] for name in ("ours_reset", "stock_reset", "ours_steps", "stock_steps")}
     states, names = 0, ""
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
@@ -137,7 +138,9 @@ def main() -> None:
     from measuring import about  # with torch, which must not be there before
 
     packages = ("textworld", "fast-downward-textworld", *(["alfworld"] if importlib.util.find_spec("alfworld") else []))
-    record = about() | {"counts": counts, "grammar": env.version, "same": compared, "success": solved}
+    options = f"--games {args.games} --random_steps {args.random_steps} --train_games {args.train_games or counts['train']}"
+    command = f"python benchmarks/alfworld.py {options}"  # without folders
+    record = about() | {"command": command, "counts": counts, "grammar": env.version, "same": compared, "success": solved}
     record["versions"] |= {name: importlib.metadata.version(name) for name in packages}
     record["translation_s"] = statistics.median(translations)
     args.out.write_text(json.dumps(record, indent=1) + "\n")

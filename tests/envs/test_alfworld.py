@@ -89,7 +89,7 @@ def test_every_word_is_textworlds(env: AlfworldEnv) -> None:
     played = list(episodes(env))
     assert sum(answers[-1][2] for _, _, answers in played) >= len(TASKS), "walkthroughs win"
     games = "".join(f"{json.dumps([str(path_of(env, task)), commands])}\n" for task, commands, _ in played)
-    command = [sys.executable, str(ROOT / "benchmarks" / "stock_textworld.py")]
+    command = [sys.executable, "-P", str(ROOT / "benchmarks" / "stock_textworld.py")]
     stock = subprocess.run(command, input=games, cwd=ROOT, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
     lines = stock.stdout.splitlines()
     assert len(lines) == len(played), stock.stderr

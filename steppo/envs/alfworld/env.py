@@ -123,7 +123,8 @@ def _translate(path: Path, cache: Path, scratch: str) -> None:
 class AlfworldEnv(TextGameEnv):
     """Household tasks in ALFWorld's text games; ``valid`` is the publishers' valid_seen, ``test`` their valid_unseen.
 
-    Texts, commands and rewards are those of TextWorld, which plays these games too, but slower.
+    Texts, commands and rewards are those of TextWorld, which plays these games too, but slower. The data are the publishers'
+    (MIT licence): ``pip install requests tqdm && pip install --no-deps alfworld && alfworld-download``.
 
     Args:
         data: Folder that holds ``json_2.1.1``, or is it. Unless given ``$ALFWORLD_DATA``, or else ``~/.cache/alfworld``,
