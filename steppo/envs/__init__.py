@@ -1,7 +1,8 @@
 """Environments: ``reset(task)``, ``step(action)``. One file each."""
 
+from steppo.envs.alfworld import AlfworldEnv
 from steppo.envs.base import Env, TextGameEnv
 from steppo.envs.gymnasium import GymnasiumEnv
 from steppo.envs.textworld import TextWorldEnv
 
-__all__ = ["Env", "GymnasiumEnv", "TextGameEnv", "TextWorldEnv"]
+__all__ = ["AlfworldEnv", "Env", "GymnasiumEnv", "TextGameEnv", "TextWorldEnv"]

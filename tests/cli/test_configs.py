@@ -16,6 +16,7 @@ from steppo.losses import CISPO, DPPOTV, ClippedLoss
 from steppo.minibatches import WholeEpisodes
 from steppo.models import SeparateCritic
 from steppo.packing import PrefixTreePacker
+from tests.alfworld_games import write_games
 from tests.cli_helpers import TOY
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -54,6 +55,7 @@ WHOLE = sorted({*CONFIGS.rglob("*.yaml")} - {*OVERLAYS})
 @pytest.fixture
 def build(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     """Parses and instantiates a command line without running it."""
+    monkeypatch.setenv("ALFWORLD_DATA", str(write_games(tmp_path)))
     monkeypatch.setattr(LightningCLI, "_run_subcommand", lambda self, subcommand: None)
     monkeypatch.chdir(tmp_path)
     return lambda *args: main(["fit", *(str(arg) for arg in args)])
