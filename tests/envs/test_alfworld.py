@@ -26,6 +26,8 @@ from steppo.types import Action, Task
 from tests.alfworld_games import DOMAIN, GRAMMAR, TASKS, WORDINGS, write_games
 from tests.cli_helpers import evaluations, run
 
+pytest.importorskip("fast_downward", reason="needs the extra alfworld")
+
 ROOT = Path(__file__).parents[2]
 MUG = "alfworld/train/pick_and_place_simple-Mug-None-Shelf-1/trial_0"
 
@@ -326,9 +328,16 @@ def test_data_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         env.tasks("test")
     with pytest.raises(ConfigError, match=r"there is no .*game\.tw-pddl"):
         env.content(task)
+
+
+def test_without_a_translator_what_is_translated_still_plays(fresh: AlfworldEnv, monkeypatch: pytest.MonkeyPatch) -> None:
+    task, *others = fresh.tasks("train")
+    fresh.prepare([task], lambda done, total: None)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r'pip install "steppo\[alfworld\]"'):
-        AlfworldEnv()
+        fresh.prepare([task, *others], lambda done, total: None)
+    fresh.prepare([task], lambda done, total: None)
+    assert fresh.reset(task).commands
 
 
 @pytest.mark.parametrize("option", ["max_steps", "num_translators", "num_train", "num_valid", "num_test"])

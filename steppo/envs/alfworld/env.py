@@ -152,8 +152,6 @@ class AlfworldEnv(TextGameEnv):
     ) -> None:
         require_at_least(1, self, max_steps=max_steps, num_translators=num_translators)
         require_at_least(0, self, num_train=num_train, num_valid=num_valid, num_test=num_test)
-        if importlib.util.find_spec("fast_downward") is None:
-            raise ConfigError('AlfworldEnv needs a translator of PDDL: pip install "steppo[alfworld]"')
         folder = Path(data or os.environ.get("ALFWORLD_DATA") or "~/.cache/alfworld").expanduser()
         self.folder = folder / "json_2.1.1" if (folder / "json_2.1.1").is_dir() else folder
         if not self.folder.is_dir():
@@ -198,6 +196,8 @@ class AlfworldEnv(TextGameEnv):
         missing = [path for path in paths if not _place(_bytes(path), self._cache).exists()]
         if not missing:
             return
+        if importlib.util.find_spec("fast_downward") is None:
+            raise ConfigError('AlfworldEnv needs a translator of PDDL: pip install "steppo[alfworld]"')
         try:
             self._cache.mkdir(parents=True, exist_ok=True)
             scratch = tempfile.TemporaryDirectory(dir=self._cache)
