@@ -137,9 +137,11 @@ class StepDataModule(pl.LightningDataModule):
     def prepare_data(self) -> None:
         """Has the environment make what the tasks need, once per machine."""
         evaluating = self.trainer is not None and not self.trainer.training
-        # Without a checkpoint an evaluation needs the training tasks too: a tokenizer may be made of their words.
-        known = self._from_checkpoint or getattr(self.trainer, "is_scripted", False)
-        tasks = [] if evaluating and known else self.tasks()
+        tasks = []
+        if not evaluating:
+            tasks = self.tasks()
+        elif not self._from_checkpoint and not getattr(self.trainer, "is_scripted", False):
+            tasks = self.tasks()[:_CORPUS_TASKS]  # a tokenizer may be made of their words
         stage = "test" if self.trainer is not None and self.trainer.testing else "validate"
         panel = self.panel(stage)
         both = sorted({task.id for task in tasks} & {task.id for task in panel})
