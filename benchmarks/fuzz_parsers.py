@@ -27,7 +27,7 @@ import psutil
 from jsonschema import Draft202012Validator
 
 from steppo.models import TinyPolicy
-from steppo.rendering import ActionParser, CommandParser, HermesParser, ParsedAction, Renderer, ToolCallParser
+from steppo.rendering import ActionParser, CommandParser, HermesParser, NumberParser, ParsedAction, Renderer, ToolCallParser
 from steppo.types import Action, ToolSpec, Turn
 
 ROOT = Path(__file__).parent.parent
@@ -61,6 +61,7 @@ def parsers() -> dict[tuple[str, str], tuple[ActionParser, Turn]]:
     """What the texts go through, by the names of parser and place."""
     commands = {
         "CommandParser": CommandParser(),
+        "NumberParser": NumberParser(),
         "ToolCallParser": ToolCallParser(),
         "ToolCallParser(strict=True)": ToolCallParser(strict=True),
     }
@@ -164,7 +165,7 @@ def checked(parsed: ParsedAction, parser: ActionParser, turn: Turn) -> str:
         return ""
     if fault := wrong(parsed.action, turn):
         return fault
-    again = parser.parse(parser.answer(parsed.action), turn)
+    again = parser.parse(parser.answer(parsed.action, turn), turn)
     return "" if again.action == parsed.action else "an action that is not read back"
 
 

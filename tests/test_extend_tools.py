@@ -133,7 +133,7 @@ FILES = {
                     return ParsedAction(None, "There is no such call.")
                 return ParsedAction(Action(tool_calls=(ToolCall(name, {"shelf": int(shelf)}, "0"),)))
 
-            def answer(self, action):
+            def answer(self, action, turn):
                 return action.text or "".join(f"{self.sign}{one.name} {one.arguments['shelf']}" for one in action.tool_calls)
         """,
     "my_source": """

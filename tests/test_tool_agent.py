@@ -45,7 +45,8 @@ def save(folder: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     texts = [parser.tools_text(env.tools)]
     for task in env.tasks("train"):
         env.start()
-        texts += [env.reset(task).goal, parser.answer(env.expert_action()), env.step(env.expert_action()).observation]
+        turn, action = env.reset(task), env.expert_action()
+        texts += [turn.goal, parser.answer(action, turn), env.step(action).observation]
     template, tokenizer = tokenizer.chat_template, tokenizer.train_new_from_iterator(texts * 3, 1200, show_progress=False)
     tokenizer.chat_template = template
     config = LlamaConfig(

@@ -10,11 +10,12 @@ from dataclasses import replace
 import numpy as np
 
 from steppo.errors import ConfigError
+from steppo.rendering.parsers import ActionParser, CommandParser
 from steppo.rendering.renderer import Renderer
 from steppo.types import Message, Step, Turn
 
-_TASK = "Solve the task. Answer with one command and nothing else."
 _TASK_WITH_TOOLS = "Solve the task."
+_TASK = f"{_TASK_WITH_TOOLS} {ActionParser.asks}"
 
 
 class ContextPolicy(ABC):
@@ -23,18 +24,22 @@ class ContextPolicy(ABC):
     Args:
         instructions: What comes first in every prompt (the system message of a chat model); empty for none, or for the
             template's own if it has one.
+
+    Attributes:
+        parser: Of the answers, which says how commands are listed. ``EnvSource`` gives its own.
     """
 
     renderer: Renderer
+    parser: ActionParser = CommandParser()
 
     def __init__(self, instructions: str = _TASK) -> None:
         self.instructions = instructions
 
     def bind(self, renderer: Renderer) -> None:
-        """Takes what writes its messages. Where there are tools, the usual instructions do not ask for a command."""
+        """Takes what writes its messages. The usual instructions ask for what the parser reads, with tools for nothing."""
         self.renderer = renderer
-        if renderer.tools and self.instructions == _TASK:
-            self.instructions = _TASK_WITH_TOOLS
+        if self.instructions == _TASK:
+            self.instructions = _TASK_WITH_TOOLS if renderer.tools else f"{_TASK_WITH_TOOLS} {self.parser.asks}"
 
     @abstractmethod
     def messages(self, turns: Sequence[Turn], steps: Sequence[Step]) -> Sequence[Message | Step]:
@@ -80,7 +85,7 @@ class ContextPolicy(ABC):
         lines = [turn.goal] if with_goal and turn.goal else []
         lines += [line for line in (turn.feedback, turn.observation) if line]
         if turn.commands is not None:
-            lines.append("Commands: " + ", ".join(turn.commands))
+            lines.append(self.parser.listed(turn.commands))
         return "\n".join(lines)
 
     def _cleaned(self, turn: Turn) -> Turn:

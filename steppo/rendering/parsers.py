@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from steppo.errors import ConfigError
 from steppo.rendering.markup import END_THINK, THINK
@@ -15,6 +15,7 @@ from steppo.types import Action, ToolSpec, Turn
 LONGEST_QUOTE = 60
 _UNSENDABLE = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")  # control characters, and what UTF-8 cannot hold
 _OWN_WORDS = "..."
+_NUMBER = re.compile("[0-9]{1,9}")
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,13 @@ class ParsedAction:
 
 
 class ActionParser(ABC):
-    """Reads an action out of what the policy said. Never raises: whatever the text, there is an answer."""
+    """Reads an action out of what the policy said. Never raises: whatever the text, there is an answer.
+
+    Attributes:
+        asks: What the usual instructions say an answer is.
+    """
+
+    asks = "Answer with one command and nothing else."
 
     def bind(self, tools: Sequence[ToolSpec], renderer: Renderer) -> None:
         """Takes the environment's tools, and what knows how the model's template writes calls.
@@ -47,9 +54,13 @@ class ActionParser(ABC):
     def parse(self, text: str, turn: Turn) -> ParsedAction:
         """Parses ``text``, said on seeing ``turn``."""
 
-    def answer(self, action: Action) -> str:
-        """What a policy should say to act so: ``parse`` reads it back."""
+    def answer(self, action: Action, turn: Turn) -> str:
+        """What a policy should say on seeing ``turn`` to act so: ``parse`` reads it back."""
         return str(action)
+
+    def listed(self, commands: Sequence[str]) -> str:
+        """How a prompt shows what may be said, in the form that ``parse`` reads."""
+        return "Commands: " + ", ".join(commands)
 
 
 class CommandParser(ActionParser):
@@ -58,13 +69,59 @@ class CommandParser(ActionParser):
     Thinking before it is dropped: all up to ``</think>``, which the prompt may have opened already.
     """
 
+    _line = "one command on one line"
+
     def parse(self, text: str, turn: Turn) -> ParsedAction:
         answer = text.rpartition(END_THINK)[2].strip()
         if answer.startswith(THINK):
-            return ParsedAction(None, f"End your thinking with {END_THINK}, then answer with one command on one line.")
+            return ParsedAction(None, f"End your thinking with {END_THINK}, then answer with {self._line}.")
         if len(answer.splitlines()) != 1:
-            return ParsedAction(None, "Answer with one command on one line.")
+            return ParsedAction(None, f"Answer with {self._line}.")
+        return self._parsed(answer, turn)
+
+    def _parsed(self, answer: str, turn: Turn) -> ParsedAction:
         return parsed_command(answer, turn)
+
+
+class NumberParser(CommandParser):
+    """Commands are numbered in the prompt, one on a line (``3: go west``); the answer is a number: short, nothing to copy.
+
+    The whole line will do as well, and is needed for a command that is open: ``4: search[red shoes]``. Where no commands are
+    listed the answer is a command. The environment, records and past actions have the command itself.
+    """
+
+    asks = "Answer with the number of one command and nothing else."
+    _line = "the number of one command on one line"
+
+    def listed(self, commands: Sequence[str]) -> str:
+        return "\n".join(["Commands:", *(f"{number}: {command}" for number, command in enumerate(commands, start=1))])
+
+    def answer(self, action: Action, turn: Turn) -> str:
+        command = str(action)
+        commands = turn.commands or ()
+        fits = (n for n, listed in enumerate(commands) if _only(listed, command, turn).action == Action(command))
+        found = commands.index(command) if command in commands else next(fits, None)
+        if found is None:
+            return command
+        return f"{found + 1}: {command}" if is_open(commands[found]) else str(found + 1)
+
+    def _parsed(self, answer: str, turn: Turn) -> ParsedAction:
+        if turn.commands is None:
+            return parsed_command(answer, turn)
+        number, colon, words = answer.partition(":")
+        if not _NUMBER.fullmatch(number := number.strip()):
+            return ParsedAction(None, f"Answer with {self._line}.")
+        if 0 < int(number) <= len(turn.commands):
+            listed = turn.commands[int(number) - 1]
+            parsed = _only(listed, words if colon or is_open(listed) else listed, turn)
+            if parsed.action is not None:
+                return parsed
+        return ParsedAction(None, f"'{quotable(_plain(answer))}' is not possible here.")
+
+
+def _only(listed: str, command: str, turn: Turn) -> ParsedAction:
+    """The command, if it is this one of those that are listed."""
+    return parsed_command(command, replace(turn, commands=(listed,)))
 
 
 def parsed_command(command: str, turn: Turn) -> ParsedAction:

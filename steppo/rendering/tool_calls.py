@@ -96,7 +96,7 @@ class HermesParser(ActionParser):
             where = f" at {'.'.join(map(str, error.absolute_path))}" if error.absolute_path else ""
             raise _Refused(f"The arguments of {what} are wrong{quotable(where)}: {_shortened(error.message)}.")
 
-    def answer(self, action: Action) -> str:
+    def answer(self, action: Action, turn: Turn) -> str:
         calls = (_written(call.name, call.arguments) for call in action.tool_calls)
         said = action.text or ("" if action.tool_calls else action.command)
         answer = "\n".join(part for part in (said, *calls) if part)
@@ -131,11 +131,14 @@ class ToolCallParser(ActionParser):
             if self.strict and exact is None:
                 raise _Refused("The answer is not exactly one tool call in the form that is asked for.")
         except _Refused as refused:
-            return ParsedAction(None, f"{refused} Answer with\n{self.answer(Action('...'))}")
+            return ParsedAction(None, f"{refused} Answer with\n{self._written('...')}")
         return parsed_command(command, turn)
 
-    def answer(self, action: Action) -> str:
-        return _written(self.name, {self.argument: str(action)})
+    def answer(self, action: Action, turn: Turn) -> str:
+        return self._written(str(action))
+
+    def _written(self, command: str) -> str:
+        return _written(self.name, {self.argument: command})
 
     def _command(self, call: dict[str, Any]) -> str:
         if not isinstance(call["name"], str):
@@ -298,7 +301,9 @@ def _refuse_constant(name: str) -> None:
 
 
 def _whole_number(digits: str) -> int | float:
-    return int(digits) if len(digits) <= _MOST_DIGITS else math.inf  # int may raise, and so may float on what it gives
+    return (
+        int(digits) if len(digits.lstrip("-")) <= _MOST_DIGITS else math.inf
+    )  # int may raise, and so may float on what it gives
 
 
 _DECODER = json.JSONDecoder(parse_int=_whole_number, parse_constant=_refuse_constant)

@@ -25,7 +25,7 @@ from steppo.rollouts.players import Player, PolicyPlayer
 from steppo.rollouts.rules import Rules
 from steppo.rollouts.scheduler import Scheduler, Seat
 from steppo.rollouts.texts import prompt_version, tokenizer_texts
-from steppo.types import Action, Episode, Group, RolloutConfig, Sampling, Task
+from steppo.types import Action, Episode, Group, RolloutConfig, Sampling, Task, Turn
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -111,7 +111,7 @@ class EnvSource(EpisodeSource):
         self.context = context
         self.engine = engine
         self.tools = checked_tools(env)
-        self.parser = parser or (HermesParser() if self.tools else CommandParser())
+        self.parser = context.parser = parser or (HermesParser() if self.tools else CommandParser())
         self.renderer = renderer or Renderer()
         self.max_steps = max_steps
         self.max_prompt_tokens = max_prompt_tokens
@@ -175,9 +175,9 @@ class EnvSource(EpisodeSource):
             raise ConfigError(f"the chat template shows no tools, so {name}.tools_text must say what there is to call")
         self.context.bind(self.renderer)
 
-    def write(self, action: Action) -> np.ndarray:
-        """Token ids of an action as the policy would give it, its stop token last."""
-        return self.renderer.encode_action(self.parser.answer(action))
+    def write(self, action: Action, turn: Turn) -> np.ndarray:
+        """Token ids of an action as the policy would give it on seeing ``turn``, its stop token last."""
+        return self.renderer.encode_action(self.parser.answer(action, turn))
 
     @property
     def version(self) -> str:

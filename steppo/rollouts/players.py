@@ -49,16 +49,16 @@ class ScriptedPlayer(Player):
 
     Args:
         choose: (turn, request) -> an action, or a command, in the thread that asks for the episodes.
-        write: Action -> token ids with their stop token, such as ``EnvSource.write``.
+        write: (action, turn) -> token ids with their stop token, such as ``EnvSource.write``.
     """
 
-    def __init__(self, choose: Choose, write: Callable[[Action], np.ndarray]) -> None:
+    def __init__(self, choose: Choose, write: Callable[[Action, Turn], np.ndarray]) -> None:
         self._choose = choose
         self._write = write
 
     async def act(self, request: Request, turn: Turn) -> Completion:
         chosen = self._choose(turn, request)
-        ids = self._write(Action(chosen) if isinstance(chosen, str) else chosen)
+        ids = self._write(Action(chosen) if isinstance(chosen, str) else chosen, turn)
         return Completion(request.id, ids, np.zeros(len(ids), dtype=np.float32), "stop")
 
 

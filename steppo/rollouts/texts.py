@@ -39,7 +39,7 @@ def tokenizer_texts(
                 commands = [Action(command) for command in turn.commands or () if not is_open(command)]
                 action = rng.choice(commands or [turn.expert_action])
                 if not (turn.terminated or turn.truncated) and action is not None:
-                    texts.append(parser.answer(action) if action.tool_calls else f"Done: {action}")
+                    texts.append(parser.answer(action, turn) if action.tool_calls else f"Done: {action}")
                     pool.step(slot, action)
                     going.append((slot, task))
             active = going

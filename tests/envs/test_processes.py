@@ -329,7 +329,7 @@ def test_all_workers_are_busy_at_each_tick(num_workers: int, monkeypatch: pytest
 
         def poll(self) -> list[Completion]:
             rounds.append(set())
-            said = source.write(Action("take"))
+            said = source.write(Action("take"), Turn())
             answers = [Completion(request.id, said, np.zeros(len(said), np.float32), "stop") for request in self.queue]
             self.queue.clear()
             return answers

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from steppo.rendering import ActionParser, CommandParser, ParsedAction, ToolCallParser
+from steppo.rendering import ActionParser, CommandParser, NumberParser, ParsedAction, ToolCallParser
 from steppo.types import Action, Turn
 
 OPEN = Turn("A room.")
@@ -102,7 +102,7 @@ FREE = Turn("A page.", "", ("search[...]", "think: ...", "click  [Next]", "Ask .
 
 
 def in_a_call(command: str) -> str:
-    return ToolCallParser().answer(Action(command))
+    return ToolCallParser().answer(Action(command), LISTED)
 
 
 @pytest.mark.parametrize(
@@ -163,7 +163,74 @@ def test_any_words_go_into_an_open_command(words: str) -> None:
     assume("think>" not in words)
     for command in (f"search[{words}]", f"think: {words}", f"put {words} in [{words}]"):
         for parser in (CommandParser(), ToolCallParser()):
-            assert command_of(parser.parse(parser.answer(Action(command)), FREE)) == command
+            assert command_of(parser.parse(parser.answer(Action(command), FREE), FREE)) == command
+
+
+# --- numbers ---
+
+ASKS = "Answer with the number of one command on one line."
+
+
+@pytest.mark.parametrize(
+    ("text", "turn", "command"),
+    [
+        ("1", LISTED, "go west"),
+        (" 2\n", LISTED, "take Coin"),
+        ("003", LISTED, "look"),
+        ("<think>\n3?\n</think>\n\n1", LISTED, "go west"),
+        ("2: TAKE  coin", LISTED, "take Coin"),
+        ("1: search[red shoes]", FREE, "search[red shoes]"),
+        ("2 : Think: it is 3: west", FREE, "think: it is 3: west"),
+        ("5: put a in [b]", FREE, "put a in [b]"),
+        ("1 : search[...]", FREE, "search[...]"),
+        ("Open  the door", OPEN, "Open the door"),  # nothing is listed
+    ],
+)
+def test_a_number_is_a_listed_command(text: str, turn: Turn, command: str) -> None:
+    assert NumberParser().parse(text, turn) == ParsedAction(Action(command))
+
+
+@pytest.mark.parametrize(
+    ("text", "turn", "feedback"),
+    [
+        *((text, LISTED, f"'{text}' is not possible here.") for text in ("0", "4", "999999999", "1: look", "1: go west 2")),
+        *((text, FREE, f"'{text}' is not possible here.") for text in ("1", "1: search[]", "1: think: so", "2: search[a]")),
+        *((text, LISTED, ASKS) for text in ("", "go west", "-1", "1.", "1 2", "1\n2", "²", "\u0661", "9" * 5000)),
+        ("1", Turn(commands=()), "'1' is not possible here."),
+    ],
+)
+def test_what_is_no_number_of_a_command(text: str, turn: Turn, feedback: str) -> None:
+    assert NumberParser().parse(text, turn) == ParsedAction(None, feedback)
+
+
+def test_numbers_are_read_as_they_are_listed() -> None:
+    for turn in (LISTED, FREE):
+        _, *lines = NumberParser().listed(turn.commands or ()).splitlines()
+        for line, command in zip(lines, turn.commands or (), strict=True):
+            assert line.partition(": ")[2] == command
+            assert command_of(NumberParser().parse(line, turn)) == command
+
+
+def test_an_action_is_answered_by_its_number() -> None:
+    turn = Turn("A page.", "", ("search[...]", "2", "1", "go West", "go ...", "go north"))
+    answers = {"search[a b]": "1: search[a b]", "1": "3", "2": "2", "go West": "4", "go north": "6", "go east": "5: go east"}
+    for command, answer in answers.items():
+        assert NumberParser().answer(Action(command), turn) == answer
+        assert NumberParser().parse(answer, turn) == ParsedAction(Action(command))
+    assert NumberParser().answer(Action("dance"), turn) == "dance"  # which is refused
+    assert NumberParser().answer(Action("dance"), OPEN) == "dance"
+
+
+@settings(deadline=None, derandomize=True)
+@given(
+    commands=st.lists(st.sampled_from(["go  west", "GO west", "1", "2: a", "a ... b", "...", "a c b"]), min_size=1),
+    words=st.text("ab 12:", min_size=1),
+)
+def test_what_a_number_gave_is_answered_by_one_that_gives_it(commands: list[str], words: str) -> None:
+    parser, turn = NumberParser(), Turn("A page.", "", tuple(commands))
+    for text in (str(len(commands)), f"{len(commands)}: {words}", f"1: a {words} b"):
+        if (action := parser.parse(text, turn).action) is not None:
+            assert parser.parse(parser.answer(action, turn), turn).action == action
 
 
 # --- tool calls ---
@@ -317,7 +384,7 @@ def test_any_text_has_an_answer(text: str, commands: list[str] | None, data: st.
     check(text, turn)
     if commands is not None and text in commands and "think>" not in text:  # such a command could not be said
         for parser in PARSERS:
-            assert command_of(parser.parse(parser.answer(Action(text)), turn)) == text
+            assert command_of(parser.parse(parser.answer(Action(text), turn), turn)) == text
 
 
 @settings(deadline=None, derandomize=True, max_examples=300)

@@ -275,7 +275,7 @@ def test_what_is_answered_is_read_back(names: list[str], data: st.DataObject) ->
     )
     for template in (None, OPENS_THINKING):
         parser = bound(template, tools)
-        assert parser.parse(parser.answer(action), SEEN) == ParsedAction(action)
+        assert parser.parse(parser.answer(action, SEEN), SEEN) == ParsedAction(action)
 
 
 @pytest.mark.parametrize(
@@ -287,11 +287,13 @@ def test_an_answer_is_what_the_template_would_write(arguments: dict[str, Any], w
     """Letter by letter: what demonstrations teach is what the model's own prompts show."""
     action = Action(tool_calls=tuple(ToolCall("any", arguments, f"call_{n}") for n in range(count)), text=words)
     written = renderer_of(QWEN3).written(action)
-    assert parsers()["qwen3"].answer(action) == written.rpartition("</think>")[2].strip()
+    assert parsers()["qwen3"].answer(action, SEEN) == written.rpartition("</think>")[2].strip()
 
 
 def test_a_command_of_an_expert_is_a_text() -> None:
-    assert parsers()["bare"].parse(parsers()["bare"].answer(Action("go west")), SEEN) == ParsedAction(Action(text="go west"))
+    assert parsers()["bare"].parse(parsers()["bare"].answer(Action("go west"), SEEN), SEEN) == ParsedAction(
+        Action(text="go west")
+    )
 
 
 # --- any text ---
@@ -318,7 +320,7 @@ def check(text: str) -> None:
         assert [call.id for call in action.tool_calls] == [f"call_{number}" for number in range(len(action.tool_calls))]
         assert all("what" in call.arguments for call in action.tool_calls if call.name == "find")
         if name != "thinking" or "</think>" in text:
-            assert parser.parse(parser.answer(action), SEEN).action == action
+            assert parser.parse(parser.answer(action, SEEN), SEEN).action == action
 
 
 @settings(deadline=None, derandomize=True, max_examples=200)

@@ -92,14 +92,14 @@ def play(context: ContextPolicy, history: tuple[list[Turn], list[tuple[Action | 
     steps: list[Step] = []
     for index, (answer, stopped) in enumerate([*answers, ("", True)]):
         prompt = context.prompt_ids(turns[: index + 1], steps)
-        text = answer if isinstance(answer, str) else HermesParser().answer(answer)
+        text = answer if isinstance(answer, str) else HermesParser().answer(answer, Turn())
         steps.append(make_step(context, prompt, text, index, stopped))
     return steps
 
 
 def as_the_template_takes(answer: Action | str, native: bool) -> dict[str, Any]:
     if isinstance(answer, str) or not native:
-        return {"role": "assistant", "content": answer if isinstance(answer, str) else HermesParser().answer(answer)}
+        return {"role": "assistant", "content": answer if isinstance(answer, str) else HermesParser().answer(answer, Turn())}
     found = [{"type": "function", "function": {"name": one.name, "arguments": one.arguments}} for one in answer.tool_calls]
     return {"role": "assistant", "content": answer.text, "tool_calls": found}
 

@@ -46,7 +46,7 @@ def prompts(context: ContextPolicy, *turns: Turn) -> list[str]:
 
 
 def _written(renderer: Any) -> Any:
-    return lambda action: renderer.encode_action(str(action))
+    return lambda action, turn: renderer.encode_action(str(action))
 
 
 @pytest.mark.parametrize(

@@ -60,7 +60,7 @@ def play(tiny_policy: TinyPolicy) -> Callable[..., Episode]:
 
     def play(choose: Any, env: Any = None, player: Player | None = None, on_step: Any = None) -> Episode:
         rules = Rules(context, parser, Sampling(0.7, 4), None, 8, 512, 0.25, "continue", None)
-        player = player or ScriptedPlayer(choose, lambda action: renderer.encode_action(parser.answer(action)))
+        player = player or ScriptedPlayer(choose, lambda *chosen: renderer.encode_action(parser.answer(*chosen)))
         return asyncio.run(play_episode(rules, PLACE, env or Here(CorridorEnv()), player, on_step))
 
     return play

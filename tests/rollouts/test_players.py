@@ -27,9 +27,9 @@ def test_a_rule_answers_in_the_policy_s_tokens(tiny_policy: TinyPolicy) -> None:
     call = Action(tool_calls=(ToolCall("walk", {"to": "the west"}, "call_0"),))
     rule = {"cellar": "go west", "kitchen": Action("go east"), "hall": call}
     player = ScriptedPlayer(
-        lambda turn, request: rule[turn.text], lambda action: renderer.encode_action(parser.answer(action))
+        lambda turn, request: rule[turn.text], lambda *chosen: renderer.encode_action(parser.answer(*chosen))
     )
-    said = {"cellar": "go west", "kitchen": "go east", "hall": parser.answer(call)}
+    said = {"cellar": "go west", "kitchen": "go east", "hall": parser.answer(call, Turn())}
     for room, text in said.items():
         answer = asyncio.run(player.act(asked(), Turn(room)))
         assert renderer.decode_action(answer.action_ids) == text
