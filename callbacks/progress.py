@@ -62,18 +62,22 @@ class StepProgressBar(ProgressBar, Listener):
         self._progress = Progress(
             TextColumn("{task.description:<24}"),
             *columns,
+            TextColumn("{task.fields[note]}"),
             console=self._console,
             transient=True,
             refresh_per_second=4,
             disable=not self._console.is_terminal,
         )
-        self._progress.add_task(where + name, total=total)
+        self._progress.add_task(where + name, total=total, note="")
         self._progress.start()
 
-    def advance_phase(self, done: int, total: int | None) -> None:
-        """Moves the bar."""
+    def advance_phase(self, done: int, total: int | None, note: str = "") -> None:
+        """Moves the bar; a note takes the place of the last."""
         if self._progress is not None:
-            self._progress.update(self._progress.task_ids[0], completed=done, total=total)
+            [task] = self._progress.task_ids
+            self._progress.update(task, completed=done, total=total)
+            if note:
+                self._progress.update(task, note=note)
 
     def end_phase(self) -> None:
         """Takes the phase off the screen."""

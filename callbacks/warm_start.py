@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, cast
 
 import lightning.pytorch as pl
 import numpy as np
@@ -27,11 +27,12 @@ from steppo.distributed import gather, load_trained_state, rank_and_world, train
 from steppo.errors import ConfigError, RunError
 from steppo.learner.credit import why_nothing
 from steppo.learner.sft import SFTLearner
+from steppo.learner.update import UpdateStatistics
 from steppo.models import Policy
 from steppo.module import AgentModule
 from steppo.progress import phase
 from steppo.rollouts import EnvSource, NoAction, ScriptedPlayer, expert_action, random_action
-from steppo.types import Episode, RolloutConfig, Step, groups_of
+from steppo.types import Episode, RolloutConfig, Step, Task, groups_of
 from steppo.weight_cache import WeightCache
 
 
@@ -45,6 +46,11 @@ class WarmStartCallback(pl.Callback):
     warning says so and the run goes on. Demonstrated actions that are longer than ``max_new_tokens`` are refused. Where the
     expert has no action a demonstration ends; one line says how many did.
 
+    Loggers get the loss as it learns (``warm_start/loss``). With ``held_out``, ten times and at the end, also the loss of a
+    token of actions that it does not learn from (``warm_start/held_out_loss``), and the share of these that the policy would
+    say exactly, each token the most likely one after those before it (``warm_start/held_out_accuracy``): if they get worse,
+    more updates only overfit. Their x axis is its own updates.
+
     Args:
         updates: Optimizer steps; 0 turns it off.
         actions: ``random`` admissible commands teach the form of an action and nothing of the task; ``expert`` commands
@@ -52,6 +58,10 @@ class WarmStartCallback(pl.Callback):
         episodes: Demonstrations, over the training tasks.
         batch_size: Steps per update.
         lr: Learning rate of its AdamW, falling linearly to 0.
+        prompt_coef: Weight of the loss over the prompts' tokens, beside that over the actions': a model from scratch also
+            learns to read by it. No use for one that is pretrained.
+        held_out: Demonstrations that are not learned from: of the first so many validation tasks. It takes their time, and
+            changes nothing.
         seed: Of demonstrations and batches; the run's seed unless given. With the policy's own seed, runs of any seed begin
             with the same weights.
         cache_dir: Where results are kept; the user's cache folder unless given.
@@ -62,14 +72,18 @@ class WarmStartCallback(pl.Callback):
     episodes: int = 128
     batch_size: int = 64
     lr: float = 1e-3
+    prompt_coef: float = 0.0
+    held_out: int = 0
     seed: int | None = None
     cache_dir: str | None = None
 
     def __post_init__(self) -> None:
-        if self.updates < 0 or self.episodes < 1 or self.batch_size < 1:
-            raise ConfigError("warm_start: updates must be at least 0, episodes and batch_size at least 1")
+        if self.updates < 0 or self.held_out < 0 or self.episodes < 1 or self.batch_size < 1:
+            raise ConfigError("warm_start: updates and held_out must be at least 0, episodes and batch_size at least 1")
         if not 0 < self.lr < math.inf:
             raise ConfigError(f"warm_start: lr must be above 0 and finite, not {self.lr}")
+        if not 0 <= self.prompt_coef < math.inf:
+            raise ConfigError(f"warm_start: prompt_coef must be at least 0 and finite, not {self.prompt_coef}")
         folder = Path(self.cache_dir) if self.cache_dir else Path(platformdirs.user_cache_dir("steppo")) / "warm_start"
         self.cache = WeightCache(folder)
 
@@ -81,32 +95,72 @@ class WarmStartCallback(pl.Callback):
         if self.updates == 0 or trainer.ckpt_path is not None:
             return
         with pl_module.timed("warm_start"):
-            segments = self._demonstrations(trainer, pl_module)
+            tasks = pl_module.data.tasks()
+            tasks = [tasks[index % len(tasks)] for index in range(self.episodes)]
+            segments = self._demonstrations(trainer, pl_module, tasks, "warm_start")
+            held_out: list[Segment] = []
+            if self.held_out:
+                panel = pl_module.data.panel("validate")[: self.held_out]
+                held_out = self._demonstrations(trainer, pl_module, panel, "warm_start/held_out")
+            learner = SFTLearner(
+                pl_module.policy,
+                segments,
+                self.updates,
+                self.batch_size,
+                self.lr,
+                self._own_seed,
+                pl_module.data.buffer.packer,
+                pl_module.data.buffer.max_tokens,
+                self.prompt_coef,
+            )
             key = self._key(trainer, pl_module, segments)
             weights = self.cache.load(key, pl_module.policy) if trainer.is_global_zero else None
             if not trainer.strategy.broadcast(weights is not None):  # on every rank, as a sharded policy needs them all
-                self._train(trainer, pl_module, segments)
+                self._train(trainer, learner, held_out)
                 weights = trained_state(pl_module.policy)
                 if trainer.is_global_zero:
                     self.cache.save(key, weights)
             load_trained_state(pl_module.policy, weights or {})
+            if held_out:
+                with trainer.precision_plugin.train_step_context():
+                    loss, accuracy = learner.measure(held_out)
+                self._log(trainer, self.updates, held_out_loss=loss, held_out_accuracy=accuracy)
+                rank_zero_info(
+                    f"warm_start: {accuracy:.3f} of {len(held_out)} held-out actions said exactly, loss {loss:.3f} a token"
+                )
             pl_module.policy_was_initialised()
 
-    def _train(self, trainer: pl.Trainer, module: AgentModule, segments: list[Segment]) -> None:
-        packing = module.data.buffer.packer, module.data.buffer.max_tokens
-        learner = SFTLearner(module.policy, segments, self.updates, self.batch_size, self.lr, self._own_seed, *packing)
+    def _train(self, trainer: pl.Trainer, learner: SFTLearner, held_out: list[Segment]) -> None:
+        """Makes the updates, and tells how they go."""
+        every, seldom = max(1, cast(Any, trainer).log_every_n_steps), math.ceil(self.updates / 10)
         with phase(trainer, "warm start", self.updates) as advance, trainer.precision_plugin.train_step_context():
-            learner.fit(progress=advance)
 
-    def _demonstrations(self, trainer: pl.Trainer, module: AgentModule) -> list[Segment]:
-        """Prompts and demonstrated actions, the same on every rank."""
+            def progress(done: int, found: UpdateStatistics) -> None:
+                note = ""
+                if done % every == 0 and "policy_loss" in found.figures:
+                    loss = float(sum(found.figures["policy_loss"])) * rank_and_world()[1]  # each rank has the whole batch
+                    self._log(trainer, done, loss=loss)
+                if held_out and done % seldom == 0 and done < self.updates:
+                    loss, accuracy = learner.measure(held_out)
+                    self._log(trainer, done, held_out_loss=loss, held_out_accuracy=accuracy)
+                    note = f"held out: loss {loss:.3f}, exact {accuracy:.2f}"
+                advance(done, note=note)
+
+            learner.fit(progress=progress)
+
+    @staticmethod
+    def _log(trainer: pl.Trainer, update: int, **figures: float) -> None:
+        for logger in trainer.loggers:
+            logger.log_metrics({f"warm_start/{name}": figure for name, figure in figures.items()}, step=update)
+
+    def _demonstrations(self, trainer: pl.Trainer, module: AgentModule, tasks: Sequence[Task], name: str) -> list[Segment]:
+        """Prompts and demonstrated actions of these tasks, the same on every rank."""
         source = module.data.source
         if not isinstance(source, EnvSource):
             raise ConfigError("warm_start needs an EnvSource: other sources cannot be played by a script")
-        tasks = module.data.tasks()
         rank, world = rank_and_world()
-        groups = groups_of([tasks[index % len(tasks)] for index in range(self.episodes)])[rank::world]
-        config = RolloutConfig("warm_start", self._own_seed, want_expert=self.actions == "expert")
+        groups = groups_of(tasks)[rank::world]
+        config = RolloutConfig(name, self._own_seed, want_expert=self.actions == "expert")
         player = ScriptedPlayer(random_action if self.actions == "random" else expert_action, source.write)
         mine: list[Episode] = []
         with phase(trainer, "demonstrations", len(groups)) as advance:
@@ -152,7 +206,7 @@ class WarmStartCallback(pl.Callback):
         policy, packed = module.policy, module.data.buffer
         config = policy.model.config
         shapes = {
-            "settings": asdict(replace(self, seed=self._own_seed, cache_dir=None)),
+            "settings": asdict(replace(self, seed=self._own_seed, cache_dir=None, held_out=0)),
             "model": {name: value for name, value in config.to_dict().items() if not name.startswith("_")},
             "attention": getattr(config, "_attn_implementation", None),
             "identity": module.identity,

@@ -9,6 +9,7 @@ from typing import Any, cast
 import numpy as np
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoTokenizer
 
 from callbacks import WarmStartCallback
@@ -71,6 +72,7 @@ def test_whatever_shapes_the_result_is_in_the_key(tmp_path: Path, monkeypatch: p
         key(WarmStartCallback(seed=0, lr=0.1)),
         key(WarmStartCallback(seed=0, updates=2)),
         key(WarmStartCallback(seed=0, batch_size=2)),
+        key(WarmStartCallback(seed=0, prompt_coef=0.5)),
         key(WarmStartCallback(seed=0, actions="expert")),
         key(segments=SEGMENTS * 2),
         key(model={"rms_norm_eps": 1e-3}),
@@ -111,6 +113,33 @@ def test_a_run_makes_anew_what_is_damaged(tmp_path: Path) -> None:
     path.write_bytes(whole[:1000])
     run(tmp_path / "two", *SHORT, f"--warm_start.cache_dir={tmp_path}/cache")
     assert path.read_bytes() == whole
+
+
+def _curves(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    names = [name for name in events.Tags()["scalars"] if name.startswith("warm_start/")]
+    return {name.partition("/")[2]: [(event.step, event.value) for event in events.Scalars(name)] for name in names}
+
+
+def test_it_tells_how_it_goes_and_changes_nothing_by_that(tmp_path: Path) -> None:
+    options = [*SHORT, "--warm_start.updates=80", "--warm_start.actions=expert", "--trainer.log_every_n_steps=8"]
+    curves = []
+    for name, held_out in (("without", 0), ("with", 4), ("again", 4)):
+        cache = f"--warm_start.cache_dir={tmp_path}/{'with' if held_out else 'without'}_cache"
+        run(tmp_path / name, *options, cache, f"--warm_start.held_out={held_out}")
+        curves.append(_curves(tmp_path / name))
+    without, with_it, again = curves
+    assert [step for step, _ in without["loss"]] == [*range(8, 81, 8)]
+    assert without["loss"][-1][1] < without["loss"][0][1] / 2
+    assert with_it["loss"] == without["loss"]
+    assert [step for step, _ in with_it["held_out_loss"]] == [*range(8, 81, 8)]
+    assert with_it["held_out_loss"][-1][1] < with_it["held_out_loss"][0][1] / 2
+    assert with_it["held_out_accuracy"][-1][1] > with_it["held_out_accuracy"][0][1]
+    assert again == {name: points[-1:] for name, points in with_it.items() if name != "loss"}  # the weights were kept
+    (one,), (other,) = (list((tmp_path / f"{name}_cache").iterdir()) for name in ("without", "with"))
+    assert one.name == other.name
+    assert one.read_bytes() == other.read_bytes()
 
 
 def test_a_run_goes_on_without_its_cache(tmp_path: Path) -> None:
