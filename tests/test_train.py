@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from callbacks import WarmStartCallback
 from steppo.advantages import StepGAE
 from steppo.batch import Credit, CreditBatch, Segment
+from steppo.learner.sft import SFTLearner
 from steppo.models import TinyPolicy
-from steppo.module import AgentModule
 from tests.cli_helpers import checkpoint, evaluations, run, same, weights
 
 RECORD = {
@@ -143,9 +144,22 @@ def test_append_context_samples_what_it_learns(tmp_path: Path) -> None:
     assert 0 < max(gap for _, gap in gaps) < 1e-4
 
 
+class EagerPolicy(TinyPolicy):
+    """Attends under a mask of the whole row."""
+
+    def build(self, tokenizer_texts: Callable[[], list[str]]) -> None:
+        super().build(tokenizer_texts)
+        self.model.set_attn_implementation("eager")
+
+
 def test_rounding_that_reaches_into_the_clip_range_is_told(tmp_path: Path) -> None:
     """Other relatives in a row when scored than when learned from: other masks, other rounding."""
     narrow = ["--model.loss.clip_low=1e-6", "--trainer.max_epochs=1", "--data.packer=PrefixTreePacker"]
+    narrow += [
+        "--model.policy=tests.test_train.EagerPolicy",
+        "--model.policy.hidden_size=32",
+        "--model.policy.vocab_size=320",
+    ]
     with pytest.warns(UserWarning, match="by rounding alone.*clip range, 1e-06"):
         run(tmp_path / "rounded", *narrow)
     [(_, spread)] = scalars(tmp_path / "rounded")["train/first_ratio_spread"]
@@ -300,14 +314,16 @@ def test_react_is_evaluated_and_not_trained(tmp_path: Path) -> None:
 
 
 def test_demonstrations_are_said_as_the_parser_reads_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    said: list[str] = []
+    segments: list[Segment] = []
 
-    def clone(callback: WarmStartCallback, trainer: pl.Trainer, module: AgentModule, segments: list[Segment]) -> None:
-        said.extend(module.data.source.renderer.decode_action(segment.action_ids) for segment in segments)
+    def clone(callback: WarmStartCallback, trainer: pl.Trainer, learner: SFTLearner, held_out: list[Segment]) -> None:
+        segments.extend(learner.segments)
 
     monkeypatch.setattr(WarmStartCallback, "_train", clone)
     parser = ["--data.source.parser=ToolCallParser", "--data.source.max_new_tokens=80"]
-    run(tmp_path, *parser, "--trainer.max_epochs=1", "--warm_start.updates=1", f"--warm_start.cache_dir={tmp_path}/cache")
+    cache = f"--warm_start.cache_dir={tmp_path}/cache"
+    cli = run(tmp_path, *parser, "--trainer.max_epochs=1", "--warm_start.updates=1", cache)
+    said = [cli.datamodule.source.renderer.decode_action(segment.action_ids) for segment in segments]
     assert said
     assert all(text.startswith('<tool_call>\n{"name": "act", "arguments": {"command": "') for text in said)
 

@@ -35,7 +35,8 @@ OPTIONS = [
     "--trainer.callbacks.enable_version_counter=false",
 ]
 NUMBERED = ["--trainer.logger.init_args.version=null"]
-TIMES = ("seconds/", "per_second", "memory/")
+# A warm start that comes from the cache, or before a kill, has no curve.
+OTHERWISE = ("seconds/", "per_second", "memory/", "warm_start/")
 
 
 class SaveAnywhere(Callback):
@@ -106,7 +107,7 @@ def equal(left: Any, right: Any) -> bool:
 
 def curves(folder: Path) -> dict[str, list[tuple[int, float]]]:
     events = EventAccumulator(str(folder)).Reload()
-    tags = [tag for tag in events.Tags()["scalars"] if not any(time in tag for time in TIMES)]
+    tags = [tag for tag in events.Tags()["scalars"] if not any(other in tag for other in OTHERWISE)]
     return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in tags}
 
 
