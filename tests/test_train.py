@@ -144,7 +144,7 @@ def test_append_context_samples_what_it_learns(tmp_path: Path) -> None:
     assert 0 < max(gap for _, gap in gaps) < 1e-4
 
 
-class EagerPolicy(TinyPolicy):
+class TinyEager(TinyPolicy):
     """Attends under a mask of the whole row."""
 
     def build(self, tokenizer_texts: Callable[[], list[str]]) -> None:
@@ -156,7 +156,7 @@ def test_rounding_that_reaches_into_the_clip_range_is_told(tmp_path: Path) -> No
     """Other relatives in a row when scored than when learned from: other masks, other rounding."""
     narrow = ["--model.loss.clip_low=1e-6", "--trainer.max_epochs=1", "--data.packer=PrefixTreePacker"]
     narrow += [
-        "--model.policy=tests.test_train.EagerPolicy",
+        "--model.policy=tests.test_train.TinyEager",
         "--model.policy.hidden_size=32",
         "--model.policy.vocab_size=320",
     ]
