@@ -117,13 +117,19 @@ class StepProgressBar(ProgressBar, Listener):
     def on_validation_end(self, trainer: pl.Trainer, pl_module: AgentModule) -> None:
         self.end_phase()
         if trainer.state.fn != TrainerFn.FITTING:
-            self.on_test_end(trainer, pl_module)
+            self._say_result(trainer, pl_module)
 
     def on_evaluation(self, trainer: pl.Trainer, pl_module: AgentModule, evaluation: Evaluation) -> None:
         if self._enabled and trainer.state.fn == TrainerFn.FITTING:
             self._console.print(in_words(evaluation.record), soft_wrap=True)
 
     def on_test_end(self, trainer: pl.Trainer, pl_module: AgentModule) -> None:
+        self._say_result(trainer, pl_module)
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: AgentModule) -> None:
+        self._say_result(trainer, pl_module)
+
+    def _say_result(self, trainer: pl.Trainer, pl_module: AgentModule) -> None:
         """A result is never kept to itself, nor where it is."""
         self.end_phase()
         folder = run_folder(trainer)
@@ -149,9 +155,6 @@ class StepProgressBar(ProgressBar, Listener):
             self._console.print(f"Episodes: {folder / 'transcripts.html'} (open it in a browser)", soft_wrap=True)
         if self._enabled and fitting and isinstance(trainer.logger, TensorBoardLogger):
             self._console.print(f"Curves:  tensorboard --logdir {trainer.logger.save_dir}", soft_wrap=True)
-
-    def on_fit_end(self, trainer: pl.Trainer, pl_module: AgentModule) -> None:
-        self.on_test_end(trainer, pl_module)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: AgentModule, exception: BaseException) -> None:
         self.end_phase()

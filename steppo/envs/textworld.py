@@ -7,12 +7,10 @@ import hashlib
 import importlib
 import importlib.metadata
 import json
-import multiprocessing as mp
 import os
 import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, Literal
 from unittest import mock
@@ -21,7 +19,7 @@ import numpy as np
 import platformdirs
 
 from steppo.envs.base import TextGameEnv
-from steppo.envs.guard import Guard
+from steppo.envs.making import make_all
 from steppo.errors import ConfigError
 from steppo.types import Task, Turn
 
@@ -202,30 +200,13 @@ class TextWorldEnv(TextGameEnv):
         missing = [task for task in tasks if not self._path(task).exists()]
         if not missing:
             return
+        jobs = [(*self._recipe(task), self._path(task)) for task in missing]
         try:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            scratch = tempfile.TemporaryDirectory(dir=self._folder)
-        except OSError as error:
-            raise ConfigError(f"TextWorldEnv: cannot write games to {self._folder}: {error.strerror}") from error
-        progress(0, len(missing))
-        with (
-            scratch as folder,
-            Guard() as guard,
-            ProcessPoolExecutor(self.num_generators, mp.get_context("spawn")) as pool,
-        ):
-            try:
-                with guard.marking():
-                    jobs = [pool.submit(_make_game, *self._recipe(task), self._path(task), folder) for task in missing]
-                for done, job in enumerate(as_completed(jobs), start=1):
-                    job.result()
-                    progress(done, len(missing))
-            except BaseException as error:
-                guard.kill()  # nobody wants the games that are under way
-                pool.shutdown(cancel_futures=True)
-                if not isinstance(error, Exception):
-                    raise
-                # each challenge has errors of its own
-                raise ConfigError(f"TextWorldEnv: no {self.challenge} game from {self.settings}: {error}") from error
+            make_all(_make_game, jobs, self._folder, "TextWorldEnv: cannot write games to", self.num_generators, progress)
+        except ConfigError:
+            raise
+        except Exception as error:  # each challenge has errors of its own
+            raise ConfigError(f"TextWorldEnv: no {self.challenge} game from {self.settings}: {error}") from error
 
     def content(self, task: Task) -> str:
         """The compiled game, but for the day on which it was compiled."""

@@ -6,12 +6,9 @@ import contextlib
 import hashlib
 import importlib.util
 import json
-import multiprocessing as mp
 import os
 import re
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +19,7 @@ from steppo.envs.alfworld.game import Episode, Game
 from steppo.envs.alfworld.grammar import GameError, Grammar
 from steppo.envs.alfworld.translation import FORMAT, keep, kept, translated
 from steppo.envs.base import TextGameEnv
-from steppo.envs.guard import Guard
+from steppo.envs.making import make_all
 from steppo.errors import ConfigError, require_at_least
 from steppo.types import Task, Turn
 
@@ -30,6 +27,7 @@ _FOLDERS = {"train": "train", "valid": "valid_seen", "test": "valid_unseen"}
 _FOLDERS |= {folder: folder for folder in ("valid_seen", "valid_unseen")}  # the publishers' names will do, too
 _SOLVABLE = re.compile(rb'"solvable"\s*:\s*true')  # within a text its quotes have backslashes
 _MOST_GAMES = 64  # kept in memory, of about 2 MiB each
+_NO_ROOM = "AlfworldEnv: cannot keep translated games in"
 _GET_DATA = "get the data with alfworld-download, and set data or $ALFWORLD_DATA to its folder (docs/alfworld.md)"
 
 
@@ -103,10 +101,6 @@ def _unplayable(path: Path, error: Exception) -> ConfigError:
     return ConfigError(f"AlfworldEnv: {path} cannot be played: {error}")
 
 
-def _no_room(cache: Path, error: OSError) -> ConfigError:
-    return ConfigError(f"AlfworldEnv: cannot keep translated games in {cache}: {error.strerror}")
-
-
 def _translate(path: Path, cache: Path, scratch: str) -> None:
     """In a process of its own."""
     file = _File.read(path)
@@ -117,7 +111,7 @@ def _translate(path: Path, cache: Path, scratch: str) -> None:
     try:
         keep(data, _place(file.text, cache), scratch)
     except OSError as error:
-        raise _no_room(cache, error) from error
+        raise ConfigError(f"{_NO_ROOM} {cache}: {error.strerror}") from error
 
 
 class AlfworldEnv(TextGameEnv):
@@ -198,27 +192,8 @@ class AlfworldEnv(TextGameEnv):
             return
         if importlib.util.find_spec("fast_downward") is None:
             raise ConfigError('AlfworldEnv needs a translator of PDDL: pip install "steppo[alfworld]"')
-        try:
-            self._cache.mkdir(parents=True, exist_ok=True)
-            scratch = tempfile.TemporaryDirectory(dir=self._cache)
-        except OSError as error:
-            raise _no_room(self._cache, error) from error
-        progress(0, len(missing))
-        with (
-            scratch as folder,
-            Guard() as guard,
-            ProcessPoolExecutor(self.num_translators, mp.get_context("spawn")) as pool,
-        ):
-            try:
-                with guard.marking():
-                    jobs = [pool.submit(_translate, path, self._cache, folder) for path in missing]
-                for done, job in enumerate(as_completed(jobs), start=1):
-                    job.result()
-                    progress(done, len(missing))
-            except BaseException:
-                guard.kill()  # nobody waits for what is under way
-                pool.shutdown(cancel_futures=True)
-                raise
+        jobs = [(path, self._cache) for path in missing]
+        make_all(_translate, jobs, self._cache, _NO_ROOM, self.num_translators, progress)
 
     def start(self) -> None:
         self._games = {}  # for all episodes of this process
