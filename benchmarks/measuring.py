@@ -37,15 +37,17 @@ def about() -> dict[str, Any]:
 
 
 def seconds(call: Callable[[], Any], device: str = "cpu") -> tuple[float, float]:
-    """By the clock, and of the process: user and system of all its threads."""
+    """By the clock, and of the process: user and system of all its threads. On a GPU by the clock both times."""
     gc.collect()
     if device == "cuda":
         torch.cuda.synchronize()
     wall, process = time.perf_counter(), time.process_time()
     call()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - wall, time.process_time() - process
+    if device == "cpu":
+        return time.perf_counter() - wall, time.process_time() - process
+    torch.cuda.synchronize()
+    wall = time.perf_counter() - wall
+    return wall, wall
 
 
 def in_turns(calls: Mapping[str, Callable[[], Any]], repeats: int, device: str = "cpu") -> dict[str, dict[str, float]]:

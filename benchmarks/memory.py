@@ -83,12 +83,11 @@ def case(vocabulary: int, hidden: int, positions: int, head: str, loss: str, rep
     for name, times in in_turns(calls, repeats, device).items():
         found[name] |= times
     own = weight.numel() * weight.element_size() if head == "trained" else 0
-    key = "seconds" if device == "cuda" else "process_seconds"
     return {
         **{"vocabulary": vocabulary, "hidden": hidden, "positions": positions, "head": head, "loss": loss},
         **{"head_gradient_bytes": own, **found},
         "peak_ratio": (found["chunks"]["peak_bytes"] - own) / (found["plain"]["peak_bytes"] - own),
-        "time_ratio": found["chunks"][key] / found["plain"][key],
+        "time_ratio": found["chunks"]["process_seconds"] / found["plain"]["process_seconds"],
     }
 
 

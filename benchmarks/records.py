@@ -67,27 +67,38 @@ class Alternating(Advantage):
         return Credit(advantage_N=1.0 - 2.0 * (batch.index_N % 2).to(batch.reward_N.dtype))
 
 
-class Smol(Policy):
-    """SmolLM2-135M's shape with random weights."""
+class Shaped(Policy):
+    """A Llama of the given shape with random weights."""
+
+    def __init__(self, **shape: int) -> None:
+        super().__init__()
+        self.shape = shape
 
     def build(self, tokenizer_texts: Callable[[], list[str]]) -> None:
-        shape = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "vocab_size": 49152}
-        heads = {"num_attention_heads": 9, "num_key_value_heads": 3, "max_position_embeddings": 8192}
         torch.manual_seed(0)
-        self.model = LlamaForCausalLM(LlamaConfig(**shape, **heads, tie_word_embeddings=True))
+        self.model = LlamaForCausalLM(LlamaConfig(**self.shape, max_position_embeddings=8192, tie_word_embeddings=True))
 
 
-def tiny() -> Policy:
-    """1.9 M parameters."""
-    policy = TinyPolicy(hidden_size=192, num_layers=4, vocab_size=VOCABULARY, max_positions=8192, seed=0)
+SHAPES = {
+    "smollm2": {  # SmolLM2-135M's
+        **{"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "vocab_size": 49152},
+        **{"num_attention_heads": 9, "num_key_value_heads": 3},
+    },
+    "1.5b": {
+        **{"hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28, "vocab_size": 152064},
+        **{"num_attention_heads": 12, "num_key_value_heads": 2},
+    },
+}
+
+
+def made(model: str, folder: str | None = None) -> Policy:
+    """``tiny`` (1.9 M parameters), or one of ``SHAPES``: from a folder, or with random weights."""
+    policy: Policy
+    if model == "tiny":
+        policy = TinyPolicy(hidden_size=192, num_layers=4, vocab_size=VOCABULARY, max_positions=8192, seed=0)
+    else:
+        policy = HFPolicy(folder) if folder else Shaped(**SHAPES[model])
     policy.build(lambda: ["go north"])
-    return policy
-
-
-def smol(folder: str | None) -> Policy:
-    """SmolLM2-135M from a folder, or its shape."""
-    policy: Policy = HFPolicy(folder) if folder else Smol()
-    policy.build(list)
     return policy
 
 

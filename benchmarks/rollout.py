@@ -3,11 +3,13 @@
     pip install -c constraints.txt -e "."
     python benchmarks/rollout.py tiny
     python benchmarks/rollout.py smollm2 --model models/smollm2-135m
+    python benchmarks/rollout.py 1.5b --device cuda --batches 8 32 128 --results benchmarks/results/rollout_gpu.json
 
 Dialogues are appended to: prompts begin with 200 tokens, observations have 60 tokens, actions 8. They are scripted, there is
 no environment. A batch of episodes goes step by step, each with its own. ``kept``: ``HFEngine``, ``plain``: ``PlainEngine``,
-``generate``: transformers' on each step's prompts. One thread, float32; they take turns, medians after a first step that
-does not count. ``tiny``: the policy of ``benchmarks/update.py``. ``smollm2``: SmolLM2-135M, or random weights of its shape.
+``generate``: transformers' on each step's prompts. One thread, float32; on a GPU bfloat16, by the clock. They take turns,
+medians after a first step that does not count. ``tiny``: the policy of ``benchmarks/update.py``. ``smollm2``: SmolLM2-135M,
+or random weights of its shape; ``1.5b``: random weights.
 
 The limit of a forward pass is the larger of its arithmetic over the matmul rate and its bytes (weights once, the keys and
 values of each row) over the memory's bandwidth, both measured in the same run. Also reported: the decode limit at batches
@@ -21,19 +23,17 @@ import argparse
 import json
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from measuring import about
+from measuring import about, seconds
+from records import SHAPES, made
 from torch.profiler import ProfilerActivity, profile
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from steppo.engines import Engine, HFEngine, PlainEngine
-from steppo.models import HFPolicy, TinyPolicy
 from steppo.models.policy import Policy
 from steppo.types import Request, Sampling
 
@@ -43,42 +43,11 @@ KINDS = ("kept", "plain", "generate")
 Times = tuple[float, float]  # by the clock, and of the process
 
 
-class ShapedPolicy(TinyPolicy):
-    """SmolLM2-135M with random weights."""
-
-    def build(self, tokenizer_texts: Callable[[], list[str]]) -> None:
-        self.config = LlamaConfig(
-            vocab_size=49152,
-            hidden_size=576,
-            intermediate_size=1536,
-            num_hidden_layers=30,
-            num_attention_heads=9,
-            num_key_value_heads=3,
-            max_position_embeddings=8192,
-            tie_word_embeddings=True,
-        )
-        self.model = LlamaForCausalLM(self.config)
-
-
-def policy_of(part: str, model: str | None) -> Policy:
-    torch.manual_seed(0)
-    made: Policy
-    if part == "tiny":
-        made = TinyPolicy(hidden_size=192, num_layers=4, vocab_size=512, max_positions=4096, seed=0)
-    else:
-        made = HFPolicy(model) if model else ShapedPolicy()
-    made.build(lambda: ["go north"])
-    made.stop_ids = frozenset()  # all actions have their full length
-    return made
-
-
 # ---- the machine ----
 
 
-def timed(call: Callable[[], Any]) -> Times:
-    wall, process = time.perf_counter(), time.process_time()
-    call()
-    return time.perf_counter() - wall, time.process_time() - process
+def timed(policy: Policy, call: Callable[[], Any]) -> Times:
+    return seconds(call, policy.device.type)
 
 
 def median(times: list[Times]) -> Times:
@@ -86,12 +55,14 @@ def median(times: list[Times]) -> Times:
     return statistics.median(wall), statistics.median(process)
 
 
-def machine() -> dict[str, float]:
+def machine(policy: Policy) -> dict[str, float]:
     """FLOP/s of a matrix product, and bytes/s of reading what no cache holds."""
-    one, other, many = torch.randn(1024, 1024), torch.randn(1024, 1024), torch.ones(2**27)
-    products = sorted(timed(lambda: one @ other)[1] for _ in range(9))
-    sums = sorted(timed(many.sum)[1] for _ in range(7))
-    return {"flops": 2 * 1024**3 / products[2], "bytes_per_s": 4 * many.numel() / sums[2]}
+    kind = {"device": policy.device, "dtype": policy.dtype}
+    width = 1024 if policy.device.type == "cpu" else 8192
+    one, other, many = torch.randn(width, width, **kind), torch.randn(width, width, **kind), torch.ones(2**27, **kind)
+    products = sorted(timed(policy, lambda: one @ other)[1] for _ in range(9))
+    sums = sorted(timed(policy, many.sum)[1] for _ in range(7))
+    return {"flops": 2 * width**3 / products[2], "bytes_per_s": many.nbytes / sums[2]}
 
 
 class Limit:
@@ -104,14 +75,17 @@ class Limit:
         self.trunk = sum(weight.numel() for weight in policy.trunk.parameters()) - embedding
         self.head = policy.model.get_output_embeddings().weight.numel()
         self.per_pair = 4 * config.num_hidden_layers * config.num_attention_heads * width  # scores and their use
-        self.per_key = 8 * config.num_hidden_layers * config.num_key_value_heads * width  # bytes of a key and a value
+        self.bytes = policy.dtype.itemsize
+        self.per_key = (
+            2 * self.bytes * config.num_hidden_layers * config.num_key_value_heads * width
+        )  # bytes of a key and a value
         self.rates = rates
 
     def seconds(self, rows: int, new: int, length: int) -> float:
         """Of a pass that reads ``new`` tokens in each row, the last of them at ``length``, and draws one."""
         pairs = new * length - new * (new - 1) / 2
         flop = rows * (2 * self.trunk * new + 2 * self.head + self.per_pair * pairs)
-        read = 4 * (self.trunk + self.head) + rows * length * self.per_key
+        read = self.bytes * (self.trunk + self.head) + rows * length * self.per_key
         return max(flop / self.rates["flops"], read / self.rates["bytes_per_s"])
 
     def rollout(self, rows: int, steps: int) -> float:
@@ -166,9 +140,9 @@ def by_generate(policy: Policy) -> Answer:
     settings = {"max_new_tokens": ACTION, "min_new_tokens": ACTION, "do_sample": True, "top_k": 0, "pad_token_id": 0}
 
     def answer(step: int, prompts: list[np.ndarray]) -> list[np.ndarray]:
-        ids = torch.from_numpy(np.stack(prompts).astype(np.int64))
+        ids = torch.from_numpy(np.stack(prompts).astype(np.int64)).to(policy.device)
         found = policy.model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **settings)
-        return list(found[:, ids.shape[1] :].int().numpy())
+        return list(found[:, ids.shape[1] :].int().cpu().numpy())
 
     return answer
 
@@ -186,7 +160,7 @@ def compare(policy: Policy, limit: Limit, rows: int, steps: int, repeats: int, k
     for _ in range(repeats):
         for kind in kinds:
             kept.load_weights([], 0)
-            times[kind].append(timed(lambda kind=kind: rollout(rows, steps, answers[kind])))
+            times[kind].append(timed(policy, lambda kind=kind: rollout(rows, steps, answers[kind])))
     found: dict[str, Any] = {"batch": rows, "steps": steps, "repeats": repeats, "limit_seconds": limit.rollout(rows, steps)}
     for kind in kinds:
         wall, process = median(times[kind])
@@ -208,15 +182,22 @@ def decode(policy: Policy, limit: Limit, rows: int, length: int, ticks: int) -> 
         engine.submit(Request(row, str(row), prompt, Sampling(1.0, 2 * ticks + 4), row))
     for _ in range(2):
         engine.poll()
-    wall, process = median([timed(engine.poll) for _ in range(ticks)])
-    with profile(activities=[ProfilerActivity.CPU]) as profiled:
-        total = timed(lambda: [engine.poll() for _ in range(ticks)])[0] / ticks
-    by_name = {event.key: event.self_cpu_time_total / 1e6 / ticks for event in profiled.key_averages()}
-    groups = {"products": ("addmm", "mm", "bmm"), "attention": ("_scaled_dot_product_flash_attention_for_cpu",)}
-    groups["drawing"] = ("exp", "cumsum", "logsumexp", "searchsorted", "argmax", "amax")
+    wall, process = median([timed(policy, engine.poll) for _ in range(ticks)])
+    on_gpu = policy.device.type == "cuda"
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
+    with profile(activities=activities) as profiled:
+        total = timed(policy, lambda: [engine.poll() for _ in range(ticks)])[0] / ticks
+    own = "self_device_time_total" if on_gpu else "self_cpu_time_total"
+    by_name = {event.key: getattr(event, own) / 1e6 / ticks for event in profiled.key_averages() if "::" in event.key}
+    groups = {
+        "products": ("addmm", "mm", "bmm"),
+        "drawing": ("exp", "cumsum", "logsumexp", "searchsorted", "argmax", "amax"),
+    }
+    groups["attention"] = ("_scaled_dot_product_flash_attention_for_cpu", "_flash_attention_forward")
+    groups["attention"] += ("_efficient_attention_forward",)
     shares = {name: sum(by_name.get(f"aten::{key}", 0.0) for key in keys) / total for name, keys in groups.items()}
     shares["other operators"] = sum(by_name.values()) / total - sum(shares.values())
-    shares["Python"] = 1 - sum(shares.values())
+    shares["idle" if on_gpu else "Python"] = 1 - sum(shares.values())
     least = limit.seconds(rows, 1, length)
     found = {"batch": rows, "length": length, "seconds": wall, "process_seconds": process, "limit_seconds": least}
     found |= {"tokens_per_s": rows / process, "over_limit": process / least, "shares": shares}
@@ -227,11 +208,13 @@ def decode(policy: Policy, limit: Limit, rows: int, length: int, ticks: int) -> 
 def pass_tokens(policy: Policy) -> float:
     """Time of a forward pass over one token, over what a token more costs."""
 
-    def least(tokens: int) -> float:
-        ids = torch.arange(tokens)[None].reshape(-1, min(tokens, 64)) % 500
-        return min(timed(lambda: policy.trunk(input_ids=ids, use_cache=False))[1] for _ in range(7))
+    few, many = (256, 512) if policy.device.type == "cpu" else (8192, 16384)
 
-    return least(1) / ((least(512) - least(256)) / 256)
+    def least(tokens: int) -> float:
+        ids = torch.arange(tokens, device=policy.device)[None].reshape(-1, min(tokens, 64)) % 500
+        return min(timed(policy, lambda: policy.trunk(input_ids=ids, use_cache=False))[1] for _ in range(7))
+
+    return least(1) / ((least(many) - least(few)) / (many - few))
 
 
 # ---- the report ----
@@ -261,10 +244,11 @@ def tables(part: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=["tiny", "smollm2"])
+    parser.add_argument("part", choices=["tiny", *SHAPES])
     parser.add_argument("--model", help="folder of SmolLM2-135M; random weights of its shape unless given")
-    parser.add_argument("--steps", type=int, nargs="*", help="of an episode: 2 4 8 16 32, smollm2: 8")
-    parser.add_argument("--batches", type=int, nargs="*", help="episodes at a time: 8 32, smollm2: 4 8")
+    parser.add_argument("--steps", type=int, nargs="*", help="of an episode: 2 4 8 16 32, larger models: 8")
+    parser.add_argument("--batches", type=int, nargs="*", help="episodes at a time: 8 32, larger models: 4 8")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--decode", type=int, nargs="*", default=[8, 32], help="batches of the decode limit")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--repeats", type=int, default=3)
@@ -273,9 +257,12 @@ def main() -> None:
 
     torch.set_num_threads(1)
     tiny = args.part == "tiny"
-    policy = policy_of(args.part, args.model)
+    torch.manual_seed(0)
+    policy = made(args.part, args.model)
+    policy.stop_ids = frozenset()  # all actions have their full length
+    policy.to(args.device, torch.float32 if args.device == "cpu" else torch.bfloat16)
     with torch.no_grad():
-        rates = machine()
+        rates = machine(policy)
         limit = Limit(policy, rates)
         part: dict[str, Any] = {
             **about(),

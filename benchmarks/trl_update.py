@@ -33,7 +33,7 @@ import torch
 import trl
 from datasets import Dataset
 from measuring import about, in_turns, markdown
-from records import CONTEXTS, episodes, smol, tiny
+from records import CONTEXTS, episodes, made
 from tokenizers import Tokenizer, models
 from torch import Tensor
 from transformers import AttentionInterface, PreTrainedTokenizerFast, TrainerCallback
@@ -251,7 +251,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results" / "update.json")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    policy = tiny() if args.model == "tiny" else smol(args.folder)
+    policy = made(args.model, args.folder)
     policy.train()
     rows = []
     for context in args.contexts:

@@ -4,12 +4,15 @@
     python benchmarks/update.py                                          # tiny: about 30 minutes
     python benchmarks/update.py --models smollm2 --folder models/smollm2-135m --groups 1 --steps 8 16 32   # about an hour
 
+    python benchmarks/update.py --device cuda --models smollm2 1.5b --tasks 4 --results benchmarks/results/update_gpu.json
+
 Forward and backward of the library's updates (``StepBuffer``, ``Learner.update``), packing included and the optimizer left
-out, in float32 and one thread. Prompts begin with 200 tokens, observations have 60, actions 8; ``append`` shows the whole
-dialogue, ``window`` its last 3 turns, ``state`` the newest observation; siblings of a group begin alike. ``whole``: all
-steps of the records in one update; ``steps``: four updates of random steps. Sides take turns, medians after a first pass,
-which gives peak memory above what was in use before (weights, gradients). Gradients must agree first. A side is left out
-where it would compute more than ``--most`` tokens.
+out, in float32 and one thread; on a GPU in bfloat16, by the clock. Prompts begin with 200 tokens, observations have 60,
+actions 8; ``append`` shows the whole dialogue, ``window`` its last 3 turns, ``state`` the newest observation; siblings of a
+group begin alike, tasks have the first 200 tokens in common. ``whole``: all steps of the records in one update; ``steps``:
+four updates of random steps. Sides take turns, medians after a first pass, which gives peak memory above what was in use
+before (weights, gradients). Gradients must agree first. A side is left out where it would compute more than ``--most``
+tokens. ``tree``: branches by ``sdpa`` (on GPUs by torch's kernel for rows of any lengths); ``flex``: by ``flex_attention``.
 
 ``limit`` is (6 x trunk parameters x unique tokens + 6, or 8 where logits are computed twice, x head parameters x action
 tokens + 12 x layers x width of the queries x pairs of unique tokens) FLOP over the matmul rate that this run measured on
@@ -31,7 +34,7 @@ from typing import Any
 
 import torch
 from measuring import about, in_turns, markdown, peak_memory, seconds
-from records import CONTEXTS, VOCABULARY, Alternating, episodes, reads, smol, tiny, unique
+from records import CONTEXTS, SHAPES, VOCABULARY, Alternating, episodes, made, reads, unique
 from torch import nn
 
 from steppo.batch import TokenBatch
@@ -44,14 +47,18 @@ from steppo.packing import Packer, PaddedPacker, PrefixTreePacker
 from steppo.types import Episode
 
 ROOT = Path(__file__).parent.parent
-SIDES: dict[str, tuple[Packer, int | None]] = {  # and the most tokens of a microbatch, if not the model's
-    "tree": (PrefixTreePacker(), None),
-    "padded": (PaddedPacker(), None),
-    "single": (PaddedPacker(), 1),
+SIDES: dict[str, tuple[Packer, int | None, str]] = {  # packer, most tokens of a microbatch if not the model's, attention
+    "tree": (PrefixTreePacker(), None, "sdpa"),
+    "flex": (PrefixTreePacker(), None, "flex_attention"),  # learns on GPUs only
+    "padded": (PaddedPacker(), None, "sdpa"),
+    "single": (PaddedPacker(), 1, "sdpa"),
 }
-MAX_TOKENS = {"tiny": 16384, "smollm2": 4096}
+MAX_TOKENS = {
+    "cpu": {"tiny": 16384, "smollm2": 4096, "1.5b": 4096},
+    "cuda": {"tiny": 65536, "smollm2": 32768, "1.5b": 8192},
+}
 MOST = {"tiny": 200_000, "smollm2": 20_000}
-KEYS = ("model", "context", "group", "steps", "minibatches")
+KEYS = ("model", "context", "group", "tasks", "steps", "minibatches")
 
 
 def update(learner: Learner, buffer: StepBuffer) -> int:
@@ -70,30 +77,37 @@ def gradient(policy: Policy) -> torch.Tensor:
 
 
 def compare(
-    policy: Policy, model: str, context: str, group: int, steps: int, cut: str, most: int, repeats: int
+    policy: Policy, case: dict[str, Any], sides: Sequence[str], max_tokens: int, most: int, repeats: int
 ) -> dict[str, Any]:
     """A row of the table, without its limit."""
-    records = episodes(context, steps, group)
-    learner = Learner(policy, Alternating(), packer=PrefixTreePacker(), max_tokens=MAX_TOKENS[model])
+    device = policy.device.type
+    records = episodes(case["context"], case["steps"], case["group"], case["tasks"])
+    learner = Learner(policy, Alternating(), packer=PrefixTreePacker(), max_tokens=max_tokens)
     with torch.no_grad():
         experience = learner.prepare(records)
-    row: dict[str, Any] = dict(zip(KEYS, (model, context, group, steps, cut), strict=True))
-    row |= {"segments": len(experience.steps), "repeats": repeats, "read_tokens": sum(map(len, reads(records)))}
+    row = {**case, "segments": len(experience.steps), "repeats": repeats, "read_tokens": sum(map(len, reads(records)))}
+    closeness = 1e-4 if policy.dtype == torch.float32 else 0.05
     calls: dict[str, Callable[[], int]] = {}
     expected = None
-    for name, (packer, tokens) in SIDES.items():
-        if name != "tree" and row["read_tokens"] > most:
+    for name in sides:
+        packer, tokens, attention = SIDES[name]
+        if packer is not SIDES["tree"][0] and row["read_tokens"] > most:
             continue
-        buffer = StepBuffer(packer, tokens or MAX_TOKENS[model], num_minibatches=4 if cut == "steps" else 1)
+        buffer = StepBuffer(packer, tokens or max_tokens, num_minibatches=4 if case["minibatches"] == "steps" else 1)
         buffer.hold(experience)
-        calls[name] = lambda buffer=buffer: update(learner, buffer)  # type: ignore[misc]
+
+        def call(buffer: StepBuffer = buffer, attention: str = attention) -> int:
+            policy.model.set_attn_implementation(attention)
+            return update(learner, buffer)
+
+        calls[name] = call
         computed = calls[name]()  # warm-up
         found = gradient(policy)
         expected = found if expected is None else expected
         difference = float((found - expected).norm() / expected.norm())
-        assert difference < 1e-4, (name, difference)
-        row[name] = {"tokens": computed, "peak_bytes": peak_memory(calls[name])}
-    for name, times in in_turns(calls, repeats).items():
+        assert difference < closeness, (name, difference)
+        row[name] = {"tokens": computed, "difference": difference, "peak_bytes": peak_memory(calls[name], device)}
+    for name, times in in_turns(calls, repeats, device).items():
         row[name] |= times
     print(json.dumps(row), file=sys.stderr)
     return row
@@ -113,23 +127,28 @@ def flop(policy: Policy, records: Sequence[Episode]) -> dict[str, float]:
     return {"unique_tokens": tokens, "pairs": pairs, "flop": total, "attention_flop": attention}
 
 
-def matmul_rate(policy: Policy, tokens: int = 1024) -> float:
-    """FLOP a second of process time: forward and both backward products of the trunk's linear layers."""
+def matmul_rate(policy: Policy) -> float:
+    """FLOP a second: forward and both backward products of the trunk's linear layers."""
+    device, least, tokens = policy.device.type, *((4e9, 1024) if policy.device.type == "cpu" else (1e13, 16384))
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, device=device, dtype=policy.dtype)
+
     shapes = Counter(tuple(layer.weight.shape) for layer in policy.trunk.modules() if isinstance(layer, nn.Linear))
     done = spent = 0.0
     for (out, width), count in shapes.items():
-        x, weight, y = torch.randn(tokens, width), torch.randn(out, width), torch.randn(tokens, out)
+        x, weight, y = random(tokens, width), random(out, width), random(tokens, out)
         products = [lambda a=a, b=b: a @ b for a, b in ((x, weight.T), (y, weight), (y.T, x))]
-        often = max(1, int(4e9 / (2 * tokens * out * width)))  # short products together
+        often = max(1, int(least / (2 * tokens * out * width)))  # short products together
         for product in products:
             product()
             many = lambda product=product, often=often: [product() for _ in range(often)]  # noqa: E731
-            spent += count * statistics.median(seconds(many)[1] for _ in range(3)) / often
+            spent += count * statistics.median(seconds(many, device)[1] for _ in range(3)) / often
             done += count * 2 * tokens * out * width
     return done / spent
 
 
-def branch_tokens(made: Policy, repeats: int) -> float:
+def branch_tokens(policy: Policy, repeats: int) -> float:
     """What a branch costs beside its tokens, in tokens: 1,024 of them on a trunk of 32, in 64 branches and in 8."""
     costs = []
     none = torch.zeros(0, dtype=torch.int64)
@@ -140,16 +159,20 @@ def branch_tokens(made: Policy, repeats: int) -> float:
         until[:32] = width = int(ends[-1])
         positions = torch.arange(width) - (ends - lengths - 32).clamp(min=0).repeat_interleave(lengths)
         batch = TokenBatch(torch.arange(width)[None] % VOCABULARY, positions[None], until[None], none, none, none, none)
-        call = lambda batch=batch: trunk_states(made.trunk, batch).square().mean().backward()  # noqa: E731
+        batch = batch.to(policy.device)
+        call = lambda batch=batch: trunk_states(policy.trunk, batch).square().mean().backward()  # noqa: E731
         call()
-        costs.append(statistics.median(seconds(call)[1] for _ in range(repeats)))
+        costs.append(statistics.median(seconds(call, policy.device.type)[1] for _ in range(repeats)))
     return (costs[0] - costs[1]) / (64 - 8) / (costs[1] / width)
 
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown."""
-    heads = ["model", "context", "group", "steps", "minibatches", "tokens read", "unique", "tree: tokens, CPU s, MiB"]
-    heads += ["tree, ms a step", "limit, s", "share", "padded: CPU s, MiB", "tokens, CPU ratio", "one by one: CPU s, MiB"]
+    others = {"flex": "flex", "padded": "padded", "single": "one by one"}
+    others = {name: words for name, words in others.items() if any(name in row for row in rows)}
+    heads = [*KEYS, "tokens read", "unique", "tree: tokens, s, MiB", "tree, ms a step", "limit, s", "share"]
+    for name, words in others.items():
+        heads += [f"{words}: s, MiB", *(["ratio of tokens, s"] if name == "padded" else [])]
     lines = []
     for row in rows:
         tree = row["tree"]
@@ -157,7 +180,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         cells += [f"{tree['tokens']:,}, {tree['process_seconds']:.3g}, {tree['peak_bytes'] / 2**20:,.0f}"]
         cells += [f"{1e3 * tree['process_seconds'] / row['segments']:.1f}", f"{row['limit_seconds']:.3g}"]
         cells += [f"{row['limit_seconds'] / tree['process_seconds']:.2f}"]
-        for name in ("padded", "single"):
+        for name in others:
             side = row.get(name)
             cells.append(f"{side['process_seconds']:.3g}, {side['peak_bytes'] / 2**20:,.0f}" if side else "")
             if name == "padded":
@@ -180,12 +203,15 @@ def write(path: Path, model: str, rows: list[dict[str, Any]], facts: dict[str, A
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", default=["tiny"], choices=["tiny", "smollm2"])
+    parser.add_argument("--models", nargs="+", default=["tiny"], choices=["tiny", *SHAPES])
     parser.add_argument("--folder", help="SmolLM2-135M; random weights of its shape without")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--contexts", nargs="+", default=list(CONTEXTS), choices=CONTEXTS)
     parser.add_argument("--groups", type=int, nargs="+", default=[1, 8], help="episodes that begin alike")
+    parser.add_argument("--tasks", type=int, default=1, help="groups of one update")
     parser.add_argument("--steps", type=int, nargs="+", default=[4, 8, 16, 32, 64], help="of an episode")
     parser.add_argument("--minibatches", nargs="+", default=["whole", "steps"], choices=["whole", "steps"])
+    parser.add_argument("--sides", nargs="+", choices=SIDES, help="all that can learn there unless given; the tree first")
     parser.add_argument("--most", type=int, help="tokens read, beyond which only trees are measured")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--branches", action="store_true", help="measure branch_tokens alone")
@@ -195,20 +221,22 @@ def main() -> None:
     torch.set_num_threads(1)
     done = []
     for model in args.models:
-        policy = tiny() if model == "tiny" else smol(args.folder)
-        policy.train()
+        policy = made(model, args.folder if model == "smollm2" else None).train()
+        policy.to(args.device, torch.float32 if args.device == "cpu" else torch.bfloat16)
         facts: dict[str, Any] = {**about(), "parameters": sum(weight.numel() for weight in policy.parameters())}
         if args.branches:
             facts["branch_tokens"] = branch_tokens(policy, args.repeats)
             write(args.results, f"{model}, branch_tokens", [], facts)
             print(f"{model}: branch_tokens {facts['branch_tokens']:.2f}")
             continue
-        facts |= {"max_tokens": MAX_TOKENS[model], "weights": args.folder if model == "smollm2" else None}
-        cases = itertools.product(args.contexts, args.groups, args.steps, args.minibatches)
-        for context, group, steps, cut in cases:
+        max_tokens = MAX_TOKENS[args.device][model]
+        facts |= {"max_tokens": max_tokens, "weights": args.folder if model == "smollm2" else None}
+        sides = args.sides or [name for name in SIDES if name != "flex" or args.device == "cuda"]
+        for values in itertools.product([model], args.contexts, args.groups, [args.tasks], args.steps, args.minibatches):
+            case = dict(zip(KEYS, values, strict=True))
             facts["matmul_flop_per_second"] = rate = matmul_rate(policy)  # beside each case: machines change their pace
-            row = compare(policy, model, context, group, steps, cut, args.most or MOST[model], args.repeats)
-            needed = flop(policy, episodes(context, steps, group))
+            row = compare(policy, case, sides, max_tokens, args.most or MOST.get(model, 10**6), args.repeats)
+            needed = flop(policy, episodes(case["context"], case["steps"], case["group"], case["tasks"]))
             rate = (rate + matmul_rate(policy)) / 2
             done.append({**row, **needed, "matmul_flop_per_second": rate, "limit_seconds": needed["flop"] / rate})
             write(args.results, model, done, facts)

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any, NamedTuple
+from inspect import signature
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+# Since some version the kernel must be told that several heads share keys.
+_SHARED_HEADS: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}
 
 
 class Branches(NamedTuple):
@@ -55,6 +60,41 @@ def branches_of(until: Tensor) -> Branches:
     )
 
 
+class Ragged(NamedTuple):
+    """Branches as rows of any lengths, one behind the other.
+
+    Attributes:
+        columns: int64, of the keys that each branch sees.
+        query_starts: int32 [branches + 1], where the tokens of each begin.
+        key_starts: int32 [branches + 1], where its keys begin in ``columns``.
+        longest: Most tokens and most keys of a branch.
+    """
+
+    columns: Tensor
+    query_starts: Tensor
+    key_starts: Tensor
+    longest: tuple[int, int]
+
+
+@lru_cache(maxsize=1)
+def ragged(until: Tensor) -> Ragged:
+    """The branches of a row by its ``until_BT``, on its device."""
+    lengths, pieces, paths = branches_of(until)
+    starts = np.cumsum([0, *pieces])
+    seen = [np.concatenate([np.arange(starts[piece], starts[piece + 1]) for piece in path]) for path in paths]
+    keys = [len(columns) for columns in seen]
+
+    def on_device(array: np.ndarray, dtype: torch.dtype) -> Tensor:
+        return torch.from_numpy(array).to(until.device, dtype)
+
+    return Ragged(
+        on_device(np.concatenate(seen), torch.int64),
+        on_device(np.cumsum([0, *lengths]), torch.int32),
+        on_device(np.cumsum([0, *keys]), torch.int32),
+        (max(lengths), max(keys)),
+    )
+
+
 def attend(
     module: Any,
     query: Tensor,
@@ -82,6 +122,8 @@ def attend(
     """
     if attention_mask is None or attention_mask.dtype != torch.int64:
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
+    if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and not dropout:
+        return _at_once(query, key, value, ragged(attention_mask), scaling), None
     lengths, pieces, paths = branches_of(attention_mask)
     if query.device.type != "cpu":  # kernels that share key-value heads take no mask there
         key, value = (heads.repeat_interleave(query.shape[1] // heads.shape[1], dim=1) for heads in (key, value))
@@ -104,6 +146,23 @@ def attend(
             )
         )
     return torch.cat(found, dim=2).transpose(1, 2).contiguous(), None
+
+
+def _at_once(query: Tensor, key: Tensor, value: Tensor, rows: Ragged, scaling: float | None) -> Tensor:
+    """All branches in one call, each with a copy of the keys on its path."""
+    own, keys, values = (heads[0].transpose(0, 1) for heads in (query, key, value))
+    seen = varlen_attn(
+        own,
+        keys[rows.columns],
+        values[rows.columns],
+        rows.query_starts,
+        rows.key_starts,
+        *rows.longest,
+        scale=scaling,
+        window_size=(-1, 0),  # causal, with the last token of a branch beside its last key
+        **_SHARED_HEADS,
+    )
+    return cast(Tensor, seen)[None]
 
 
 def _joined(parts: list[Tensor]) -> Tensor:

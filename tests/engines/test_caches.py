@@ -144,7 +144,8 @@ def play(engine: Engine, played: list[Episode], slots: int = 9) -> list[Episode]
 def logits_behind(policy: TinyPolicy, ids: np.ndarray) -> torch.Tensor:
     """By a plain forward pass of transformers over all of it."""
     with torch.no_grad():
-        return policy.model(torch.from_numpy(ids.astype(np.int64))[None], use_cache=False).logits[0, -1].double()
+        read = torch.from_numpy(ids.astype(np.int64))[None].to(policy.device)
+        return policy.model(read, use_cache=False).logits[0, -1].double().cpu()
 
 
 def check_by_reading_all(policy: TinyPolicy, played: list[Episode]) -> int:
