@@ -105,8 +105,9 @@ class Learner:
         step: Callable[[], Mapping[str, Tensor] | None],
         policy_learns: bool = True,
     ) -> UpdateStatistics:
-        """One update: see ``run_update``."""
-        return run_update(self._update_loss, batch, backward, step, policy_learns)
+        """One update: see ``run_update``. The batch may lie on another device than the policy."""
+        here = [microbatch.to(self.policy.device) for microbatch in batch]
+        return run_update(self._update_loss, here, backward, step, policy_learns)
 
     def _score(self, steps: StepTable, left_out_N: np.ndarray | None = None) -> tuple[Scores, Weights]:
         models = self.policy, self.reference, self.critic
