@@ -378,13 +378,13 @@ def _widths(flights: Sequence[_Flight]) -> np.ndarray:
 
 
 def _pass_tokens(policy: Policy) -> int:
-    """How many tokens take as long as a pass does beside its tokens.
+    """How many tokens take as long as a pass does beside its tokens (``benchmarks/rollout.py`` measures it).
 
-    Weights must come from memory, which takes as long as computing with some 30 tokens. What else a layer costs is the same
-    for layers of any size, and far more than its arithmetic on an accelerator (``benchmarks/rollout.py`` measures it).
+    On a CPU weights must come from memory, which takes as long as computing with some 30 tokens; what else a layer costs is
+    the same for layers of any size. On a GPU that is all that counts: its kernels are launched one by one.
     """
-    if policy.device.type != "cpu":
-        return 1024
     layers = int(policy.model.config.num_hidden_layers)
     weights = sum(parameter.numel() for parameter in policy.trunk.parameters())
+    if policy.device.type != "cpu":
+        return 80_000_000_000 * layers // weights
     return min(256, 30 + 20_000_000 * layers // weights)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from torch import Tensor
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from steppo.batch import TokenBatch
+from steppo.models import branches
 from steppo.models.branches import attend, branches_of
 from steppo.packing import PrefixTreePacker
 from tests.numeric_helpers import FEW, close, normal
@@ -65,6 +67,33 @@ def test_any_forest(pairs: list[tuple[list[int], list[int]]]) -> None:
     for _, batch in packed(forest(pairs)):
         if batch.until_BT is not None:
             agree(batch)
+
+
+@pytest.mark.parametrize("scene", sorted(BRANCHED))
+def test_all_at_once_is_each_in_turn(scene: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a GPU's kernel is given, by a slow one in its place: causal, each row's last token beside its last key."""
+
+    def slow(query: Tensor, key: Tensor, value: Tensor, starts: Tensor, key_starts: Tensor, *longest: int, **kwargs: Any):
+        assert kwargs["window_size"] == (-1, 0)
+        found = []
+        for row, (of_query, of_key) in enumerate(zip(starts.diff().tolist(), key_starts.diff().tolist(), strict=True)):
+            assert of_query <= longest[0] and of_key <= longest[1]
+            own = query[starts[row] :][:of_query].transpose(0, 1)
+            seen = [heads[key_starts[row] :][:of_key].transpose(0, 1) for heads in (key, value)]
+            keys, values = (heads.repeat_interleave(2, dim=0) for heads in seen)
+            scores = own @ keys.transpose(1, 2) * kwargs["scale"]
+            ahead = torch.ones(of_query, of_key, dtype=torch.bool).triu(of_key - of_query + 1)
+            found.append((scores.masked_fill(ahead, -torch.inf).softmax(-1) @ values).transpose(0, 1))
+        return torch.cat(found)
+
+    monkeypatch.setattr(branches, "varlen_attn", slow)
+    ((_, batch),) = [(steps, batch) for steps, batch in packed(SCENES[scene]) if batch.until_BT is not None]
+    mask = batch.until_BT[:, None, None]
+    query, key, value, _ = heads(mask.shape[-1], seed=0)
+    close(
+        branches._at_once(query, key, value, branches.ragged(mask), 0.7),
+        attend(LAYER, query, key, value, mask, scaling=0.7)[0],
+    )
 
 
 def packed(segments):
