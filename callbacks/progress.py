@@ -75,9 +75,7 @@ class StepProgressBar(ProgressBar, Listener):
         """Moves the bar; a note takes the place of the last."""
         if self._progress is not None:
             [task] = self._progress.task_ids
-            self._progress.update(task, completed=done, total=total)
-            if note:
-                self._progress.update(task, note=note)
+            self._progress.update(task, completed=done, total=total, **({"note": note} if note else {}))
 
     def end_phase(self) -> None:
         """Takes the phase off the screen."""
@@ -123,12 +121,6 @@ class StepProgressBar(ProgressBar, Listener):
         if self._enabled and trainer.state.fn == TrainerFn.FITTING:
             self._console.print(in_words(evaluation.record), soft_wrap=True)
 
-    def on_test_end(self, trainer: pl.Trainer, pl_module: AgentModule) -> None:
-        self._say_result(trainer, pl_module)
-
-    def on_fit_end(self, trainer: pl.Trainer, pl_module: AgentModule) -> None:
-        self._say_result(trainer, pl_module)
-
     def _say_result(self, trainer: pl.Trainer, pl_module: AgentModule) -> None:
         """A result is never kept to itself, nor where it is."""
         self.end_phase()
@@ -155,6 +147,8 @@ class StepProgressBar(ProgressBar, Listener):
             self._console.print(f"Episodes: {folder / 'transcripts.html'} (open it in a browser)", soft_wrap=True)
         if self._enabled and fitting and isinstance(trainer.logger, TensorBoardLogger):
             self._console.print(f"Curves:  tensorboard --logdir {trainer.logger.save_dir}", soft_wrap=True)
+
+    on_test_end = on_fit_end = _say_result
 
     def on_exception(self, trainer: pl.Trainer, pl_module: AgentModule, exception: BaseException) -> None:
         self.end_phase()

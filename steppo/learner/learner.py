@@ -106,8 +106,7 @@ class Learner:
         policy_learns: bool = True,
     ) -> UpdateStatistics:
         """One update: see ``run_update``. The batch may lie on another device than the policy."""
-        here = [microbatch.to(self.policy.device) for microbatch in batch]
-        return run_update(self._update_loss, here, backward, step, policy_learns)
+        return run_update(self._update_loss, [part.to(self.policy.device) for part in batch], backward, step, policy_learns)
 
     def _score(self, steps: StepTable, left_out_N: np.ndarray | None = None) -> tuple[Scores, Weights]:
         models = self.policy, self.reference, self.critic

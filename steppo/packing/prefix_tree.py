@@ -37,8 +37,8 @@ class PrefixTreePacker(Packer):
     behind the other in a row of at most ``max_tokens``; one that outgrows it repeats its trunk. A causal row is no longer
     than the longest step in it, which no packer can cut.
 
-    Branched rows need full attention in each layer, computed by ``sdpa`` (branch by branch), by ``flex_attention`` (which skips
-    what is masked, and learns on GPUs only), or by ``eager`` (whose mask is the row squared); others any causal model.
+    Branched rows need full attention in each layer, computed by ``sdpa`` (branch by branch), by ``flex_attention`` (which
+    skips what is masked, and learns on GPUs only), or by ``eager`` (whose mask is the row squared); others any causal model.
 
     Args:
         branch_tokens: A branch costs as much as so many tokens beside its own: with fewer in common, rows do not branch

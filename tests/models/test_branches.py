@@ -77,7 +77,8 @@ def test_all_at_once_is_each_in_turn(scene: str, monkeypatch: pytest.MonkeyPatch
         assert kwargs["window_size"] == (-1, 0)
         found = []
         for row, (of_query, of_key) in enumerate(zip(starts.diff().tolist(), key_starts.diff().tolist(), strict=True)):
-            assert of_query <= longest[0] and of_key <= longest[1]
+            assert of_query <= longest[0]
+            assert of_key <= longest[1]
             own = query[starts[row] :][:of_query].transpose(0, 1)
             seen = [heads[key_starts[row] :][:of_key].transpose(0, 1) for heads in (key, value)]
             keys, values = (heads.repeat_interleave(2, dim=0) for heads in seen)
