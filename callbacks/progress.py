@@ -75,7 +75,8 @@ class StepProgressBar(ProgressBar, Listener):
         """Moves the bar; a note takes the place of the last."""
         if self._progress is not None:
             [task] = self._progress.task_ids
-            self._progress.update(task, completed=done, total=total, **({"note": note} if note else {}))
+            fields: dict[str, Any] = {"note": note} if note else {}
+            self._progress.update(task, completed=done, total=total, **fields)
 
     def end_phase(self) -> None:
         """Takes the phase off the screen."""
@@ -121,7 +122,7 @@ class StepProgressBar(ProgressBar, Listener):
         if self._enabled and trainer.state.fn == TrainerFn.FITTING:
             self._console.print(in_words(evaluation.record), soft_wrap=True)
 
-    def _say_result(self, trainer: pl.Trainer, pl_module: AgentModule) -> None:
+    def _say_result(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """A result is never kept to itself, nor where it is."""
         self.end_phase()
         folder = run_folder(trainer)
