@@ -237,7 +237,7 @@ def keep(place: Path, content: str, make: Callable[[Path], None]) -> None:
     Raises:
         ConfigError: It cannot be written.
     """
-    if (about := _about(place)) and about["content"] == content:
+    if kept(place) == content:
         return
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
@@ -251,25 +251,25 @@ def keep(place: Path, content: str, make: Callable[[Path], None]) -> None:
                 os.replace(place, Path(scratch) / "damaged")
             made.rename(place)
     except OSError as error:
-        if not ((about := _about(place)) and about["content"] == content):  # another run may have been faster
+        if kept(place) != content:  # another run may have been faster
             raise ConfigError(f"cannot keep an index in {place.parent}: {error.strerror or error}") from error
 
 
-def require_whole(place: Path) -> str:
-    """The content of what ``keep`` made. Raises ``ConfigError`` if it is missing or cut off."""
-    if not (about := _about(place)):
-        raise ConfigError(f"the index {place} is missing or damaged; delete it and start again, which makes it anew")
-    return about["content"]
-
-
-def _about(place: Path) -> dict[str, Any]:
-    """What ``keep`` said of a folder, if all of it is there."""
+def kept(place: Path) -> str | None:
+    """The content of what ``keep`` made; ``None`` if it is missing or cut off."""
     try:
         about = json.loads((place / _ABOUT).read_text(encoding="utf-8"))
         whole = all((place / name).stat().st_size == size for name, size in about["files"].items())
-        return about if whole and "content" in about else {}
+        return str(about["content"]) if whole else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return {}
+        return None
+
+
+def require_whole(place: Path) -> str:
+    """As ``kept``. Raises ``ConfigError`` if there is nothing."""
+    if (content := kept(place)) is None:
+        raise ConfigError(f"the index {place} is missing or damaged; start again, which makes it anew")
+    return content
 
 
 def sha256_of(texts: Iterable[str]) -> str:
