@@ -106,7 +106,7 @@ def measure(env: MultihopQAEnv, split: str, repeats: int) -> dict[str, Any]:
         began = time.process_time()
         found = [index.search(task.data["question"], max(DEPTHS)) for task in tasks]
         rates.append(len(tasks) / (time.process_time() - began))
-    own = own_memory() - before
+    own = max(own_memory() - before, 0)
     ranked = [[passages[row].partition("\n")[0] for row, _ in rows] for rows in found]
     played = list(zip(tasks, ranked, strict=True))
     recall = {
