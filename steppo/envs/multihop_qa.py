@@ -179,10 +179,8 @@ class MultihopQAEnv(Env):
         found = [self._search(query) for query in queries]
         self._searches += len(calls)
         if not self.show_all:
-            answers = zip(calls, found, strict=True)
-            return self._turn(
-                messages=tuple(Message("tool", text or "Nothing new is found.", call.id) for call, text in answers)
-            )
+            said = [(text or "Nothing new is found.", call.id) for call, text in zip(calls, found, strict=True)]
+            return self._turn(messages=tuple(Message("tool", *each) for each in said))
         vain = [query for query, text in zip(queries, found, strict=True) if not text]
         return self._turn(f"Nothing new is found for: {'; '.join(vain)}" if vain else "")
 
@@ -243,7 +241,8 @@ def _records(path: Path) -> Iterator[dict[str, Any]]:
     except FileNotFoundError:
         raise ConfigError(f"MultihopQAEnv: there is no {path}; get it (docs/multihop_qa.md), or name others") from None
     except (ValueError, EOFError, lzma.LZMAError, gzip.BadGzipFile, RecursionError):
-        raise ConfigError(f"MultihopQAEnv: {path} is cut off or damaged, after {number} records; get it again") from None
+        behind = f" behind record {number}" if number else ""
+        raise ConfigError(f"MultihopQAEnv: {path} is cut off or damaged{behind}; get it again") from None
     except OSError as error:
         raise ConfigError(f"MultihopQAEnv: cannot read {path}: {error.strerror}") from None
 
@@ -255,20 +254,15 @@ def _task(record: Mapping[str, Any], path: Path, corpus: str, names: Mapping[str
     if not isinstance(answer, str) or not answer.strip() or record.get("answerable") is False:
         raise ConfigError(f"MultihopQAEnv: question {id} of {path} has no answer; take a file with answers")
     try:
-        data = {
-            "question": question,
-            "answers": list(
-                dict.fromkeys([answer, *(record.get("answer_aliases") or ()), *names.get(str(record.get("answer_id")), ())])
-            ),
-            "titles": list(dict.fromkeys(map(_plain, _gold(record)))),
-            "corpus": corpus,
-        }
+        others = [*(record.get("answer_aliases") or ()), *names.get(str(record.get("answer_id")), ())]
+        answers = list(dict.fromkeys(map(str.strip, [answer, *others])))
+        titles = list(dict.fromkeys(map(_plain, _gold(record))))
     except (KeyError, TypeError, ValueError, AttributeError):
         raise ConfigError(f"MultihopQAEnv: question {id} of {path} is in no known format") from None
     kinds = {name: record[key] for key, name in _LABELS.items() if isinstance(record.get(key), str)}
     if hops := re.match(r"\dhop", id):  # MuSiQue
         kinds["task_type"] = hops[0]
-    return Task(f"multihop_qa/{id}", data | kinds)
+    return Task(f"multihop_qa/{id}", {"question": question, "answers": answers, "titles": titles, "corpus": corpus} | kinds)
 
 
 def _gold(record: Mapping[str, Any]) -> Iterable[str]:

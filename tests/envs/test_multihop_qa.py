@@ -359,12 +359,12 @@ def test_a_policy_copies_the_expert_and_learns(tmp_path: Path) -> None:
 
 TRAIN = hotpot(TRAIN_QUESTIONS)
 BAD_FILES: dict[str, tuple[str, str]] = {
-    "cut off": (json.dumps(TRAIN)[:-1], "questions.json is cut off or damaged, after 0 records; get it again"),
+    "cut off": (json.dumps(TRAIN)[:-1], "questions.json is cut off or damaged; get it again"),
     "a line cut off": (
         "\n".join(map(json.dumps, TRAIN))[:-9],
-        "questions.json is cut off or damaged, after 3 records; get it again",
+        "questions.json is cut off or damaged behind record 3; get it again",
     ),
-    "no records": ("[1, 2]", "questions.json is cut off or damaged, after 0 records"),
+    "no records": ("[1, 2]", "questions.json is cut off or damaged; get it again"),
     "no text": ("\xff", "questions.json is cut off or damaged"),
     "no question": (
         json.dumps([{"id": "a", "text": "b"}]),

@@ -50,6 +50,8 @@ def test_the_best_come_first_and_ties_by_row(tmp_path: Path) -> None:
     scores = [score for _, score in search("Who keeps the bees of Lowfield?", 10)]
     assert scores == sorted(scores, reverse=True)
     assert scores[0] == scores[1]
+    many = opened(Bm25(), tmp_path / "many", ["bee", "bee and hive"] * 40)
+    assert rows(many.search("bee hive", 60)) == [*range(1, 80, 2), *range(0, 40, 2)]
 
 
 def test_scores_are_those_of_bm25(tmp_path: Path) -> None:
@@ -138,10 +140,15 @@ def test_interrupted_work_leaves_nothing(tmp_path: Path) -> None:
     assert opened(Bm25(), tmp_path).search("bees", 9)
 
 
-def test_two_runs_may_make_the_same_index_at_once(tmp_path: Path) -> None:
+@pytest.mark.parametrize("at_the_last_moment", [False, True])
+def test_two_runs_may_make_the_same_index_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at_the_last_moment: bool
+) -> None:
     def other_run(done: int, total: int) -> None:
         if done == total:
             Bm25().prepare(TEXTS, tmp_path, ignore)
+            if at_the_last_moment:  # it was not there a moment ago
+                monkeypatch.setattr(Path, "exists", lambda path: False)
 
     Bm25().prepare(TEXTS, tmp_path, other_run)
     assert [path.name[:5] for path in tmp_path.iterdir()] == ["bm25-"]
