@@ -64,9 +64,9 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 def _env_class(name: str) -> type:
-    """By class path, class name, or that in lower case without ``Env``."""
+    """By class path, class name, or that in lower case without ``Env``, with underscores or not."""
     short = {known.lower().removesuffix("env"): known for known in class_names([Env])}
-    return find_class(short.get(name.lower(), name), (Env,))
+    return find_class(short.get(name.lower().replace("_", ""), name), (Env,))
 
 
 def _made(owner: type, words: Sequence[str]) -> Env:
@@ -78,7 +78,7 @@ def _made(owner: type, words: Sequence[str]) -> Env:
         allow_abbrev=False,
     )
     parser.add_class_arguments(owner, as_group=False)
-    found = parser.parse_args(list(words))
+    found = parser.instantiate_classes(parser.parse_args(list(words)))  # parts of the environment, such as a Retriever
     return owner(**found.as_dict())
 
 
