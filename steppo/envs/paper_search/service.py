@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import hashlib
 import json
 import os
@@ -11,10 +10,12 @@ import tempfile
 import time
 import zlib
 from collections.abc import Callable
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
+from urllib.error import HTTPError, URLError
+from urllib.request import HTTPRedirectHandler, Request, build_opener
 
-import httpx
 import platformdirs
 
 from steppo.envs.paper_search.papers import Paper, Papers
@@ -31,6 +32,13 @@ class _Failed(Exception):
     def __init__(self, message: str, final: bool = False) -> None:
         super().__init__(message)
         self.final = final
+
+
+class _NoRedirects(HTTPRedirectHandler):
+    """They would turn a question into another one."""
+
+    def redirect_request(self, *args: Any) -> None:
+        return None
 
 
 class PaperService(Papers):
@@ -77,13 +85,7 @@ class PaperService(Papers):
 
     def prepare(self, progress: Callable[[int, int], object]) -> None:
         """Asks it once, unless that answer is kept."""
-        asked = copy.copy(self)
-        asked.start()
-        with asked._client:
-            asked.search(_PROBE, 1)
-
-    def start(self) -> None:
-        self._client = httpx.Client(timeout=self.timeout)
+        self.search(_PROBE, 1)
 
     def search(self, query: str, top_k: int) -> list[Paper]:
         return self._answer("search", {"query": query, "limit": top_k})[:top_k]
@@ -105,27 +107,31 @@ class PaperService(Papers):
         while True:
             try:
                 return self._try(url, question)
-            except (_Failed, httpx.HTTPError, httpx.InvalidURL) as error:
-                problem = str(error) if isinstance(error, _Failed) else said(error)
-                if tries == self.retries or (isinstance(error, _Failed) and error.final):
+            except _Failed as error:
+                if tries == self.retries or error.final:
                     times = f", {tries + 1} times" if tries else ""
-                    raise RunError(f"PaperService: {url} failed{times}: {problem}") from None
+                    raise RunError(f"PaperService: {url} failed{times}: {error}") from None
             time.sleep(self.backoff * 2**tries)
             tries += 1
 
     def _try(self, url: str, question: dict[str, Any]) -> bytes:
         """One answer, whole and of the right form."""
         until, text = time.monotonic() + self.timeout, b""
-        with self._client.stream("POST", url, json=question) as response:
-            status = response.status_code
-            if status != 200:
-                raise _Failed(f"it answers status {status}", final=400 <= status < 500 and status not in _MAY_PASS)
-            for part in response.iter_bytes():
-                text += part
-                if len(text) > _LARGEST:
-                    raise _Failed(f"its answer is longer than {_LARGEST:,} bytes", final=True)
-                if time.monotonic() > until:  # each part comes in time, but not all of them
-                    raise _Failed(f"its answer takes longer than {self.timeout:g} s")
+        request = Request(url, json.dumps(question).encode(), {"Content-Type": "application/json"})
+        try:
+            with build_opener(_NoRedirects).open(request, timeout=self.timeout) as answer:
+                while part := answer.read1(2**16):
+                    text += part
+                    if len(text) > _LARGEST:
+                        raise _Failed(f"its answer is longer than {_LARGEST:,} bytes", final=True)
+                    if time.monotonic() > until:  # each part comes in time, but not all of them
+                        raise _Failed(f"its answer takes longer than {self.timeout:g} s")
+        except HTTPError as error:
+            with error:
+                raise _Failed(f"it answers status {error.code}", final=_is_final(error.code)) from None
+        except (OSError, HTTPException) as error:
+            reason = error.reason if isinstance(error, URLError) else error
+            raise _Failed(said(reason) if isinstance(reason, Exception) else str(reason)) from None
         try:
             _papers(text)
         except ValueError as error:
@@ -136,6 +142,10 @@ class PaperService(Papers):
         key = json.dumps([self.url, self.version, what, question], sort_keys=True)
         name = hashlib.sha256(key.encode()).hexdigest()
         return self._cache / name[:2] / f"{name[2:]}.json.z"
+
+
+def _is_final(status: int) -> bool:
+    return 400 <= status < 500 and status not in _MAY_PASS
 
 
 def _papers(text: bytes) -> list[Paper]:
