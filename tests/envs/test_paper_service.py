@@ -210,7 +210,10 @@ def test_waits_grow(server: Service, papers: PaperService, monkeypatch: pytest.M
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"url": "localhost:8000"}, "url must begin with http:// or https://"),
+        ({"url": "localhost:8000"}, "url must be such as http://127.0.0.1:8000"),
+        ({"url": "http://"}, "url must be"),
+        ({"url": "http://[::1"}, "url must be"),
+        ({"url": "http://here:port"}, "url must be"),
         ({"timeout": 0.0}, "timeout must be above 0 seconds"),
         ({"retries": -1}, "retries must be at least 0"),
         ({"backoff": float("inf")}, "backoff must be at least 0 and finite"),

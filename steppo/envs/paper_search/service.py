@@ -14,6 +14,7 @@ from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 from urllib.error import HTTPError, URLError
+from urllib.parse import urlsplit
 from urllib.request import HTTPRedirectHandler, Request, build_opener
 
 import platformdirs
@@ -72,8 +73,8 @@ class PaperService(Papers):
         require_at_least(0, self, retries=retries, backoff=backoff)
         if not 0 < timeout < float("inf"):
             raise ConfigError(f"PaperService: timeout must be above 0 seconds, not {timeout}")
-        if not url.startswith(("http://", "https://")):
-            raise ConfigError(f"PaperService: url must begin with http:// or https://, not be {url!r}")
+        if not _is_url(url):
+            raise ConfigError(f"PaperService: url must be such as http://127.0.0.1:8000, not {url!r}")
         self.url = url.rstrip("/")
         self.timeout = timeout
         self.retries = retries
@@ -142,6 +143,14 @@ class PaperService(Papers):
         key = json.dumps([self.url, self.version, what, question], sort_keys=True)
         name = hashlib.sha256(key.encode()).hexdigest()
         return self._cache / name[:2] / f"{name[2:]}.json.z"
+
+
+def _is_url(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        return False
 
 
 def _is_final(status: int) -> bool:
