@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import pickle
+import zipfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from convert_pasa import main as convert_pasa
 
 from steppo.data.command import main as data_command
 from steppo.envs import Env, PaperSearchEnv
@@ -23,7 +25,7 @@ from steppo.errors import ConfigError, SteppoError
 from steppo.panel.command import main as panel_command
 from steppo.types import Action, Task, ToolCall, Turn
 from tests.cli_helpers import run
-from tests.paper_files import BEES, LIGHTS, PAPERS, question, write_data, write_lines
+from tests.paper_files import BEES, CITATIONS, LIGHTS, PAPERS, question, write_data, write_lines
 
 pytest.importorskip("bm25s", reason="needs the extra search")
 
@@ -535,3 +537,29 @@ def test_the_data_command(fresh: Path, capsys: pytest.CaptureFixture[str], monke
     out, err = capsys.readouterr()
     assert "1 of 1 tasks of test: PaperSearchEnv: paper_search/odd has no answer" in err
     assert len(out.splitlines()) == 3
+
+
+def test_the_publishers_papers_are_converted(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of files in their form: the same papers and citations as those of the fixture."""
+    database = tmp_path / "paper_database"
+    database.mkdir()
+    (database / "id2paper.json").write_text(json.dumps({**PAPERS, "1": "A Paper That Is Not There"}))
+    with zipfile.ZipFile(database / "cs_paper_2nd.zip", "w") as archive:
+        for paper, title in PAPERS.items():
+            cited = [PAPERS.get(other, "Unknown").upper() for other in CITATIONS.get(paper, [])]
+            sections: Any = {"Introduction": cited[:1], "Methods": [*cited, title]} if cited else ""
+            name = "".join(filter(str.isalpha, title)).lower()
+            archive.writestr(name, json.dumps({"title": title.replace(" ", "\n "), "abstract": None, "sections": sections}))
+    convert_pasa([str(database), f"--out={tmp_path}"])
+    assert capsys.readouterr().out == f"30 papers, 8 citations in {tmp_path}\n"
+    ours, theirs = local(folder), local(tmp_path)
+    for papers in (ours, theirs):
+        papers.prepare(no_progress)
+        papers.start()
+    for paper in PAPERS:
+        assert [one.title for one in theirs.expand(paper)] == [one.title for one in ours.expand(paper)]
+    assert [paper.id for paper in theirs.search("carillon", 1)] == ["2104.00004"]
+    (database / "id2paper.json").write_text("{")
+    with pytest.raises(SystemExit):
+        convert_pasa([str(database), f"--out={tmp_path}"])
+    assert "is not PaSa's paper_database, or damaged" in capsys.readouterr().err
