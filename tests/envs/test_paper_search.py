@@ -430,10 +430,14 @@ def test_unknown_answers_count_as_not_found(fresh: Path) -> None:
     write_lines(fresh / "RealScholarQuery/test.jsonl", [question("Bees?", [BEES[0], "2999.00001"], "odd")])
     env = opened(fresh, allow_unknown=True)
     [task] = env.tasks("test")
+    task.data["answers"][1][1] = "Xyzzy"
     assert env.content(task)
     env.reset(task)
     turn = env.step(search(PAPERS[BEES[0]]))
     assert (turn.info["recall"], turn.success) == (0.5, False)
+    turn = env.step(env.expert_action())
+    assert said(turn) == ["0 papers, 0 of them new."]
+    assert env.expert_action() == Action(text="These are the papers."), "it does not try again"
 
 
 def test_files_that_are_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

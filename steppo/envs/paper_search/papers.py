@@ -157,7 +157,6 @@ class LocalPapers(Papers):
         return self._version
 
     def prepare(self, progress: Callable[[int, int], object]) -> None:
-        self._version = ""  # the files may be others by now
         keep(self._folder / "papers", self.version, self._write)
         with closing(self._database()) as database:
             texts = [
