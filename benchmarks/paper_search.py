@@ -12,8 +12,8 @@ The folder is that of ``PaperSearchEnv`` (docs/paper_search.md), with ``papers.j
   Recall@all and F1@all are over all papers found, mean over questions.
 
 Indexing is done anew in a folder of its own. Seconds are of processor time, user and system; steps/s in worker processes,
-with ``--slots`` episodes at a time, are also by the clock. Writes ``benchmarks/results/paper_search.json`` and prints tables.
-Takes a minute.
+with ``--slots`` episodes at a time, are also by the clock. Writes ``benchmarks/results/paper_search.json`` and prints
+tables, in about a minute.
 """
 
 from __future__ import annotations

@@ -106,20 +106,20 @@ def test_an_episode_by_hand(folder: Path) -> None:
     assert turn.info == {"precision": 0, "recall": 0, "f1": 0, "papers": 0}, "an episode of refused answers counts too"
 
     turn = env.step(search("waggle dances", "queen in the hive", "Waggle  DANCES"))
-    assert said(turn) == ["1 papers, 1 of them new.", "2 papers, 2 of them new.", "Repeated: this search was made before."]
+    assert said(turn) == ["Found 1, 1 of them new.", "Found 2, 2 of them new.", "Repeated: this search was made before."]
     assert [message.tool_call_id for message in turn.messages] == ["call_0", "call_1", "call_2"]
     assert turn.reward == -0.5
     assert turn.info == {"precision": 0, "recall": 0, "f1": 0, "papers": 3}
 
     turn = env.step(expand(f"arXiv:{BEES[3]}v1"))
-    assert (said(turn), turn.reward, turn.terminated) == (["1 papers, 1 of them new."], 1.0, False)
+    assert (said(turn), turn.reward, turn.terminated) == (["Found 1, 1 of them new."], 1.0, False)
     assert turn.info == pytest.approx({"precision": 1 / 4, "recall": 1 / 2, "f1": 1 / 3, "papers": 4})
     assert turn.text.splitlines()[:2] == ["Papers found: 4.", f"[{BEES[0]}] {PAPERS[BEES[0]]} (relevance 1.00)"]
     assert turn.text.splitlines()[2] == f"[{BEES[3]}] {PAPERS[BEES[3]]} (relevance 0.00)", "then in the order they came"
 
     turn = env.step(expand(BEES[0], BEES[3], LIGHTS[0]))
     assert said(turn) == [
-        "4 papers, 1 of them new.",
+        "Found 4, 1 of them new.",
         "Repeated: this expand was made before.",
         "This id is not in the list.",
     ]
@@ -144,12 +144,12 @@ def test_what_is_not_relevant_enough_is_dropped(folder: Path) -> None:
     env = opened(folder, relevance=Lengths(), min_relevance=0.35)
     env.reset(task_about(env, "listen to bees"))
     turn = env.step(search("hive hives bees"))
-    assert said(turn) == ["4 papers, 4 of them new."]  # titles of 35, 32, 30 and 35 letters
+    assert said(turn) == ["Found 4, 4 of them new."]  # titles of 35, 32, 30 and 35 letters
     assert turn.text.splitlines()[0] == "Papers found: 2."
     assert {line[:12] for line in turn.text.splitlines()[1:]} == {f"[{BEES[0]}]", f"[{BEES[4]}]"}
     assert (turn.reward, turn.info["precision"], turn.info["papers"]) == (0.7, 1, 2)
     turn = env.step(expand(BEES[0], BEES[1]))
-    assert said(turn) == ["4 papers, 1 of them new.", "This id is not in the list."]
+    assert said(turn) == ["Found 4, 1 of them new.", "This id is not in the list."]
 
 
 def test_the_list_has_the_most_relevant(folder: Path) -> None:
@@ -183,7 +183,7 @@ def test_queries_that_find_nothing(folder: Path) -> None:
     env = opened(folder)
     env.reset(task_about(env, "listen to bees"))
     turn = env.step(search("zzz", "the", "\x00", "' OR 1=1 --", "🐝"))
-    assert said(turn) == ["0 papers, 0 of them new."] * 5
+    assert said(turn) == ["Found 0, 0 of them new."] * 5
     assert turn.action_valid
     checked_turn(turn)
 
@@ -436,7 +436,7 @@ def test_unknown_answers_count_as_not_found(fresh: Path) -> None:
     turn = env.step(search(PAPERS[BEES[0]]))
     assert (turn.info["recall"], turn.success) == (0.5, False)
     turn = env.step(env.expert_action())
-    assert said(turn) == ["0 papers, 0 of them new."]
+    assert said(turn) == ["Found 0, 0 of them new."]
     assert env.expert_action() == Action(text="These are the papers."), "it does not try again"
 
 

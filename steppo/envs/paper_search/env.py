@@ -174,20 +174,16 @@ class PaperSearchEnv(Env):
                 said = f"Not made: a step may make {self.max_calls} calls."
             elif (wrong := self._wrong(call)) is not None:
                 said = wrong
-            elif (key := _key(call)) in self._done:
+            elif _key(call) in self._done:
                 said = f"Repeated: this {call.name} was made before."
                 carried_out, repeated = carried_out + 1, repeated + 1
             else:
-                self._done.add(key)
-                papers = (
-                    self._papers.search(_argument(call), self.top_k)
-                    if call.name == "search"
-                    else self._papers.expand(key[1])
-                )
+                self._done.add(_key(call))
+                papers = self._made(call)
                 fresh = {paper.id: paper for paper in papers if paper.id not in self._seen}
                 self._seen |= fresh.keys()
                 new |= fresh
-                said = f"{len(papers)} papers, {len(fresh)} of them new."
+                said = f"Found {len(papers)}, {len(fresh)} of them new."
                 carried_out += 1
             messages.append(Message("tool", said, call.id))
         scores = self._relevance.scores(self._question, list(new.values()), self._answers) if new else []
@@ -199,12 +195,10 @@ class PaperSearchEnv(Env):
     def expert_action(self) -> Action:
         """Searches the titles of the answers that are not found yet."""
         found = {_words(paper.title) for paper, _ in self._found.values()}
-        calls = [ToolCall("search", {"query": title}) for title in dict.fromkeys(self._titles)]
-        left = [call for call in calls if _key(call) not in self._done and _words(call.arguments["query"]) not in found]
-        chosen = [
-            ToolCall(call.name, call.arguments, f"call_{number}") for number, call in enumerate(left[: self.max_calls])
-        ]
-        return Action(tool_calls=tuple(chosen)) if chosen else Action(text="These are the papers.")
+        wanted = {_words(title): title for title in self._titles}
+        left = [title for key, title in wanted.items() if key not in found and ("search", key) not in self._done]
+        calls = [ToolCall("search", {"query": title}, f"call_{n}") for n, title in enumerate(left[: self.max_calls])]
+        return Action(tool_calls=tuple(calls)) if calls else Action(text="These are the papers.")
 
     def _wrong(self, call: ToolCall) -> str | None:
         """Why a call cannot be made."""
@@ -215,6 +209,11 @@ class PaperSearchEnv(Env):
         if call.name == "expand" and plain_id(_argument(call)) not in self._found:
             return "This id is not in the list."
         return None
+
+    def _made(self, call: ToolCall) -> list[Paper]:
+        if call.name == "search":
+            return self._papers.search(_argument(call), self.top_k)
+        return self._papers.expand(plain_id(_argument(call)))
 
     def _turn(self, **outcome: Any) -> Turn:
         info = figures(self._found.keys(), self._answers) | {"papers": len(self._found)}
