@@ -85,6 +85,7 @@ _TEXTS = {
     "surrogate": b'{"papers": [{"id": "1", "title": "\\ud800"}]}',
     "deep": b"[" * 100_000,
     "empty": b'{"papers": []}',
+    "lines": b'{"papers": [{"id": "1\\n2", "title": " A\\ntitle", "abstract": "of\\nlines"}]}',
     "long": b"x" * 5000,
 }
 _IMPATIENT: dict[str, dict[str, float]] = {how: {"timeout": 0.3} for how in ("silent", "slow")}
@@ -117,8 +118,9 @@ def test_the_protocol(server: Service, papers: PaperService) -> None:
     assert papers.search("bees", 2) == [Paper(paper, PAPERS[paper]) for paper in BEES[:2]], "no more than were asked for"
     assert len(papers.expand(BEES[0])) == 5
     assert server.asked == [("/search", {"query": "bees", "limit": 2}), ("/expand", {"id": BEES[0]})]
-    server.behaviour = ["empty"]
+    server.behaviour = ["empty", "lines"]
     assert papers.search("stones", 2) == []
+    assert papers.search("lines", 2) == [Paper("1 2", "A title", "of lines")]
 
 
 @pytest.mark.parametrize("how", ["500", "503", "429", "silent", "slow", "half", "chunks", "cut", "nonsense"])

@@ -15,7 +15,7 @@ from typing import Any
 from steppo.envs.base import Env
 from steppo.envs.paper_search.papers import LocalPapers, Paper, Papers, plain_id, records
 from steppo.envs.paper_search.relevance import ExactAnswers, Relevance
-from steppo.errors import ConfigError, require_at_least
+from steppo.errors import ConfigError, in_short, require_at_least
 from steppo.types import Action, Message, Task, ToolCall, ToolSpec, Turn
 
 _FILES = {"train": "AutoScholarQuery/train", "valid": "AutoScholarQuery/dev", "test": "RealScholarQuery/test"}
@@ -223,7 +223,10 @@ class PaperSearchEnv(Env):
         if not self._found:
             return "Papers found: none yet."
         ranked = sorted(self._found.values(), key=lambda found: -found[1])  # those found first before others
-        shown = [f"[{paper.id}] {_short(paper.title)} (relevance {score:.2f})" for paper, score in ranked[: self.max_listed]]
+        shown = [
+            f"[{paper.id}] {in_short(paper.title, _LONGEST_TITLE)} (relevance {score:.2f})"
+            for paper, score in ranked[: self.max_listed]
+        ]
         rest = f", of which these are the {len(shown)} most relevant" if len(shown) < len(ranked) else ""
         return "\n".join([f"Papers found: {len(ranked)}{rest}.", *shown])
 
@@ -257,8 +260,3 @@ def _key(call: ToolCall) -> tuple[str, str]:
 
 def _words(text: str) -> str:
     return " ".join(text.lower().split())
-
-
-def _short(title: str) -> str:
-    text = " ".join(title.split())
-    return text if len(text) <= _LONGEST_TITLE else text[: _LONGEST_TITLE - 4] + " ..."

@@ -44,7 +44,7 @@ class Paper:
         if not isinstance(record, dict):
             raise ValueError("a paper is no JSON object")
         try:
-            texts = [plain_text(name, record.get(name) or "").strip() for name in ("id", "title", "abstract")]
+            texts = [" ".join(plain_text(name, record.get(name) or "").split()) for name in ("id", "title", "abstract")]
         except WrongValue as error:
             raise ValueError(f"of a paper, {error}") from None
         if not texts[0] or not texts[1]:
