@@ -4,6 +4,7 @@ from steppo.envs.alfworld import AlfworldEnv
 from steppo.envs.base import Env, TextGameEnv
 from steppo.envs.gymnasium import GymnasiumEnv
 from steppo.envs.multihop_qa import MultihopQAEnv
+from steppo.envs.paper_search import PaperSearchEnv
 from steppo.envs.textworld import TextWorldEnv
 
-__all__ = ["AlfworldEnv", "Env", "GymnasiumEnv", "MultihopQAEnv", "TextGameEnv", "TextWorldEnv"]
+__all__ = ["AlfworldEnv", "Env", "GymnasiumEnv", "MultihopQAEnv", "PaperSearchEnv", "TextGameEnv", "TextWorldEnv"]

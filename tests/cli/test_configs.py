@@ -18,6 +18,7 @@ from steppo.models import SeparateCritic
 from steppo.packing import PrefixTreePacker
 from tests.alfworld_games import write_games
 from tests.cli_helpers import TOY
+from tests.paper_files import write_data
 from tests.qa_data import write_questions
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -58,6 +59,7 @@ def build(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     """Parses and instantiates a command line without running it."""
     monkeypatch.setenv("ALFWORLD_DATA", str(write_games(tmp_path)))
     monkeypatch.setenv("MULTIHOP_QA_DATA", str(write_questions(tmp_path)))
+    monkeypatch.setenv("PAPER_SEARCH_DATA", str(write_data(tmp_path / "papers")))
     monkeypatch.setattr(LightningCLI, "_run_subcommand", lambda self, subcommand: None)
     monkeypatch.chdir(tmp_path)
     return lambda *args: main(["fit", *(str(arg) for arg in args)])
