@@ -6,5 +6,15 @@ from steppo.envs.gymnasium import GymnasiumEnv
 from steppo.envs.multihop_qa import MultihopQAEnv
 from steppo.envs.paper_search import PaperSearchEnv
 from steppo.envs.textworld import TextWorldEnv
+from steppo.envs.webshop import WebshopEnv
 
-__all__ = ["AlfworldEnv", "Env", "GymnasiumEnv", "MultihopQAEnv", "PaperSearchEnv", "TextGameEnv", "TextWorldEnv"]
+__all__ = [
+    "AlfworldEnv",
+    "Env",
+    "GymnasiumEnv",
+    "MultihopQAEnv",
+    "PaperSearchEnv",
+    "TextGameEnv",
+    "TextWorldEnv",
+    "WebshopEnv",
+]

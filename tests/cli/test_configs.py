@@ -20,6 +20,7 @@ from tests.alfworld_games import write_games
 from tests.cli_helpers import TOY
 from tests.paper_files import write_data
 from tests.qa_data import write_questions
+from tests.webshop_goods import write_goods
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 # Credit, ratio, critic, group size, KL, over textworld.yaml.
@@ -60,6 +61,8 @@ def build(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     monkeypatch.setenv("ALFWORLD_DATA", str(write_games(tmp_path)))
     monkeypatch.setenv("MULTIHOP_QA_DATA", str(write_questions(tmp_path)))
     monkeypatch.setenv("PAPER_SEARCH_DATA", str(write_data(tmp_path / "papers")))
+    monkeypatch.setenv("WEBSHOP_DATA", str(write_goods(tmp_path, pen=True)))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(LightningCLI, "_run_subcommand", lambda self, subcommand: None)
     monkeypatch.chdir(tmp_path)
     return lambda *args: main(["fit", *(str(arg) for arg in args)])
