@@ -115,13 +115,13 @@ def _make(paths: Sequence[Path], scratch: Path) -> None:
                 known.add(asin)
                 wishes = json.loads(found[1].get(asin, "[]")) if human else None
                 product = Product.of(record, json.loads(found[0].get(asin, "{}")), wishes)
-                text, own = product.written(), product.num_goals
+                text, own, words = product.written(), product.num_goals, product.searched
             except Exception as error:
                 missing = f"it has no {error}" if isinstance(error, KeyError) else said(error)
                 raise ConfigError(f"WebshopEnv: product {number + 1} ({asin}) of {items}: {missing}") from None
             asins.append(asin)
             goals.append(own)
-            sha256.update(f"{asin} {product.searched}\n".encode("utf-8", "replace"))
+            sha256.update(f"{asin} {words}\n".encode("utf-8", "replace"))
             yield text
 
     Texts.write(written(), scratch)

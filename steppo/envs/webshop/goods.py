@@ -22,7 +22,7 @@ class Product:
 
     Attributes:
         options: Values by the option's name, in lower case.
-        price: In dollars; of a range one price in it, which follows from asin and range.
+        price: In dollars; of a range one price in it, which follows from the asin.
         price_tag: What is shown.
         attributes: What the reward takes for the product's own.
         wishes: Instruction, attributes and options of each. Without options (``None``) it stands for all combinations.
@@ -151,7 +151,7 @@ def _price(asin: str, pricing: str | None) -> tuple[float, str]:
         raise ValueError(f"its price {pricing!r} is none in dollars") from None
     if len(prices) == 1:
         return low, f"${low}"
-    return random.Random(f"{asin} {pricing}").uniform(low, high), f"${low} to ${high}"
+    return random.Random(asin).uniform(low, high), f"${low} to ${high}"
 
 
 def _price_upper(asin: str, price: float, instruction: str) -> float:
