@@ -9,6 +9,10 @@ play the expert's episodes, by the clock and by the processor time of the busies
 over, each copy with a number of its own; reading and indexing them, and searches in all. Words are no more than before, so
 the full set may take longer.
 
+``not_met``: goals that their own product does not meet if values that are chosen are compared with name and value together,
+as in the publishers' code. ``tagger`` (``--tagger en_core_web_sm``, which spaCy has to have): purchases whose reward is the
+same with its nouns of titles, for products that a search finds, that have the same query, and any.
+
 Writes ``benchmarks/results/webshop.json`` and prints tables. Takes a minute or two.
 """
 
@@ -27,6 +31,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +39,8 @@ import psutil
 
 from steppo.envs import WebshopEnv
 from steppo.envs.pool import EnvPool
+from steppo.envs.webshop import reward
+from steppo.envs.webshop.goods import Goal
 from steppo.types import Task, Turn
 
 ROOT = Path(__file__).parent.parent
@@ -119,6 +126,53 @@ def in_workers(env: WebshopEnv, tasks: Sequence[Task], workers: int) -> dict[str
         return {"by_the_clock": steps / (time.perf_counter() - began), "of_the_busiest": steps / busiest}
 
 
+def not_met(goals: Sequence[Goal]) -> int:
+    """The publishers' code finds a colour within the value that is chosen, but a goal's only if that is the name or value."""
+
+    def met(value: str, name: str, wanted: str) -> bool:
+        color = next((each for each in reward._COLORS if each in (name, wanted)), f"{name} {wanted}")
+        return reward.alike(reward._color_or_all(value), color)
+
+    pairs = [list(zip(sorted(goal.product.options), goal.options, strict=True)) for goal in goals]
+    return sum(not all(any(met(value, *pair) for _, value in chosen) for pair in chosen) for chosen in pairs)
+
+
+def tagged(env: WebshopEnv, goals: Sequence[Goal], tagger: str) -> dict[str, Any]:
+    """Rewards of purchases with the nouns of a tagger, and with ours."""
+    import spacy
+
+    read, ours = spacy.load(tagger, exclude=["parser", "ner", "lemmatizer"]), reward._nouns
+    theirs = lru_cache(None)(lambda title: [word.text.lower() for word in read(title) if word.pos_ in ("NOUN", "PROPN")])
+    products = [env._goods.product(row) for row in range(len(env._goods))]
+    chance, found = random.Random(0), {}
+    for kind in ("search", "query", "any"):
+        rows = []
+        for goal in chance.sample(goals, min(3000, len(goals))):
+            choice = products
+            if kind == "search":
+                choice = [products[row] for row in env._search(goal.wish.lower())[:10]] or products
+            elif kind == "query":
+                choice = [product for product in products if product.query == goal.product.query]
+            product = chance.choice(choice)
+            chosen = [chance.choice(values) for values in product.options.values() if values and chance.random() < 0.7]
+            both = []
+            for nouns in (ours, theirs):
+                reward._nouns = nouns
+                both.append(reward.worth(product, chosen, goal))
+            rows.append(both)
+        found[kind] = {
+            "purchases": len(rows),
+            "same_type": statistics.mean(one.type == other.type for one, other in rows),
+            "same_success": statistics.mean((one.score == 1) == (other.score == 1) for one, other in rows),
+            "score": {
+                "ours": statistics.mean(one.score for one, _ in rows),
+                "tagger": statistics.mean(o.score for _, o in rows),
+            },
+        }
+    reward._nouns = ours
+    return found
+
+
 def copies(folder: Path, times: int, into: Path) -> None:
     """The files with each product so many times over, as the full set's."""
     found = {}
@@ -192,6 +246,7 @@ def main() -> None:
     )
     parser.add_argument("--goals", type=int, default=1000, help="most goals of a split to play")
     parser.add_argument("--copies", type=int, default=20, help="how many times over the products are, for scale; 0 for none")
+    parser.add_argument("--tagger", help="a model of spaCy's; not compared unless given")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "webshop.json")
     parser.add_argument("--cache_dir", help=argparse.SUPPRESS)
     parser.add_argument("--part", help=argparse.SUPPRESS)
@@ -215,6 +270,11 @@ def main() -> None:
             name: {split: play(env, tasks[: args.goals], choose) for split, tasks in splits.items()}
             for name, choose in players.items()
         }
+        tasks = [task for split in splits.values() for task in split]
+        goals = [env._goods.product(task.data["row"]).goal(task.data["number"]) for task in tasks]
+        record["not_met"] = not_met(goals)
+        if args.tagger:
+            record["tagger"] = tagged(env, goals, args.tagger)
         fresh = WebshopEnv(args.data, cache_dir=cache)
         record["steps_per_s_in_workers"] = {n: in_workers(fresh, splits["train"][:2000], n) for n in (1, 2)}
         if args.copies:
@@ -222,7 +282,10 @@ def main() -> None:
 
     from measuring import about, markdown  # with torch, which must not be there before
 
-    command = f"python benchmarks/webshop.py --goals {args.goals} --copies {args.copies}"  # without folders
+    options = [
+        f"--{name}={getattr(args, name)}" for name in ("goals", "copies", "tagger") if getattr(args, name) is not None
+    ]
+    command = f"python benchmarks/webshop.py {' '.join(options)}"  # without folders
     record = about() | {"command": command} | record
     record["versions"]["bm25s"] = importlib.metadata.version("bm25s")
     args.out.write_text(json.dumps(record, indent=1) + "\n")
@@ -233,6 +296,8 @@ def main() -> None:
             figures = [f"{row[key]:,.1f}" for key in ("goals", "score", "success", "steps_per_s")]
             rows.append([name, split, *figures, f"{row['steps']['mean']:.2f}", f"{1e3 * row['reset_s']:.3f}"])
     print(markdown(["player", "split", "goals", "score", "success", "steps/s", "steps", "reset, ms"], rows))
+    print(f"\nnot met as the publishers compare: {record['not_met']} of {sum(record['counts'].values())}")
+    print(json.dumps(record.get("tagger"), indent=1))
     print(f"\nsteps/s in workers: {record['steps_per_s_in_workers']}")
     if args.copies:
         print(f"\n{json.dumps(record['scale'], indent=1)}\nfull set: {FULL / record['scale']['products']:.0f} times as many")
