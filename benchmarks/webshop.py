@@ -127,7 +127,7 @@ def in_workers(env: WebshopEnv, tasks: Sequence[Task], workers: int) -> dict[str
 
 
 def not_met(goals: Sequence[Goal]) -> int:
-    """The publishers' code finds a colour within the value that is chosen, but a goal's only if that is the name or value."""
+    """It finds a colour within the value that is chosen, but a goal's only if that is its name or value."""
 
     def met(value: str, name: str, wanted: str) -> bool:
         color = next((each for each in reward._COLORS if each in (name, wanted)), f"{name} {wanted}")

@@ -494,6 +494,7 @@ def spoil(folder: Path, number: int, **changes: Any) -> Path:
         ({"pricing": 5}, "its price 5 is none in dollars"),
         ({"name": None}, r"product 1 \(B0MUG00001\) of .*: it has no 'name'"),
         ({"name": 5}, r"product 1 \(B0MUG00001\) of .*: TypeError"),
+        ({"asin": "Ä"}, r"product 1 \(Ä\) of .*: UnicodeEncodeError"),
         ({"asin": None}, r"product 1 \(\?\) of .*: it has no 'asin'"),
         ({"customization_options": ["red"]}, r"product 1 \(B0MUG00001\) of .*: AttributeError"),
     ],

@@ -110,7 +110,7 @@ def _make(paths: Sequence[Path], scratch: Path) -> None:
             asin = "?"
             try:
                 asin = record["asin"]
-                if asin in known or asin == "nan" or len(asin) > 10:  # as the publishers do
+                if asin in known or asin == "nan" or len(asin.encode("ascii")) > 10:  # as the publishers do
                     continue
                 known.add(asin)
                 wishes = json.loads(found[1].get(asin, "[]")) if human else None
