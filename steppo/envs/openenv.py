@@ -18,9 +18,6 @@ from dataclasses import replace
 from typing import Any
 from urllib.parse import urlsplit
 
-from jsonschema import Draft202012Validator
-from jsonschema.exceptions import best_match
-
 from steppo.envs.base import Env
 from steppo.envs.checks import shown
 from steppo.envs.foreign import recorded, require_sizes, require_verdict, seeds, solved
@@ -48,6 +45,7 @@ class OpenEnvEnv(Env):
             session, and many servers take one only.
         goal: What the agent is told to do.
         reset: What the server's ``reset`` is given beside the seed.
+        commands: Of an action that is an answer, what may be said, to be shown. Values that it names need none.
         show: Fields of an observation that the agent reads; all unless given.
         success_reward: Return at which an episode is solved; one of at most 0 is compared when the environment ends it.
             There is no verdict unless given.
@@ -65,6 +63,7 @@ class OpenEnvEnv(Env):
         server: str,
         goal: str = "",
         reset: dict[str, Any] | None = None,
+        commands: list[str] | None = None,
         show: list[str] | None = None,
         success_reward: float | None = None,
         timeout: float = 30.0,
@@ -82,6 +81,7 @@ class OpenEnvEnv(Env):
         self.server = server
         self.goal = goal
         self.reset_with = dict(reset or {})
+        self.commands = commands
         self.show = show
         self.success_reward = success_reward
         self.timeout = timeout
@@ -114,7 +114,6 @@ class OpenEnvEnv(Env):
     def _read(self, action: dict[str, Any], observed: Mapping[str, Any], url: str) -> None:
         """How the agent acts, and what it sees."""
         self._field, self._values = "", dict[str, Any]()
-        self._commands: dict[str, Any] | None = None
         self._is_mcp = action.get("title") in _MCP_ACTIONS
         if (unknown := sorted(set(self.show or ()) - set(observed))) and not self._is_mcp:
             raise ConfigError(f"observations have no {', '.join(unknown)} to show, only {', '.join(observed)}")
@@ -128,7 +127,10 @@ class OpenEnvEnv(Env):
         required = [name for name in action.get("required", []) if name in fields]
         if len(required) == 1 and (field := _resolved(fields[required[0]], action)).get("type") in _PLAIN:
             self._field, self._values = required[0], field
-            self._commands = {str(value): value for value in field["enum"]} if "enum" in field else None
+            self.commands = self.commands or [str(value) for value in field.get("enum", ())] or None
+            for command in self.commands or ():
+                if "..." not in command and (wrong := self._value(command)[1]):
+                    raise ConfigError(wrong)
             return
         parameters: dict[str, Any] = {"type": "object", "properties": fields, "additionalProperties": False}
         parameters |= {name: action[name] for name in ("required", "$defs") if name in action}
@@ -162,13 +164,9 @@ class OpenEnvEnv(Env):
     def step(self, action: Action) -> Turn:
         if self.tools:
             return self._called(action)
-        text = str(action)
-        try:
-            value = self._commands[text] if self._commands is not None else _value(text, self._values)
-        except (KeyError, ValueError, RecursionError):
-            return self._turn.refused(f"{shown(text)} is no {self._field}.")
-        if wrong := best_match(Draft202012Validator(self._values).iter_errors(value)):
-            return self._turn.refused(f"{shown(text)} is no {self._field}: {in_short(wrong.message)}.")
+        value, wrong = self._value(str(action))
+        if wrong:
+            return self._turn.refused(wrong)
         try:
             return self._said(self._asked("", "step", {self._field: value}))
         except _Refused as refused:
@@ -196,6 +194,15 @@ class OpenEnvEnv(Env):
         self._turn = replace(turn, text="", messages=tuple(answers), reward=reward)
         return self._turn
 
+    def _value(self, text: str) -> tuple[Any, str]:
+        """What was said as the action's field takes it, and why it cannot be, if so."""
+        try:
+            value = text if self._values["type"] == "string" else json.loads(text.lower())
+        except (ValueError, RecursionError):
+            return None, f"{shown(text)} is no {self._field}."
+        wrong = _wrong(value, self._values)
+        return value, wrong and f"{shown(text)} is no {self._field}: {in_short(wrong)}."
+
     def _payload(self, call: ToolCall) -> dict[str, Any]:
         if self._is_mcp:
             return {"type": "call_tool", "tool_name": call.name, "arguments": dict(call.arguments)}
@@ -215,7 +222,7 @@ class OpenEnvEnv(Env):
         self._turn = Turn(
             _tool_result(seen) if self._is_mcp and "tool_name" in seen else _readable(seen, self.show),
             self.goal,
-            None if self._commands is None else tuple(self._commands),
+            None if self.commands is None else tuple(self.commands),
             reward=float(reward or 0.0),
             terminated=done,
             success=solved(self._return, self.success_reward, done),
@@ -353,9 +360,13 @@ def _resolved(field: dict[str, Any], schema: Mapping[str, Any]) -> dict[str, Any
     return about | schema.get("$defs", {}).get(field.get("$ref", "").removeprefix("#/$defs/"), {})
 
 
-def _value(text: str, schema: Mapping[str, Any]) -> Any:
-    """What was said as the action's field has it. Raises ``ValueError``."""
-    return text if schema["type"] == "string" else json.loads(text.lower())
+def _wrong(value: Any, schema: Mapping[str, Any]) -> str:
+    """Why a value is not what the schema says; empty if it is."""
+    from jsonschema import Draft202012Validator  # not for every worker of any environment
+    from jsonschema.exceptions import best_match
+
+    error = best_match(Draft202012Validator(schema).iter_errors(value))
+    return "" if error is None else error.message
 
 
 def _readable(seen: Mapping[str, Any], show: list[str] | None) -> str:
