@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import importlib.util
 import json
+import math
 import os
 import shlex
 import socket
@@ -21,7 +22,7 @@ from urllib.parse import urlsplit
 from steppo.envs.base import Env
 from steppo.envs.checks import shown
 from steppo.envs.foreign import recorded, require_sizes, require_verdict, seeds, solved
-from steppo.errors import ConfigError, WrongValue, in_short, require_at_least, said
+from steppo.errors import ConfigError, WrongValue, in_short, said
 from steppo.types import Action, Message, Task, ToolCall, ToolSpec, Turn
 
 # openenv is imported where it is used: it is an extra, and workers of other environments do without.
@@ -30,6 +31,7 @@ _MCP_ACTIONS = ("Action", "CallToolAction", "ListToolsAction")  # where actions 
 _ACT = "act"
 _LOCAL = ("localhost", "127.0.0.1", "::1")
 _LONGEST_LOG = 2**20
+_PAUSE = 0.5
 
 
 class OpenEnvEnv(Env):
@@ -75,7 +77,9 @@ class OpenEnvEnv(Env):
         self.num_tasks = {"train": num_train, "valid": num_valid, "test": num_test}
         require_sizes("OpenEnvEnv", self.num_tasks)
         require_verdict("OpenEnvEnv", success_reward)
-        require_at_least(1, self, timeout=timeout, start_timeout=start_timeout)
+        for setting, seconds in (("timeout", timeout), ("start_timeout", start_timeout)):
+            if not 0 < seconds < math.inf:
+                raise ConfigError(f"OpenEnvEnv: {setting} must be above 0 seconds and finite, not {seconds}")
         if "seed" in (reset or {}):
             raise ConfigError("OpenEnvEnv: reset cannot hold seed: a task is a seed")
         self.server = server
@@ -152,13 +156,11 @@ class OpenEnvEnv(Env):
         assert self._started is not None
         self._return = 0.0
         given = {"seed": task.data["seed"], **self.reset_with}
-        known = self._client is not None
         try:
             result = self._asked(self._started.url(), "reset", **given)
         except _Gone:
-            if not known:
-                raise
-            result = self._asked(self._started.url(), "reset", **given)  # it has gone since, and may be back
+            time.sleep(_PAUSE)  # it may be ending, or starting
+            result = self._asked(self._started.url(), "reset", **given)
         return self._said(result)
 
     def step(self, action: Action) -> Turn:
