@@ -65,7 +65,7 @@ class VerifiersEnv(Env):
             self.name = env.config.env_id
             with Stage(env) as stage, stage.dialogue(self._tasks(env, 0, 1)[0].data) as dialogue:
                 self.tools = [ToolSpec(**tool) for tool in dialogue.tools()]
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # where it wants a login it ends the process
             raise ConfigError(f"VerifiersEnv: this environment cannot be played: {said(error)}") from None
 
     def tasks(self, split: str) -> list[Task]:

@@ -248,15 +248,18 @@ def _gist(message: Mapping[str, Any]) -> tuple[str, Any]:
 
 
 def loaded(settings: Mapping[str, Any]) -> vf.Env:
-    """The environment of these settings, with ``Chat`` as the one agent that is to be played."""
+    """The environment of these settings, with ``Chat`` as the agent that is to be played, and as others that chat."""
     config = vf.resolve_env_config(dict(settings))
     agents = agent_config_fields(config)
     free = [name for name, agent in agents.items() if agent.model is None]
     if len(free) != 1:
         raise ConfigError(f"of its agents ({', '.join(agents)}) all but one need a model, not {len(agents) - len(free)}")
-    agent = agents[free[0]]
-    harness = agent.harness.id if agent.harness else vf.default_harness_id(config.taskset.id)
-    if harness not in _REPLACED:
-        raise ConfigError(f"its agent is the program {harness}, whose steps are its own; name the harness null")
-    update = {"harness": ChatConfig(), "runtime": vf.SubprocessConfig()}
-    return vf.load_environment(config.model_copy(update={free[0]: agent.model_copy(update=update)}))
+    default = vf.default_harness_id(config.taskset.id)
+    local = {}
+    for name, agent in agents.items():
+        harness = agent.harness.id if agent.harness else default
+        if harness in _REPLACED:
+            local[name] = agent.model_copy(update={"harness": ChatConfig(), "runtime": vf.SubprocessConfig()})
+        elif name in free:
+            raise ConfigError(f"its agent is the program {harness}, whose steps are its own; name the harness null")
+    return vf.load_environment(config.model_copy(update=local))
