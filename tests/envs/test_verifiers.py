@@ -35,6 +35,7 @@ def _tasksets(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for name in ("en", "en-basic"):
         (words / name).write_text("lamp\nstone\ncandle\nlantern\n")
     monkeypatch.setenv("NLTK_DATA", str(tmp_path / "nltk"))
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # or it would fetch more
 
 
 def quiz(kind: str = "alone", **settings: Any) -> VerifiersEnv:
@@ -178,7 +179,13 @@ def test_hangman_of_textarena_is_trained(tmp_path: Path) -> None:
     ]
     settings += ["success_reward=1", "num_valid=3"]
     options = ["--data.source.env=VerifiersEnv", *(f"--data.source.env.{setting}" for setting in settings)]
-    options += ["--data.source.max_steps=8", "--data.source.max_prompt_tokens=480", "--rollout.episodes_per_iteration=4"]
+    options += [
+        "--data.source.max_steps=8",
+        "--data.source.max_prompt_tokens=1400",
+        "--data.source.max_new_tokens=8",
+        "--model.policy.max_positions=1536",
+        "--rollout.episodes_per_iteration=4",
+    ]
     options += [
         "--warm_start.episodes=6",
         "--warm_start.actions=random",
