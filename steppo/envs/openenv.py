@@ -123,7 +123,7 @@ class OpenEnvEnv(Env):
             raise ConfigError(f"observations have no {', '.join(unknown)} to show, only {', '.join(observed)}")
         if self._is_mcp:
             tools = self._asked(url, "step", {"type": "list_tools"}).observation.get("tools")
-            self.tools = [ToolSpec(tool["name"], tool["description"], tool["input_schema"]) for tool in tools]
+            self.tools = [ToolSpec(tool["name"], tool.get("description") or "", tool["input_schema"]) for tool in tools]
             if not self.tools:
                 raise ConfigError(f"the server at {url} has no tool to call")
             return

@@ -16,6 +16,7 @@ from steppo.envs import VerifiersEnv
 from steppo.errors import ConfigError, WrongValue
 from steppo.types import Action, Message, ToolCall, Turn
 from tests.cli_helpers import evaluations, run
+from tests.game_words import write_words
 
 TASKSETS = Path(__file__).parent.parent / "tasksets"
 SIZES = {"num_train": 2, "num_valid": 2, "num_test": 1}
@@ -30,12 +31,7 @@ def _tasksets(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """What verifiers and the servers of its tools find by name; invented words for the game."""
     monkeypatch.syspath_prepend(TASKSETS)
     monkeypatch.setenv("PYTHONPATH", str(TASKSETS), prepend=":")
-    words = tmp_path / "nltk" / "corpora" / "words"
-    words.mkdir(parents=True)
-    for name in ("en", "en-basic"):
-        (words / name).write_text("lamp\nstone\ncandle\nlantern\n")
-    monkeypatch.setenv("NLTK_DATA", str(tmp_path / "nltk"))
-    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # or it would fetch more
+    write_words(monkeypatch, tmp_path)
 
 
 def quiz(kind: str = "alone", **settings: Any) -> VerifiersEnv:
