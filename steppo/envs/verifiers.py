@@ -26,8 +26,9 @@ class VerifiersEnv(Env):
     programs (a harness such as ``codex``), and episodes with several dialogues.
 
     Args:
-        config: verifiers' own settings of the environment: ``taskset: {id: textarena, game: Hangman-v0}``, and what else it
-            has. Of several agents all but one need a ``model`` (and its ``client``).
+        taskset: verifiers' own settings of the taskset, such as ``{id: textarena, game: Hangman-v0}``.
+        config: What else verifiers has under ``env``: ``id``, agents, ``timeout``. Of several agents all but one need a
+            ``model`` (and its ``client``).
         commands: What may be said, to be shown. Nothing unless given.
         success_reward: Reward at which an episode is solved. There is no verdict unless given.
         num_train: Number of training tasks: the taskset's first.
@@ -37,7 +38,8 @@ class VerifiersEnv(Env):
 
     def __init__(
         self,
-        config: dict[str, Any],
+        taskset: dict[str, Any],
+        config: dict[str, Any] | None = None,
         commands: list[str] | None = None,
         success_reward: float | None = None,
         num_train: int = 100,
@@ -47,7 +49,9 @@ class VerifiersEnv(Env):
         self.num_tasks = {"train": num_train, "valid": num_valid, "test": num_test}
         require_sizes("VerifiersEnv", self.num_tasks)
         require_verdict("VerifiersEnv", success_reward)
-        self.config = config
+        if "taskset" in (config or {}):
+            raise ConfigError("VerifiersEnv: config cannot hold taskset: it is a setting of its own")
+        self.config = {**(config or {}), "taskset": taskset}
         self.commands = None if commands is None else tuple(commands)
         self.success_reward = success_reward
         self._stage: Stage | None = None

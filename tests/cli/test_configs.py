@@ -79,9 +79,9 @@ def others(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
         subprocess.run(["openenv", "init", "echo_env"], cwd=tmp_path, check=True, capture_output=True)
 
     def verifiers() -> None:
+        write_words(monkeypatch, tmp_path)
         for name in ("verifiers", "textarena"):
             pytest.importorskip(name)
-        write_words(monkeypatch, tmp_path)
 
     return {"openenv": openenv, "verifiers": verifiers}
 

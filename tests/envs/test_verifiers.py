@@ -35,7 +35,7 @@ def _tasksets(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def quiz(kind: str = "alone", **settings: Any) -> VerifiersEnv:
-    return VerifiersEnv({"taskset": {"id": "quiz", "kind": kind}}, **(SIZES | settings))
+    return VerifiersEnv({"id": "quiz", "kind": kind}, **(SIZES | settings))
 
 
 @contextmanager
@@ -65,8 +65,7 @@ def test_a_task_of_one_answer() -> None:
 
 @installed
 def test_tools() -> None:
-    config = {"taskset": {"id": "quiz", "task": {"tools": True}}}
-    with playing(VerifiersEnv(config, **SIZES)) as env:
+    with playing(VerifiersEnv({"id": "quiz", "task": {"tools": True}}, **SIZES)) as env:
         (tool,) = env.tools
         assert (tool.name, tool.description) == ("letters_count", "Counts the letters of a word.")
         assert tool.parameters["required"] == ["word"]
@@ -119,31 +118,21 @@ def test_what_fails_ends_the_episode(kind: str) -> None:
         assert env.reset(env.tasks("train")[1]).text, "the next one is whole"
 
 
+QUIZ = {"id": "quiz"}
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "sizes": ({"num_test": -1}, "a split holds 0 to 1,000,000 tasks"),
     "success": ({"success_reward": float("nan")}, "success_reward must be finite, not nan"),
+    "twice": ({"config": {"taskset": QUIZ}}, "config cannot hold taskset: it is a setting of its own"),
 }
 WRONG_WITH_IT: dict[str, tuple[dict[str, Any], str]] = {
-    "taskset": (
-        {"config": {"taskset": {"id": "no_such"}}},
-        "cannot be played: ModuleNotFoundError: taskset 'no_such' not found",
-    ),
-    "none": ({"config": {}}, "cannot be played: ValueError: SingleAgentEnv needs a seed taskset"),
-    "setting": ({"config": {"taskset": {"id": "quiz", "sort": 1}}}, "taskset.sort Extra inputs are not permitted"),
-    "agents": (
-        {"config": {"taskset": {"id": "quiz"}, "other": {"model": None}}},
-        "of its agents (agent, other) all but one",
-    ),
-    "program": (
-        {"config": {"taskset": {"id": "quiz"}, "agent": {"harness": {"id": "codex"}}}},
-        "its agent is the program codex",
-    ),
-    "picture": ({"config": {"taskset": {"id": "quiz", "kind": "picture"}}}, "says something that is no text: image_url"),
-    "example": (
-        {"config": {"taskset": {"id": "quiz", "kind": "example"}}},
-        "speaks as assistant, which only the policy does",
-    ),
-    "fails": ({"config": {"taskset": {"id": "quiz", "kind": "fails"}}}, "quiz has failed: EnvError: .*out of questions"),
+    "taskset": ({"taskset": {"id": "no_such"}}, "cannot be played: ModuleNotFoundError: taskset 'no_such' not found"),
+    "none": ({"taskset": {}}, "cannot be played: ValueError: SingleAgentEnv needs a seed taskset"),
+    "setting": ({"taskset": {"id": "quiz", "sort": 1}}, "taskset.sort Extra inputs are not permitted"),
+    "agents": ({"config": {"other": {"model": None}}}, "of its agents (agent, other) all but one"),
+    "program": ({"config": {"agent": {"harness": {"id": "codex"}}}}, "its agent is the program codex"),
+    "picture": ({"taskset": QUIZ | {"kind": "picture"}}, "says something that is no text: image_url"),
+    "example": ({"taskset": QUIZ | {"kind": "example"}}, "speaks as assistant, which only the policy does"),
+    "fails": ({"taskset": QUIZ | {"kind": "fails"}}, "quiz has failed: EnvError: .*out of questions"),
 }
 
 
@@ -151,7 +140,7 @@ WRONG_WITH_IT: dict[str, tuple[dict[str, Any], str]] = {
 def test_wrong_settings_are_said_at_once(name: str) -> None:
     settings, message = (WRONG | WRONG_WITH_IT)[name]
     with pytest.raises(ConfigError, match=message.replace("(", r"\(").replace(")", r"\)")) as error:
-        VerifiersEnv(**({"config": {"taskset": {"id": "quiz"}}} | settings))
+        VerifiersEnv(**({"taskset": QUIZ} | settings))
     assert "\n" not in str(error.value)
 
 
@@ -169,7 +158,7 @@ def test_hangman_of_textarena_is_trained(tmp_path: Path) -> None:
     """An environment that comes with verifiers, of a game that is another's. What it returns is recorded as it came."""
     pytest.importorskip("textarena", reason="needs textarena and nltk")
     settings = [
-        "config={taskset: {id: textarena, game: Hangman-v0}}",
+        "taskset={id: textarena, game: Hangman-v0}",
         'commands=["[a]", "[l]", "[lamp]", "[candle]"]',
         "num_train=6",
     ]
@@ -199,6 +188,6 @@ def test_hangman_of_textarena_is_trained(tmp_path: Path) -> None:
 @installed
 def test_a_taskset_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as error:
-        run(tmp_path, "--data.source.env=VerifiersEnv", "--data.source.env.config={taskset: {id: no_such}}")
+        run(tmp_path, "--data.source.env=VerifiersEnv", "--data.source.env.taskset={id: no_such}")
     assert error.value.code == 2
     assert "taskset 'no_such' not found" in capsys.readouterr().err.splitlines()[-1]
