@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping
 from numbers import Integral
@@ -11,15 +10,12 @@ from typing import Any, Literal
 import numpy as np
 
 from steppo.envs.base import TextGameEnv
-from steppo.envs.checks import MOST_ENTRIES, plain_entries, shown
+from steppo.envs.checks import shown
+from steppo.envs.foreign import recorded, require_sizes, require_verdict, seeds, solved
 from steppo.errors import ConfigError, WrongValue, said
 from steppo.types import Task, Turn
 
 # gymnasium is imported where it is used: it is an extra, and workers of other environments do without.
-
-_SPLITS = ("train", "valid", "test")
-_SEEDS_PER_SPLIT = 1_000_000
-_READ_ELSEWHERE = ("success", "action_valid", "is_success", "action_mask")
 
 _COLOURS = ("black", "red", "green", "yellow", "blue", "magenta", "cyan", "white")
 _STYLE = re.compile(r"\x1b\[([\d;:]*)m")
@@ -61,10 +57,9 @@ class GymnasiumEnv(TextGameEnv):
         num_valid: int = 100,
         num_test: int = 100,
     ) -> None:
-        if not 0 <= min(num_train, num_valid, num_test) <= max(num_train, num_valid, num_test) <= _SEEDS_PER_SPLIT:
-            raise ConfigError(f"GymnasiumEnv: a split holds 0 to {_SEEDS_PER_SPLIT:,} tasks")
-        if success_reward is not None and not math.isfinite(success_reward):
-            raise ConfigError(f"GymnasiumEnv: success_reward must be finite, not {success_reward}")
+        self.num_tasks = {"train": num_train, "valid": num_valid, "test": num_test}
+        require_sizes("GymnasiumEnv", self.num_tasks)
+        require_verdict("GymnasiumEnv", success_reward)
         if unknown := sorted(set(colours or {}) - set(_COLOURS)):
             raise ConfigError(f"GymnasiumEnv: colours has no {', '.join(unknown)}, only {', '.join(_COLOURS)}")
         if "render_mode" in (kwargs or {}):
@@ -76,7 +71,6 @@ class GymnasiumEnv(TextGameEnv):
         self.observation = observation
         self.colours = dict(colours or {})
         self.success_reward = success_reward
-        self.num_tasks = {"train": num_train, "valid": num_valid, "test": num_test}
         self._env: Any = None
         self._return = 0.0
         self._turn = Turn()
@@ -137,10 +131,7 @@ class GymnasiumEnv(TextGameEnv):
         return dict(zip(names, numbers, strict=True))
 
     def tasks(self, split: str) -> list[Task]:
-        if split not in _SPLITS:
-            raise ConfigError(f"GymnasiumEnv has no split {split!r}; it has {', '.join(_SPLITS)}")
-        start, name = _SPLITS.index(split) * _SEEDS_PER_SPLIT, self.id.rpartition(":")[2]
-        return [Task(f"{name}/{seed}", {"seed": seed}) for seed in range(start, start + self.num_tasks[split])]
+        return seeds("GymnasiumEnv", self.id.rpartition(":")[2], split, self.num_tasks)
 
     def start(self) -> None:
         import gymnasium
@@ -190,7 +181,7 @@ class GymnasiumEnv(TextGameEnv):
             self._possible(info.get("action_mask")),
             success=self._success(info, ended=any(outcome.get(end) for end in ("terminated", "truncated"))),
             state_key=str(seen) if isinstance(seen, Integral) else None,
-            info=_recorded(info),
+            info=recorded(info.items()),
             **outcome,
         )
         return self._turn
@@ -208,11 +199,7 @@ class GymnasiumEnv(TextGameEnv):
     def _success(self, info: Mapping[str, Any], ended: bool) -> bool | None:
         if "is_success" in info:
             return bool(info["is_success"])
-        if self.success_reward is None:
-            return None
-        # Ten rewards of 0.1, or one of 0.7 in float32, fall short by rounding.
-        reached = self._return >= self.success_reward or math.isclose(self._return, self.success_reward, rel_tol=1e-6)
-        return reached and (ended or self.success_reward > 0)
+        return solved(self._return, self.success_reward, ended)
 
 
 def readable(picture: str, colours: Mapping[str, str]) -> str:
@@ -249,16 +236,3 @@ def _styled(codes: str, marked: bool, colour: str) -> tuple[bool, str]:
         if code in (38, 48):  # followed by a number of 256 colours, or by red, green and blue
             del numbers[: {5: 2, 2: 4}.get(numbers[0] if numbers else 0, 0)]
     return marked, colour
-
-
-def _recorded(info: Mapping[str, Any]) -> dict[str, str | float | bool]:
-    """Figures and short texts, as far as they can be recorded; Gymnasium allows anything in there."""
-    kept: dict[str, str | float | bool] = {}
-    for name, entry in info.items():
-        if name in _READ_ELSEWHERE or len(kept) == MOST_ENTRIES:
-            continue
-        try:
-            kept |= plain_entries("info", [(name, entry)])
-        except WrongValue:
-            continue
-    return kept

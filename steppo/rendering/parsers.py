@@ -14,6 +14,7 @@ from steppo.types import Action, ToolSpec, Turn
 
 LONGEST_QUOTE = 60
 _UNSENDABLE = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")  # control characters, and what UTF-8 cannot hold
+_SPACES = str.maketrans("\n\t\r", "   ")
 _OWN_WORDS = "..."
 _NUMBER = re.compile("[0-9]{1,9}")
 
@@ -81,6 +82,23 @@ class CommandParser(ActionParser):
 
     def _parsed(self, answer: str, turn: Turn) -> ParsedAction:
         return parsed_command(answer, turn)
+
+
+class TextParser(ActionParser):
+    """The whole answer is the action, however many lines it has, for environments that read words.
+
+    Thinking before it is dropped: all up to ``</think>``, which the prompt may have opened already.
+    """
+
+    asks = "Answer in words."
+
+    def parse(self, text: str, turn: Turn) -> ParsedAction:
+        answer = text.rpartition(END_THINK)[2].strip()
+        if answer.startswith(THINK):
+            return ParsedAction(None, f"End your thinking with {END_THINK}, then answer.")
+        if not answer or _UNSENDABLE.search(answer.translate(_SPACES)):
+            return ParsedAction(None, "Answer with a text.")
+        return ParsedAction(Action(text=answer))
 
 
 class NumberParser(CommandParser):

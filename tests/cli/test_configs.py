@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,7 @@ from steppo.models import SeparateCritic
 from steppo.packing import PrefixTreePacker
 from tests.alfworld_games import write_games
 from tests.cli_helpers import TOY
+from tests.game_words import write_words
 from tests.paper_files import write_data
 from tests.qa_data import write_questions
 from tests.webshop_goods import write_goods
@@ -68,8 +72,27 @@ def build(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     return lambda *args: main(["fit", *(str(arg) for arg in args)])
 
 
+@pytest.fixture
+def others(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    """Prepares what a config of other people's environments plays, or skips where that is not installed."""
+
+    def openenv() -> None:
+        pytest.importorskip("openenv")
+        monkeypatch.setenv("PATH", str(Path(sys.executable).parent), prepend=os.pathsep)
+        subprocess.run(["openenv", "init", "echo_env"], cwd=tmp_path, check=True, capture_output=True)
+
+    def verifiers() -> None:
+        write_words(monkeypatch, tmp_path)
+        for name in ("verifiers", "textarena"):
+            pytest.importorskip(name)
+
+    return {"openenv": openenv, "verifiers": verifiers}
+
+
 @pytest.mark.parametrize("path", WHOLE, ids=lambda path: path.stem)
-def test_complete_configs_instantiate(build: Any, path: Path) -> None:
+def test_complete_configs_instantiate(build: Any, others: Any, path: Path) -> None:
+    if path.stem in others:
+        others[path.stem]()
     cli = build("--config", path, "--trainer.accelerator=cpu")
     assert cli.datamodule.tasks()
     assert cli.model.policy is not None

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from steppo.rendering import ActionParser, CommandParser, NumberParser, ParsedAction, ToolCallParser
+from steppo.rendering import ActionParser, CommandParser, NumberParser, ParsedAction, TextParser, ToolCallParser
 from steppo.types import Action, Turn
 
 OPEN = Turn("A room.")
@@ -407,3 +407,23 @@ def test_any_damaged_call_has_an_answer(edits: list[tuple[int, int, str]], think
         text = text[:at] + new + text[at + width :]
     for turn in (OPEN, LISTED):
         check(text, turn)
+
+
+@pytest.mark.parametrize(
+    ("said", "text"),
+    [
+        ("  Three.\n\n\tSo: \\boxed{3} ", "Three.\n\n\tSo: \\boxed{3}"),
+        ("<think>Two?\n</think>\nThree.", "Three."),
+        ("Two?</think>Three.", "Three."),
+        ("<think>Two?", None),
+        ("<think>Two?</think> ", None),
+        ("Three\x00", None),
+        ("", None),
+    ],
+)
+def test_a_text_is_the_action(said: str, text: str | None) -> None:
+    parsed = TextParser().parse(said, FREE)
+    assert parsed.action == (None if text is None else Action(text=text))
+    assert bool(parsed.feedback) == (text is None)
+    if text is not None:
+        assert TextParser().parse(TextParser().answer(Action(text=text), FREE), FREE) == parsed
