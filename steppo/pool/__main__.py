@@ -1,0 +1,5 @@
+"""``python -m steppo.pool``."""
+
+from steppo.pool.command import main
+
+main()
