@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 # From left to right; left never imports right. Names of modules or packages in steppo/, and "callbacks".
 LAYERS: list[set[str]] = [
     {"steppo", "types", "batch", "errors", "distributed", "rng", "weight_cache"},
-    {"envs", "rendering", "packing", "minibatches", "advantages", "losses"},
+    {"envs", "rendering", "packing", "minibatches", "advantages", "losses", "pool"},
     {"models"},
     {"engines"},
     {"rollouts", "samplers"},
@@ -125,8 +125,8 @@ def test_lightning_stays_where_it_belongs() -> None:
 
 
 def test_environments_load_without_torch_and_without_a_game() -> None:
-    """Workers import them, many times over; and the interpreter must not meet torch."""
-    code = "import sys, steppo.envs, steppo.envs.pool; print(*{name.split('.')[0] for name in sys.modules})"
+    """Workers import them, many times over; and the interpreter must not meet torch. Nor need who fills or reads a pool."""
+    code = "import sys, steppo.envs, steppo.envs.pool, steppo.pool.command; print(*{name.split('.')[0] for name in sys.modules})"
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     loaded = set(run.stdout.split())
     assert "steppo" in loaded

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
@@ -61,9 +62,8 @@ def _parser() -> argparse.ArgumentParser:
 
     listing = add("ls", _list, "Lists groups, the newest last, and counts them.")
     listing.add_argument("--last", type=int, default=20, metavar="N", help="The newest N (20); 0 for all.")
-    add("show", _show, "Shows the episodes of a group, step by step.").add_argument(
-        "group", metavar="GROUP", help="Its number or name."
-    )
+    showing = add("show", _show, "Shows the episodes of a group, step by step.")
+    showing.add_argument("group", metavar="GROUP", help="Its number or name.")
     exporting = add("export", _export, "Writes all stored episodes to a file: one per line of JSON, or row of Parquet.")
     exporting.add_argument("--out", type=Path, required=True, metavar="FILE", help="A new .jsonl or .parquet file.")
     for command in (listing, exporting):
@@ -82,7 +82,7 @@ def _list(pool: DataPool, options: argparse.Namespace) -> None:
         rows.append(row)
     _print_table(("number", "group", "episodes", "steps", "return", "versions", "state", "iteration", ""), rows)
     states = [group.state for group in groups]
-    mib = sum(path.stat().st_size for path in pool.path.parent.glob(f"{pool.path.name}*")) / 2**20
+    mib = sum(os.path.getsize(path) for path in (pool.path, f"{pool.path}-wal") if os.path.exists(path)) / 2**20
     print(f"{len(groups)} groups: {', '.join(f'{states.count(state)} {state}' for state in STATES)}; {mib:.1f} MiB")
 
 
@@ -96,9 +96,8 @@ def _show(pool: DataPool, options: argparse.Namespace) -> None:
         told = f"task {episode.task_id}, {episode.stop_reason}, success {episode.success}, return {episode.episode_return:g}"
         print(_safe(f"{episode.id}: {told} {episode.error}"))
         rows = [
-            (step.index, step.agent_id, step.policy_version, f"{step.reward:g}", len(step.prompt_ids), len(step.action_ids))
-            + (step.action, step.observation)
-            for step in episode.steps
+            (s.index, s.agent_id, s.policy_version, s.reward, len(s.prompt_ids), len(s.action_ids), s.action, s.observation)
+            for s in episode.steps
         ]
         _print_table(("step", "agent", "version", "reward", "prompt", "tokens", "action", "observation"), rows)
 
@@ -122,16 +121,16 @@ def _export(pool: DataPool, options: argparse.Namespace) -> None:
         raise ConfigError(f"--out must end in {' or '.join(writers)}, not {out.name}")
     if out.exists():
         raise ConfigError(f"{out} exists already")
-    groups = (_rows(group, pool.read(group.number)) for group in pool.groups(options.state) if group.is_stored)
+    groups = (_rows(pool, group) for group in pool.groups(options.state) if group.is_stored)
     try:
         print(f"{out}: {writers[out.suffix](out, groups)} episodes")
     except OSError as error:
         raise ConfigError(f"cannot write {out}: {error.strerror or error}") from error
 
 
-def _rows(group: GroupInfo, episodes: Iterable[Episode]) -> list[dict[str, Any]]:
+def _rows(pool: DataPool, group: GroupInfo) -> list[dict[str, Any]]:
     known = {"group_name": group.name, "group_state": group.state, "iteration": group.iteration, "schema": SCHEMA}
-    return [known | _plain(asdict(episode)) for episode in episodes]
+    return [known | _plain(asdict(episode)) for episode in pool.read(group.number)]
 
 
 def _plain(value: Any) -> Any:

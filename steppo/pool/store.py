@@ -6,12 +6,12 @@ import sqlite3
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
-from steppo.errors import ConfigError, RunError, in_short, require_at_least
+from steppo.errors import ConfigError, RunError, require_at_least, said
 from steppo.pool.records import decode, encode
 from steppo.types import Episode
 
@@ -41,7 +41,8 @@ CREATE TABLE episodes (
     arrays BLOB NOT NULL,
     PRIMARY KEY (number, sample)
 );
-CREATE TABLE learner (held INTEGER NOT NULL);  -- iterations that a checkpoint holds
+CREATE TABLE learner (held INTEGER NOT NULL  -- iterations that a checkpoint holds
+);
 INSERT INTO learner VALUES (0);
 """
 _INFO = """
@@ -57,8 +58,7 @@ class PoolFull(RunError):
     """No room for another group. It was not added."""
 
 
-@dataclass(frozen=True)
-class GroupInfo:
+class GroupInfo(NamedTuple):
     """What is known of a group.
 
     Attributes:
@@ -69,7 +69,7 @@ class GroupInfo:
         mean_return: Of the episodes.
         oldest_version: Least policy version of a step; ``None`` if there is no step.
         newest_version: Largest.
-        iteration: That it was claimed for.
+        iteration: That it was claimed for; ``None`` while it waits, -1 when it is stale.
         state: ``waiting``, ``claimed`` (a crash may have it learned again), ``learned`` (a checkpoint holds it), ``stale``.
         is_stored: Its episodes are there.
     """
@@ -110,18 +110,11 @@ class DataPool:
         self.keep = keep
         if not create and not self.path.is_file():
             raise ConfigError(f"there is no pool {self.path}")
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ConfigError(f"cannot make the folder of the pool {self.path}: {error.strerror}") from error
         with self._errors():
+            self.path.parent.mkdir(parents=True, exist_ok=True)
             url = f"{self.path.absolute().as_uri()}?mode={'rwc' if create else 'rw'}"
             self._db = sqlite3.connect(url, uri=True, timeout=_LOCK_SECONDS, isolation_level=None)
-            try:
-                self._start(create)
-            except BaseException:
-                self._db.close()
-                raise
+            self._start(create)
 
     def _start(self, create: bool) -> None:
         """Makes the tables, if the file is empty, or sees what it is."""
@@ -135,9 +128,7 @@ class DataPool:
         if self._value("PRAGMA application_id") != _APPLICATION:
             raise ConfigError(f"{self.path} is no pool of episodes")
         if (layout := self._value("PRAGMA user_version")) != _LAYOUT:
-            raise ConfigError(
-                f"{self.path} is a pool of layout {layout}, and this steppo reads layout {_LAYOUT}: take a new file"
-            )
+            raise ConfigError(f"{self.path} is of layout {layout}, and this steppo reads {_LAYOUT}: take a new file")
         self._value("PRAGMA journal_mode = WAL")
         self._db.execute("PRAGMA synchronous = FULL")  # a checkpoint must not outlive a claim where the power fails
 
@@ -210,6 +201,7 @@ class DataPool:
         Raises:
             ConfigError: The iteration is learned, so this is another run.
         """
+        require_at_least(0, self, iteration=iteration)
         require_at_least(1, self, count=count)
         if count > self.max_waiting:
             raise ConfigError(f"the pool holds {self.max_waiting} groups (max_waiting), and an iteration wants {count}")
@@ -223,10 +215,8 @@ class DataPool:
     def _claim(self, iteration: int, count: int, oldest_version: int) -> list[int]:
         with self._transaction() as db:
             if iteration < (held := self._value("SELECT held FROM learner")):
-                raise ConfigError(
-                    f"{self.path}: iteration {iteration} is learned, a checkpoint holds {held}: go on with that one, or "
-                    "take a new file"
-                )
+                hint = "go on with that one, or take a new file"
+                raise ConfigError(f"{self.path}: iteration {iteration} is learned, a checkpoint holds {held}: {hint}")
             if claimed := self._numbers("SELECT number FROM groups WHERE iteration = ? ORDER BY number", iteration):
                 return claimed
             stale = self._numbers("SELECT number FROM groups WHERE iteration IS NULL AND oldest_version < ?", oldest_version)
@@ -239,7 +229,7 @@ class DataPool:
             return numbers
 
     def learned(self, iterations: int) -> None:
-        """A checkpoint holds so many iterations, and the run goes on from there or later: what it learned is not served again.
+        """A checkpoint holds so many iterations, and the run never goes on from an earlier one: they are not served again.
 
         Of all such groups, the last ``keep`` keep their episodes. Where several checkpoints are kept, give the oldest one's.
         """
@@ -258,7 +248,7 @@ class DataPool:
     def groups(self, state: str | None = None) -> list[GroupInfo]:
         """All groups in the order in which they came, or those of a state."""
         with self._errors():
-            found = [GroupInfo(*row[:-1], bool(row[-1])) for row in self._db.execute(f"{_INFO} ORDER BY number")]
+            found = [GroupInfo._make(row) for row in self._db.execute(f"{_INFO} ORDER BY number")]
         return [group for group in found if state in (None, group.state)]
 
     def read(self, number: int) -> list[Episode]:
@@ -276,15 +266,9 @@ class DataPool:
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
         """All of it or nothing, one at a time over all processes."""
-        with self._errors():
+        with self._errors(), self._db:
             self._db.execute("BEGIN IMMEDIATE")
-            try:
-                yield self._db
-                self._db.execute("COMMIT")
-            except BaseException:
-                if self._db.in_transaction:
-                    self._db.execute("ROLLBACK")
-                raise
+            yield self._db
 
     def _value(self, query: str, *values: object) -> int:
         with self._errors():
@@ -297,7 +281,7 @@ class DataPool:
     def _errors(self) -> Iterator[None]:
         try:
             yield
-        except sqlite3.Error as error:
+        except (sqlite3.Error, OSError) as error:
             if getattr(error, "sqlite_errorname", "") == "SQLITE_NOTADB":
                 raise ConfigError(f"{self.path} is no pool of episodes") from error
-            raise RunError(f"the pool {self.path}: {in_short(str(error))}") from error
+            raise RunError(f"the pool {self.path}: {said(error)}") from error
