@@ -6,8 +6,8 @@
 Each producer writes groups of 4 episodes and notes those that ``put`` took. The learner claims 16 groups an iteration,
 compares each episode with what was written, notes the names, writes a checkpoint, and tells the pool. At random moments one
 of the four is killed by ``kill -9``, and started again: a producer after its last note, the learner at its checkpoint. At
-the end each group that a producer noted must be learned once or wait in the pool. Before, one process writes and reads alone.
-Writes ``benchmarks/results/pool.json`` and prints a table; fails if anything is wrong.
+the end each group that a producer noted must be learned once or wait in the pool. Before, one process writes and reads by
+itself. Writes ``benchmarks/results/pool.json`` and prints a table; fails if anything is wrong.
 """
 
 from __future__ import annotations

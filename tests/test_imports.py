@@ -126,7 +126,8 @@ def test_lightning_stays_where_it_belongs() -> None:
 
 def test_environments_load_without_torch_and_without_a_game() -> None:
     """Workers import them, many times over; and the interpreter must not meet torch. Nor need who fills or reads a pool."""
-    code = "import sys, steppo.envs, steppo.envs.pool, steppo.pool.command; print(*{name.split('.')[0] for name in sys.modules})"
+    ours = "steppo.envs, steppo.envs.pool, steppo.pool.command"
+    code = f"import sys, {ours}; print(*{{name.split('.')[0] for name in sys.modules}})"
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     loaded = set(run.stdout.split())
     assert "steppo" in loaded

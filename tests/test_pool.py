@@ -102,7 +102,7 @@ def same(left: Any, right: Any) -> bool:
     return (math.isnan(left) and math.isnan(right)) or repr(left) == repr(right) if type(left) is float else left == right
 
 
-@settings(deadline=None)
+@settings(deadline=None, derandomize=True)
 @given(episodes)
 def test_an_episode_comes_back_bit_for_bit(episode: Episode) -> None:
     text, data = encode(episode)
@@ -136,7 +136,8 @@ def test_who_changes_a_record_raises_its_schema() -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [{"schema": 0}, {"schema": 2}, {"schema": None}, {"steps": [{}]}, {"task_id": [1]}, {"new": 1}]
+    "change",
+    [{"schema": 0}, {"schema": 2}, {"schema": None}, {"steps": [{}]}, {"new": 1}, {"final_prompt_ids": ["<i4", 10**6, 1]}],
 )
 def test_another_schema_is_refused_in_one_line(path: Path, pool: DataPool, change: dict[str, Any]) -> None:
     fill(pool, "a")
