@@ -207,7 +207,15 @@ def main() -> None:
     from measuring import about  # after the processes are forked: it imports torch
 
     sizes = {"episodes_in_a_group": GROUP, "groups_per_iteration": PER_ITERATION, "max_waiting": WAITING, "keep": KEEP}
-    told = {**about(), "sqlite": sqlite3.sqlite_version, "seed": args.seed, **sizes, "alone": rates, "killed": report}
+    told = {
+        **about(),
+        "sqlite": sqlite3.sqlite_version,
+        "load_average": os.getloadavg()[0],
+        "seed": args.seed,
+        **sizes,
+        "alone": rates,
+        "killed": report,
+    }
     args.results.parent.mkdir(parents=True, exist_ok=True)
     args.results.write_text(json.dumps(told, indent=1) + "\n")
     for key, value in {**rates, **report}.items():

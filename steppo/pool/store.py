@@ -160,19 +160,19 @@ class DataPool:
         span = (int(min(versions)), int(max(versions))) if versions else (None, None)
         row = (name, len(episodes), len(versions), mean, *span)
         until = time.monotonic() + timeout if timeout is not None else None
-        while name not in self:
+        while True:
             with self._transaction() as db:
+                if name in self:
+                    return False
                 if self._value("SELECT count(*) FROM groups WHERE iteration IS NULL") < self.max_waiting:
                     columns = "name, episodes, steps, mean_return, oldest_version, newest_version"
-                    added = db.execute(f"INSERT OR IGNORE INTO groups ({columns}) VALUES (?, ?, ?, ?, ?, ?)", row)
-                    if added.rowcount:
-                        rows = [(added.lastrowid, sample, *record) for sample, record in enumerate(records)]
-                        db.executemany("INSERT INTO episodes VALUES (?, ?, ?, ?)", rows)
-                    return bool(added.rowcount)
+                    number = db.execute(f"INSERT INTO groups ({columns}) VALUES (?, ?, ?, ?, ?, ?)", row).lastrowid
+                    rows = [(number, sample, *record) for sample, record in enumerate(records)]
+                    db.executemany("INSERT INTO episodes VALUES (?, ?, ?, ?)", rows)
+                    return True
             if until is not None and time.monotonic() >= until:
                 raise PoolFull(f"{self.path} is full: {self.max_waiting} groups wait; {name} was not added")
             time.sleep(_POLL_SECONDS)
-        return False
 
     def __contains__(self, name: str) -> bool:
         """Whether the pool has, or had, a group: a producer that starts again need not play it."""
