@@ -6,9 +6,11 @@ import re
 import shlex
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from steppo.types import Episode, StopReason
 from tests.cli_helpers import evaluations, run
 
 ROOT = Path(__file__).parent.parent
@@ -110,3 +112,13 @@ def test_the_loop_of_ones_own_runs(module, tmp_path: Path, capsys: pytest.Captur
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert [iteration for iteration, _ in lines] == ["0", "1", "2"]
     assert all(-0.1 <= float(mean) <= 1 for _, mean in lines)
+
+
+def test_the_data_pool_takes_and_gives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    example = code("docs/data_pool.md", "python", "# The data pool").replace("16", "1")
+    known = {"name": "train/0/0", "episodes": [Episode("a", 0, 0, "t", (), StopReason.TERMINATED)], "iteration": 0}
+    exec(example, known | {"version": 0, "rank": 0, "ranks": 1, "__name__": "example"}, found := dict[str, Any]())
+    assert [[episode.id for episode in group] for group in found["groups"]] == [["a"]]
+    assert [info.state for info in found["pool"].groups()] == ["learned"]
+    found["pool"].close()

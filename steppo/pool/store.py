@@ -118,8 +118,8 @@ class DataPool:
 
     def _start(self, create: bool) -> None:
         """Makes the tables, if the file is empty, or sees what it is."""
-        if create and not self._value("SELECT count(*) FROM sqlite_master"):
-            with self._transaction() as db:  # several may come first
+        if create:
+            with self._transaction() as db:  # several may come at once
                 if not self._value("SELECT count(*) FROM sqlite_master"):
                     for statement in _TABLES.split(";\n"):
                         db.execute(statement)
