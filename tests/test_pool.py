@@ -298,7 +298,7 @@ def test_many_begin_at_once(path: Path) -> None:
 
 
 def test_killed_at_any_statement(path: Path) -> None:
-    """Who makes the pool, who puts, claims or says what is learned: all of it is there or nothing, and is done again."""
+    """Who puts, claims or says what is learned: all of it is there or nothing, and is done again."""
     acts: list[Callable[[DataPool], Any]] = [lambda pool: pool.put("a", group("a")), lambda pool: pool.put("b", group("b"))]
     acts += [lambda pool: pool.put("c", group("c")), lambda pool: pool.claim(0, 2), lambda pool: pool.learned(1)]
     seen, kills = set(), 0
@@ -306,7 +306,7 @@ def test_killed_at_any_statement(path: Path) -> None:
         for statement in itertools.count():
             again = is_killed(path, act, statement)
             kills += again
-            pool = DataPool(path)
+            pool = DataPool(path, create=statement == 0)
             seen.add(" ".join(f"{info.name}:{info.state}:{len(pool.read(info.number))}" for info in pool.groups()))
             pool.close()
             if not again:
@@ -315,6 +315,17 @@ def test_killed_at_any_statement(path: Path) -> None:
     after += ["a:claimed:2 b:claimed:2 c:waiting:2", "a:learned:0 b:learned:2 c:waiting:2"]
     assert seen == set(after)
     assert kills > 60
+
+
+def test_killed_at_any_statement_of_its_making(tmp_path: Path) -> None:
+    for statement in itertools.count():
+        again = is_killed(tmp_path / f"{statement}", lambda pool: None, statement)
+        pool = DataPool(tmp_path / f"{statement}")
+        fill(pool, "a")
+        pool.close()
+        if not again:
+            break
+    assert statement > 10
 
 
 def test_producers_and_a_learner_killed_at_random(tmp_path: Path) -> None:
