@@ -256,11 +256,13 @@ class Episode:
 class Sampling:
     """How actions are sampled: ``temperature`` divides the logits, 0 takes the most likely token.
 
-    Temperature only: top-p, top-k and penalties would make the learner's policy another one.
+    Temperature only: top-p, top-k and penalties would make the learner's policy another one. An answer ends with the token
+    that completes one of the texts in ``stop``; that token is a part of it.
     """
 
     temperature: float = 1.0
     max_new_tokens: int = 16
+    stop: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,6 +18,15 @@ if TYPE_CHECKING:
 def draws(request: Request) -> np.ndarray:
     """A number in [0, 1) for each token that the request may get: no other request moves them."""
     return np.random.Generator(np.random.Philox(request.seed)).random(request.sampling.max_new_tokens)
+
+
+def ends(policy: Policy, request: Request, action: Sequence[int]) -> bool:
+    """Whether the answer so far is whole: its last token is a stop token, or has completed a text to stop at."""
+    if not action or action[-1] in policy.stop_ids:
+        return bool(action)
+    stops = request.sampling.stop
+    text = policy.tokenizer.decode(list(action), skip_special_tokens=False) if stops else ""
+    return any(stop in text for stop in stops)
 
 
 def sample(logits: Tensor, temperature: Tensor, drawn: Tensor) -> tuple[Tensor, Tensor]:

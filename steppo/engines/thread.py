@@ -193,4 +193,7 @@ class EngineThread:
                 raise
             except Exception as error:
                 errors.append(said(error))
+        gone = set(session_ids)
+        if gone:  # no answer is waited for that will not come
+            self._waiting = {id: request for id, request in self._waiting.items() if request.session_id not in gone}
         return errors

@@ -1,0 +1,465 @@
+"""The gateway: sessions on one side, an engine on the other, in a thread of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import math
+import secrets
+import socket
+import threading
+import time
+from collections import Counter, OrderedDict
+from collections.abc import AsyncIterator, Callable, Coroutine
+from concurrent.futures import Future
+from contextlib import asynccontextmanager, suppress
+from typing import Any, TypeVar
+
+import uvicorn
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+from starlette.exceptions import HTTPException
+
+from steppo import types
+from steppo.engines import EngineThread
+from steppo.envs.checks import MOST_REWARD
+from steppo.errors import ConfigError, RunError, said
+from steppo.gateway.session import COUNTS, Chain, GatewaySettings, Made, Session
+from steppo.gateway.voice import Voices
+from steppo.gateway.wire import Answer, Call, Refused, read_call, read_object
+from steppo.types import Completion, Sampling, Step
+
+T = TypeVar("T")
+
+MODEL = "policy"
+_REMEMBERED = 4096  # sessions that are over, so that late calls are told
+_START_S = 30.0
+
+
+class Gateway:
+    """Answers chat completions of sessions with an engine, and keeps each answer as a step.
+
+    All it holds is touched in its own thread's event loop (``run``).
+
+    Args:
+        settings: Where it listens, and its limits.
+        voices: Writes prompts and reads answers.
+        max_steps: Of a session.
+        max_prompt_tokens: Of a call.
+        max_new_tokens: Of an answer, and what a call gets that does not say.
+
+    Attributes:
+        counts: By the names of ``COUNTS``.
+    """
+
+    def __init__(
+        self, settings: GatewaySettings, voices: Voices, max_steps: int, max_prompt_tokens: int, max_new_tokens: int
+    ) -> None:
+        self.settings = settings
+        self.voices = voices
+        self.max_steps = max_steps
+        self.max_prompt_tokens = max_prompt_tokens
+        self.max_new_tokens = max_new_tokens
+        self.counts = Counter(dict.fromkeys(COUNTS, 0))
+        self._sessions: dict[str, Session] = {}
+        self._over: OrderedDict[str, tuple[str, str]] = OrderedDict()  # keys of sessions that are over, by id
+        self._version = 0
+        self._wanted: list[tuple[types.Request, asyncio.Future[Completion]]] = []
+        self._asked: dict[int, asyncio.Future[Completion]] = {}
+        self._released: list[str] = []
+        self._pumping: asyncio.Task[None] | None = None
+        self._leaving = False
+        self._loop = asyncio.new_event_loop()
+        try:
+            self._socket = socket.create_server((settings.host, settings.port), backlog=2048)
+        except OSError as error:
+            raise ConfigError(f"the gateway cannot listen on {settings.host}:{settings.port}: {error.strerror}") from None
+        config = uvicorn.Config(
+            self._app(),
+            access_log=False,
+            log_level="error",
+            lifespan="off",
+            timeout_graceful_shutdown=1,
+            timeout_keep_alive=300,
+        )
+        self._server = uvicorn.Server(config)
+        self._thread = threading.Thread(target=self._serve, name="gateway", daemon=True)
+        self._ready = asyncio.Event()
+        self._wake = asyncio.Event()
+        self._thread.start()
+        self._await_start()
+
+    @property
+    def address(self) -> str:
+        """Where it listens."""
+        host, port = self._socket.getsockname()[:2]
+        return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+
+    def base_url(self, session: Session) -> str:
+        """``OPENAI_BASE_URL`` of a session's agent."""
+        return f"{self.address}/sessions/{session.id}/v1"
+
+    # ---- for its owner, in any thread ----
+
+    def run(self, work: Coroutine[Any, Any, T]) -> Future[T]:
+        """Runs a coroutine in the gateway's loop."""
+        return asyncio.run_coroutine_threadsafe(work, self._loop)
+
+    def close(self) -> None:
+        """Ends the thread; nothing is answered any more."""
+        if self._thread.is_alive():
+            self._server.should_exit = True
+            self._thread.join(10.0)
+        self._socket.close()
+
+    @asynccontextmanager
+    async def asking(
+        self, engine: EngineThread, version: int, failed: Callable[[BaseException], None]
+    ) -> AsyncIterator[None]:
+        """The engine answers while this is open; what is under way then is answered before it ends.
+
+        Args:
+            engine: Asked by nobody else meanwhile.
+            version: Of its weights.
+            failed: Is told of what the engine raises.
+        """
+        self._version, self._leaving = version, False
+        self._pumping = asyncio.create_task(self._pump(engine, failed))
+        self._ready.set()
+        try:
+            yield
+        finally:
+            self._ready.clear()
+            self._leaving = True
+            self._wake.set()
+            with suppress(Exception):
+                await self._pumping
+
+    def open(self, name: str, seed: Callable[[str, int], int], temperature: float) -> Session:
+        """A new session. In the gateway's loop."""
+        if len(self._sessions) >= self.settings.max_sessions:
+            raise RunError(f"the gateway has {len(self._sessions)} sessions, and max_sessions allows no more")
+        session = Session(name, seed, temperature)
+        self._sessions[session.id] = session
+        return session
+
+    def end(self, session: Session) -> None:
+        """Ends a session: what is under way is cancelled, what comes late gets 409. In the gateway's loop."""
+        if self._sessions.pop(session.id, None) is not None:
+            self._over[session.id] = session.key, session.reward_key
+            while len(self._over) > _REMEMBERED:
+                self._over.popitem(last=False)
+        session.is_closed = True
+        for made in session.made.values():
+            made.work.cancel()
+        self._released += [_engine_session(session, chain) for chain in session.chains]
+        self._wake.set()
+
+    # ---- its thread ----
+
+    def _serve(self) -> None:
+        asyncio.set_event_loop(self._loop)
+        try:
+            self._loop.run_until_complete(self._server.serve(sockets=[self._socket]))
+        finally:
+            for task in asyncio.all_tasks(self._loop):
+                task.cancel()
+            self._loop.run_until_complete(asyncio.sleep(0))
+            self._loop.close()
+
+    def _await_start(self) -> None:
+        deadline = time.monotonic() + _START_S
+        while not self._server.started:
+            if not self._thread.is_alive() or time.monotonic() > deadline:
+                raise RunError("the gateway did not start")
+            time.sleep(0.005)
+
+    async def _pump(self, engine: EngineThread, failed: Callable[[BaseException], None]) -> None:
+        """Hands calls to the engine between its ticks, and its answers to them."""
+        try:
+            while True:
+                for session_id in self._released:
+                    engine.release(session_id)
+                wanted, self._wanted, self._released = self._wanted, [], []
+                for request, future in wanted:
+                    if not future.done():
+                        self._asked[engine.submit(request)] = future
+                if not engine.has_work:
+                    if self._leaving:
+                        return
+                    self._wake.clear()
+                    await self._wake.wait()
+                    continue
+                for completion in await engine.tick():
+                    asked = self._asked.pop(completion.request_id, None)
+                    if asked is not None and not asked.done():
+                        asked.set_result(completion)
+        except BaseException as error:
+            self._ready.clear()
+            for waiting in [*self._asked.values(), *(future for _, future in self._wanted)]:
+                if not waiting.done():
+                    waiting.set_exception(Refused(503, f"the engine failed: {said(error)}", "engine_error"))
+            self._asked, self._wanted = {}, []
+            failed(error)
+            raise
+
+    async def _generate(self, request: types.Request) -> Completion:
+        future: asyncio.Future[Completion] = asyncio.get_running_loop().create_future()
+        self._wanted.append((request, future))
+        self._wake.set()
+        try:
+            return await future
+        except asyncio.CancelledError:
+            self._released.append(request.session_id)
+            self._wake.set()
+            raise
+
+    # ---- a call ----
+
+    async def _complete(self, session: Session, call: Call, name: str) -> Answer:
+        if not self._ready.is_set():
+            try:
+                await asyncio.wait_for(self._ready.wait(), self.settings.update_wait_s)
+            except TimeoutError:
+                raise Refused(429, "the weights are being updated", "updating", retry_after=1.0) from None
+        under_way = sum(chain.is_busy for chain in session.chains)
+        if len(session.taken) + under_way >= self.max_steps:
+            session.is_full = True
+            raise Refused(409, f"the session has had its {self.max_steps} calls", "step_limit")
+        chain = session.chain_for(call, name)
+        chain.is_busy, round = True, session.rounds
+        session.under_way += 1
+        try:
+            return await self._take(session, chain, call, round)
+        finally:
+            chain.is_busy = False
+            session.under_way -= 1
+            session.rounds += not session.under_way
+            if not chain.steps:
+                session.chains.remove(chain)
+
+    async def _take(self, session: Session, chain: Chain, call: Call, round: int) -> Answer:
+        prompt_ids = self.voices.prompt(session, chain, call)
+        session.overflowed = len(prompt_ids) > self.max_prompt_tokens
+        if session.overflowed:
+            raise Refused(
+                400,
+                f"the prompt has {len(prompt_ids)} tokens, more than {self.max_prompt_tokens}",
+                "context_length_exceeded",
+                "messages",
+            )
+        most = min(call.most_tokens or self.max_new_tokens, self.max_new_tokens)
+        sampling = Sampling(session.temperature, most, call.stop)
+        seed = session.seed(chain.agent_id, chain.steps)
+        request = types.Request(0, _engine_session(session, chain), prompt_ids, sampling, seed)
+        completion = await self._generate(request)
+        if completion.error or not len(completion.action_ids):
+            session.refusal = completion.error or "the engine gave an answer without a token"
+            raise Refused(503, f"the engine failed: {session.refusal}", "engine_error")
+        action, is_read = self.voices.read(call, completion.action_ids)
+        calls = tuple(
+            (f"call_{chain.steps}_{number}", called.name, json.dumps(dict(called.arguments), ensure_ascii=False))
+            for number, called in enumerate(action.tool_calls)
+        )
+        answer = Answer(
+            f"chatcmpl-{session.id}-{len(session.taken)}",
+            action.text,
+            action.reasoning,
+            calls,
+            "tool_calls" if calls else completion.finish_reason,
+            len(prompt_ids),
+            len(completion.action_ids),
+        )
+        step = Step(
+            prompt_ids,
+            completion.action_ids,
+            completion.logprobs,
+            0.0,
+            chain.steps,
+            completion.finish_reason,
+            terminated=False,
+            truncated=False,
+            action_valid=is_read,
+            observation=_observed(call),
+            action=str(action).strip(),
+            temperature=session.temperature,
+            policy_version=self._version,
+            agent_id=chain.agent_id,
+        )
+        session.take(chain, call, step, answer, round)
+        self.counts["gateway_calls"] += 1
+        return answer
+
+    def _made(self, session: Session, request: Request, body: bytes) -> Made:
+        """The call that a request makes, or the one that it repeats."""
+        digest = hashlib.blake2b(body, digest_size=16).digest()
+        given = request.headers.get("idempotency-key") or request.headers.get("x-request-id")
+        key = f"id {given}" if given else digest.hex()
+        retries = request.headers.get("x-stainless-retry-count", "0")
+        known = session.made.get(key)
+        repeats = bool(given) or (retries.isdigit() and int(retries) > 0)
+        if known is not None and repeats and not _is_void(known.work):
+            if known.digest != digest:
+                raise Refused(400, "this request id was that of another body", "idempotency_error")
+            self.counts["gateway_retries"] += 1
+            return known
+        call = read_call(read_object(body), session.temperature)
+        if call.overridden:
+            if self.settings.other_policy == "refuse":
+                raise Refused(
+                    400,
+                    f"{', '.join(call.overridden)}: not while a policy is trained, as it would be another one; leave it out, "
+                    "or have it overridden (gateway.other_policy)",
+                    "unsupported_parameter",
+                    call.overridden[0],
+                )
+            self.counts["gateway_overridden"] += 1
+        work = asyncio.create_task(self._complete(session, call, request.headers.get("x-agent-id", "")))
+        work.add_done_callback(_is_void)  # nobody may be left to hear what it raised
+        made = session.made[key] = Made(digest, work, call.stream, call.with_usage)
+        return made
+
+    async def _chat(self, id: str, request: Request) -> Response:
+        session = self._session(id, request)
+        try:
+            self._throttle(session)
+            made = self._made(session, request, await self._body(request))
+            answer = await self._wait(made, session, request)
+        except Refused as refused:
+            session.refusal = str(refused)
+            raise
+        if answer is None:
+            return Response(status_code=499)  # nobody reads it
+        if made.stream:
+            return StreamingResponse(_each(answer.events(MODEL, made.with_usage)), media_type="text/event-stream")
+        return JSONResponse(answer.body(MODEL))
+
+    async def _wait(self, made: Made, session: Session, request: Request) -> Answer | None:
+        """The answer; nothing where the agent has gone, which cancels the call unless another connection waits for it."""
+        gone = asyncio.create_task(_gone(request))
+        made.waiting += 1
+        try:
+            await asyncio.wait({made.work, gone}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            made.waiting -= 1
+            gone.cancel()
+        if made.work.done():
+            if made.work.cancelled():
+                raise _closed() if session.is_closed else Refused(409, "the call was cancelled", "cancelled")
+            return made.work.result()
+        if not made.waiting:
+            made.work.cancel()
+            self.counts["gateway_cancelled"] += 1
+        return None
+
+    # ---- who may ----
+
+    def _session(self, id: str, request: Request, for_reward: bool = False) -> Session:
+        """The open session that a request has the key of."""
+        scheme, _, given = request.headers.get("authorization", "").partition(" ")
+        session = self._sessions.get(id)
+        keys = (session.key, session.reward_key) if session else self._over.get(id, ("", ""))
+        key = keys[for_reward]
+        if scheme.lower() != "bearer" or not key or not secrets.compare_digest(given.strip().encode(), key.encode()):
+            raise Refused(401, "this session does not exist, or has another key", "invalid_api_key")
+        if session is None or session.is_closed:
+            raise _closed()
+        return session
+
+    def _throttle(self, session: Session) -> None:
+        rate, now = self.settings.max_calls_per_s, time.monotonic()
+        passed = now - session.last_call if session.last_call else math.inf
+        session.allowance, session.last_call = min(2 * rate, session.allowance + rate * passed), now
+        if session.allowance < 1:
+            raise Refused(429, f"more than {rate:g} calls a second", "rate_limit_exceeded", retry_after=1.0)
+        session.allowance -= 1
+
+    async def _body(self, request: Request) -> bytes:
+        most, body = self.settings.max_body_kib * 1024, bytearray()
+        async for part in request.stream():
+            body += part
+            if len(body) > most:
+                raise Refused(413, f"the body is longer than {self.settings.max_body_kib} KiB", "body_too_large")
+        return bytes(body)
+
+    # ---- routes ----
+
+    async def _models(self, id: str, request: Request) -> Response:
+        self._session(id, request)
+        model = {"id": MODEL, "object": "model", "created": 0, "owned_by": "steppo"}
+        return JSONResponse({"object": "list", "data": [model]})
+
+    async def _reward(self, id: str, request: Request) -> Response:
+        session = self._session(id, request, for_reward=True)
+        given = read_object(await self._body(request))
+        reward, success, completion = given.get("reward"), given.get("success"), given.get("completion")
+        if isinstance(reward, bool) or not isinstance(reward, int | float) or not abs(reward) <= MOST_REWARD:
+            raise Refused(400, "reward must be a number", "invalid_value", "reward")
+        if success is not None and not isinstance(success, bool):
+            raise Refused(400, "success must be true or false", "invalid_value", "success")
+        if completion is not None and not isinstance(completion, str):
+            raise Refused(400, "completion must be the id of one of the session's", "invalid_value", "completion")
+        session.give(float(reward), success, completion)
+        return JSONResponse({"ok": True})
+
+    async def _close(self, id: str, request: Request) -> Response:
+        self.end(self._session(id, request))
+        return JSONResponse({"ok": True})
+
+    def _app(self) -> FastAPI:
+        app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None)
+        routes: list[tuple[str, str, Callable[..., Any]]] = [
+            ("POST", "/sessions/{id}/v1/chat/completions", self._chat),
+            ("GET", "/sessions/{id}/v1/models", self._models),
+            ("POST", "/sessions/{id}/reward", self._reward),
+            ("POST", "/sessions/{id}/close", self._close),
+        ]
+        for method, path, answer in routes:
+            app.add_api_route(path, answer, methods=[method], response_model=None)
+
+        async def refuse(request: Request, refused: Refused) -> Response:
+            self.counts["gateway_refused"] += 1
+            return JSONResponse(refused.body, refused.status, refused.headers)
+
+        async def unknown(request: Request, error: HTTPException) -> Response:
+            return await refuse(request, Refused(error.status_code, str(error.detail), "not_found"))
+
+        async def broken(request: Request, error: Exception) -> Response:
+            return await refuse(request, Refused(500, said(error), "internal_error"))
+
+        app.add_exception_handler(Refused, refuse)  # type: ignore[arg-type]
+        app.add_exception_handler(HTTPException, unknown)  # type: ignore[arg-type]
+        app.add_exception_handler(Exception, broken)
+        return app
+
+
+def _closed() -> Refused:
+    return Refused(409, "the session is closed", "session_closed")
+
+
+def _is_void(work: asyncio.Task[Answer]) -> bool:
+    """It came to no answer: who asks again is answered anew."""
+    return work.done() and (work.cancelled() or work.exception() is not None)
+
+
+def _engine_session(session: Session, chain: Chain) -> str:
+    return f"{session.name}|{session.id}|{chain.agent_id}"
+
+
+async def _gone(request: Request) -> None:
+    """Waits until the other end has hung up. The body must have been read."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _each(events: Any) -> AsyncIterator[str]:
+    for event in events:
+        yield event
+
+
+def _observed(call: Call) -> str:
+    """What was seen since the last answer, or at all."""
+    last = max((place for place, said in enumerate(call.messages) if said.role == "assistant"), default=-1)
+    new = [said.text for said in call.messages[last + 1 :] if said.role != "system"]
+    return "\n".join(filter(None, new))
