@@ -83,7 +83,7 @@ class AgentProgram(Env):
 
 
 def outcome(output: Any) -> dict[str, Any]:
-    """``reward`` and ``success`` of what an agent or a judge gave: nothing, a number, whether it succeeded, or both by name."""
+    """``reward`` and ``success`` of what was given: nothing, a number, whether it succeeded, or both by name."""
     named = output if isinstance(output, Mapping) else {}
     reward, success = named.get("reward"), named.get("success")
     if isinstance(output, bool):

@@ -309,8 +309,8 @@ class Gateway:
             if self.settings.other_policy == "refuse":
                 raise Refused(
                     400,
-                    f"{', '.join(call.overridden)}: not while a policy is trained, as it would be another one; leave it out, "
-                    "or have it overridden (gateway.other_policy)",
+                    f"{', '.join(call.overridden)}: not while a policy is trained, as it would be another one; leave it "
+                    "out, or have it overridden (gateway.other_policy)",
                     "unsupported_parameter",
                     call.overridden[0],
                 )

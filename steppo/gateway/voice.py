@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from steppo.errors import ConfigError, said as told
+from steppo.errors import ConfigError
+from steppo.errors import said as told
 from steppo.gateway.session import Chain, Session
 from steppo.gateway.wire import Call, Refused, Said
 from steppo.rendering import ActionParser, Renderer

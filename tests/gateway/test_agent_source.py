@@ -13,14 +13,12 @@ import pytest
 import torch
 
 from steppo.engines import Engine, HFEngine, PlainEngine
-from steppo.envs import Env
 from steppo.errors import ConfigError, RunError
-from steppo.gateway.session import GatewaySettings
 from steppo.gateway.source import AgentSource
 from steppo.models import TinyPolicy
 from steppo.rendering import ActionParser, AppendContext, ParsedAction
 from steppo.rollouts import EnvSource
-from steppo.types import Action, Episode, RolloutConfig, StopReason, Task, Turn, groups_of
+from steppo.types import Action, Episode, RolloutConfig, StopReason, Turn, groups_of
 from tests.gateway.agents import command_of
 from tests.toy_env import CorridorEnv
 
@@ -90,3 +88,94 @@ def test_an_agent_leaves_the_records_of_its_environment(make: Maker, sharp_polic
             for name in ("reward", "index", "finish_reason", "terminated", "truncated", "temperature", "policy_version",
                          "agent_id"):  # fmt: skip
                 assert getattr(step, name) == getattr(like, name), name
+
+
+def only(source: AgentSource) -> Episode:
+    [episode] = play(source, 1)
+    return episode
+
+
+def test_what_an_agent_returns_is_its_reward(make: Maker) -> None:
+    source = make("one_call")
+    first, second = play(source)
+    assert [(e.stop_reason, e.final_reward, e.success, len(e.steps)) for e in (first, second)] == [
+        (StopReason.TERMINATED, 0.5, True, 1)
+    ] * 2
+    assert [episode.steps[0].reward for episode in (first, second)] == [0.0, 0.0]
+    again = play(source)
+    assert [e.steps[0].action_ids.tolist() for e in again] == [e.steps[0].action_ids.tolist() for e in (first, second)]
+    assert source.counts()["aborted_sessions"] == 0
+
+
+def test_a_command_is_an_agent(make: Maker) -> None:
+    episode = only(make(None, command=f"{sys.executable} -m tests.gateway.agents"))
+    assert (episode.stop_reason, episode.error, episode.final_reward, len(episode.steps)) == ("terminated", "", 1.0, 1)
+
+
+def test_a_judge_gives_the_reward_and_the_agent_has_no_key_for_it(make: Maker) -> None:
+    episode = only(make("greedy", judge="tests.gateway.agents.judge"))
+    assert (episode.final_reward, episode.error) == (0.25, "")
+
+
+@pytest.mark.parametrize(
+    ("agent", "settings", "reason", "steps", "error"),
+    [
+        ("silent", {}, "aborted", 0, "the agent made no call that was answered; it must ask OPENAI_BASE_URL"),
+        ("warm", {}, "aborted", 0, "the last was refused: temperature: not while a policy is trained"),
+        ("wordy", {}, "context_overflow", 1, ""),
+        ("restless", {"max_steps": 3}, "step_limit", 3, ""),
+        ("hanging", {"agent_timeout": 3.0}, "aborted", 1, "no answer within 3 s"),
+        ("dying", {}, "aborted", 1, "process died"),
+    ],
+)
+def test_how_episodes_end(agent: str, settings: dict[str, Any], reason: str, steps: int, error: str, make: Maker) -> None:
+    source = make(agent, **settings)
+    episode = only(source)
+    assert (episode.stop_reason, len(episode.steps)) == (reason, steps)
+    assert error in episode.error
+    assert source.counts()["aborted_sessions"] == (reason == "aborted")
+
+
+def test_rounds_may_be_left_early(make: Maker) -> None:
+    source = make("one_call")
+    groups = groups_of(source.tasks("train"))
+    first = next(iter(rounds := source.collect(groups, PLAN)))
+    rounds.close()
+    assert len(first) == 1
+    assert len(play(source)) == 2
+
+
+def test_what_agents_ask_makes_a_tokenizer(make: Maker) -> None:
+    source = make("one_call")
+    texts = source.tokenizer_texts(source.tasks("train")[:2])
+    assert all(f"corridor/train/{number}" in text for number, text in enumerate(sorted(texts)))
+    with pytest.raises(RunError, match="no agent asked for a completion"):
+        make("silent").tokenizer_texts(source.tasks("train")[:1])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"agent": None}, "give an agent"),
+        ({"agent": "a.b", "command": "true"}, "and not both"),
+        ({"agent": "play"}, "agent must be a dotted path"),
+        ({"agent": "a.b", "num_parallel": 0}, "num_parallel must be at least 1"),
+        ({"agent": "a.b", "agent_timeout": 0.0}, "must be above 0 seconds"),
+    ],
+)
+def test_mistakes_are_one_line(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        AgentSource({}, HFEngine(), **settings)
+
+
+@pytest.mark.parametrize("line", ["{", "[]", '{"door": 1}', '{"id": 3}'])
+def test_a_line_that_is_no_task_is_named(line: str, tmp_path: Path) -> None:
+    path = tmp_path / "tasks.jsonl"
+    path.write_text(f'{{"id": "a"}}\n\n{line}\n')
+    source = AgentSource({"train": str(path), "valid": str(tmp_path / "none")}, HFEngine(), "a.b")
+    with pytest.raises(ConfigError, match="line 3: a task is a JSON object"):
+        source.tasks("train")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        source.tasks("valid")
+    with pytest.raises(ConfigError, match="no tasks of the split 'test'"):
+        source.tasks("test")
