@@ -9,14 +9,14 @@ import time
 import urllib.request
 from typing import Any
 
+from openai import OpenAI
+
 from steppo.types import Action, Task
 from tests.toy_env import CorridorEnv
 
 
 def walk(task: Task) -> None:
     """Plays a corridor to its end; its step rewards go to the gateway. Any answer is one of the commands."""
-    from openai import OpenAI
-
     client, env = OpenAI(max_retries=0), CorridorEnv(max_steps=5)
     turn = env.reset(task)
     messages: list[Any] = [{"role": "user", "content": f"{turn.goal}\n{seen(turn)}"}]
@@ -44,8 +44,6 @@ def post(body: dict[str, Any]) -> None:
 
 
 def ask(content: str = "Hello", **options: Any) -> str:
-    from openai import OpenAI
-
     message = {"role": "user", "content": content}
     completion = OpenAI(max_retries=0).chat.completions.create(model="policy", messages=[message], **options)
     return completion.choices[0].message.content or ""

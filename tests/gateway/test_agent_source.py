@@ -22,8 +22,6 @@ from steppo.types import Action, Episode, RolloutConfig, StopReason, Turn, group
 from tests.gateway.agents import command_of
 from tests.toy_env import CorridorEnv
 
-pytest.importorskip("openai", reason="agents on the openai package")
-
 PLAN = RolloutConfig("train/0", seed=3, version=7)
 Maker = Callable[..., AgentSource]
 

@@ -2,29 +2,24 @@
 
 from __future__ import annotations
 
-import asyncio
 import itertools
 import json
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from http.client import HTTPConnection
 from typing import Any
 
 import numpy as np
+import openai
 import pytest
+from gateway_fuzz import Rig, fuzz, number_of
 
-from steppo.engines import Engine, EngineThread, PlainEngine
-from steppo.gateway.session import GatewaySettings, Session
+from steppo.engines import Engine, PlainEngine
+from steppo.gateway.session import Session
 from steppo.gateway.wire import Said
 from steppo.models import TinyPolicy
-from steppo.rendering import HermesParser, Renderer
 from steppo.types import Completion, Request
-
-openai = pytest.importorskip("openai", reason="agents on the openai package")
-server = pytest.importorskip("steppo.gateway.server", reason="the extra gateway")
 
 HELLO = [{"role": "user", "content": "Hello"}]
 TOOL = {
@@ -66,74 +61,28 @@ class ScriptedEngine(Engine):
         self._queue = [request for request in self._queue if request.session_id != session_id]
 
 
-class Bench:
+class Bench(Rig):
     """A gateway with an engine, for one test."""
 
     def __init__(self, policy: TinyPolicy, engine: Engine, **settings: Any) -> None:
-        self.policy = policy
-        self.engine = engine
-        self.settings = GatewaySettings(**({"update_wait_s": 0.1} | settings))
-        self.voices = server.Voices(Renderer(), HermesParser())
-        self.voices.bind(policy.tokenizer, policy.stop_ids)
-        self.gateway = server.Gateway(self.settings, self.voices, 20, 900, 40)
-        self.failures: list[BaseException] = []
-        self._thread: EngineThread | None = None
-        self._leave = threading.Event()
-
-    def open(self, name: str = "session", temperature: float = 1.0) -> Session:
-        async def opened() -> Session:
-            return self.gateway.open(name, lambda agent, step: hash_of(f"{name}|{agent}|{step}"), temperature)
-
-        return self.gateway.run(opened()).result(5)
-
-    def end(self, session: Session) -> None:
-        async def ended() -> None:
-            self.gateway.end(session)
-
-        self.gateway.run(ended()).result(5)
-
-    @contextmanager
-    def asking(self) -> Iterator[None]:
-        thread, ready, leave = EngineThread(self.engine, itertools.count()), threading.Event(), asyncio.Event()
-
-        async def hold() -> None:
-            async with self.gateway.asking(thread, 7, self.failures.append):
-                ready.set()
-                await leave.wait()
-
-        held = self.gateway.run(hold())
-        assert ready.wait(5)
-        try:
-            yield
-        finally:
-            self.gateway._loop.call_soon_threadsafe(leave.set)
-            held.result(10)
-            thread.close([])
+        super().__init__(policy, engine, 20, 900, 40, **({"update_wait_s": 0.1} | settings))
 
     def client(self, session: Session, **options: Any) -> Any:
         options = {"max_retries": 0, "timeout": 30} | options
         return openai.OpenAI(base_url=self.gateway.base_url(session), api_key=session.key, **options)
 
     def post(self, path: str, body: Any, key: str = "", method: str = "POST", **headers: str) -> tuple[int, Any, Any]:
-        connection = HTTPConnection(*self.gateway._socket.getsockname()[:2], timeout=30)
         given = {name.replace("_", "-"): value for name, value in headers.items()}
         if key:
             given["Authorization"] = f"Bearer {key}"
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
-        connection.request(method, path, data, given)
-        response = connection.getresponse()
-        text = response.read()
-        connection.close()
-        return response.status, json.loads(text) if text else None, response.headers
+        status, text, told = self.send(method, path, data, given)
+        return status, json.loads(text) if text else None, told
 
     def chat(self, session: Session, messages: Any = None, **options: Any) -> tuple[int, Any, Any]:
         headers = {name: options.pop(name) for name in list(options) if name.startswith("x_") or name == "idempotency_key"}
         body = {"model": "policy", "messages": messages or HELLO} | options
         return self.post(f"/sessions/{session.id}/v1/chat/completions", body, session.key, **headers)
-
-
-def hash_of(text: str) -> int:
-    return sum(ord(letter) * 31**place for place, letter in enumerate(text)) % 2**63
 
 
 @pytest.fixture(scope="module")
@@ -179,7 +128,7 @@ def test_a_dialogue_is_extended_in_token_space(bench: Bench, policy: TinyPolicy)
     assert [step.terminated for step in steps] == [False, False, True]
     assert {step.agent_id for step in steps} == {"agent"}
     assert [step.policy_version for step in steps] == [7, 7, 7]
-    assert [request.seed for request in engine.seen] == [hash_of(f"session|agent|{n}") for n in range(3)]
+    assert [request.seed for request in engine.seen] == [number_of(f"session|agent|{n}") for n in range(3)]
     assert [step.observation for step in steps] == ["Hello", "And 0?", "And 1?"]
     assert usage.prompt_tokens == len(steps[-1].prompt_ids)
     assert usage.completion_tokens == len(steps[-1].action_ids)
@@ -480,3 +429,10 @@ def test_stop_goes_to_the_engine(kind: type[Engine], policy: TinyPolicy) -> None
 
 def test_said_is_what_makes_dialogues_equal() -> None:
     assert Said("user", "a") == Said("user", "a") != Said("assistant", "a")
+
+
+def test_what_is_recorded_is_what_was_read_and_sampled_whatever_agents_send() -> None:
+    counts = fuzz(240, threads=4)
+    assert {name: count for name, count in counts.items() if name.startswith("WRONG")} == {}
+    assert min(counts[kind] for kind in ("goes on", "rewritten", "malformed", "retry", "hangs up")) > 5
+    assert counts["steps"] >= counts["goes on"]
