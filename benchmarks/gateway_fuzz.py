@@ -29,7 +29,8 @@ from measuring import about
 
 from steppo.engines import Engine, EngineThread
 from steppo.gateway.server import Gateway
-from steppo.gateway.session import GatewaySettings, Session
+from steppo.gateway.session import Session
+from steppo.gateway.settings import GatewaySettings
 from steppo.gateway.voice import Voices
 from steppo.models import TinyPolicy
 from steppo.models.policy import Policy
@@ -82,7 +83,7 @@ class Rig:
         thread, ready, leave = EngineThread(self.engine, itertools.count()), threading.Event(), asyncio.Event()
 
         async def hold() -> None:
-            async with self.gateway.asking(thread, 7, self.failures.append):
+            async with self.gateway.asker.asking(thread, 7, self.failures.append):
                 ready.set()
                 await leave.wait()
 

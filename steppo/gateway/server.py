@@ -11,9 +11,8 @@ import socket
 import threading
 import time
 from collections import Counter, OrderedDict
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
-from contextlib import asynccontextmanager, suppress
 from typing import Any, TypeVar
 
 import uvicorn
@@ -22,19 +21,18 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 
 from steppo import types
-from steppo.engines import EngineThread
-from steppo.envs.checks import MOST_REWARD
 from steppo.errors import ConfigError, RunError, said
-from steppo.gateway.session import COUNTS, Chain, GatewaySettings, Made, Session
+from steppo.gateway.asker import Asker
+from steppo.gateway.session import Chain, Made, Session
+from steppo.gateway.settings import COUNTS, GatewaySettings
 from steppo.gateway.voice import Voices
-from steppo.gateway.wire import Answer, Call, Refused, read_call, read_object
-from steppo.types import Completion, Sampling, Step
+from steppo.gateway.wire import Answer, Call, Refused, Reward, read, read_call
+from steppo.types import Sampling, Step
 
 T = TypeVar("T")
 
 MODEL = "policy"
 _REMEMBERED = 4096  # sessions that are over, so that late calls are told
-_START_S = 30.0
 
 
 class Gateway:
@@ -64,12 +62,7 @@ class Gateway:
         self.counts = Counter(dict.fromkeys(COUNTS, 0))
         self._sessions: dict[str, Session] = {}
         self._over: OrderedDict[str, tuple[str, str]] = OrderedDict()  # keys of sessions that are over, by id
-        self._version = 0
-        self._wanted: list[tuple[types.Request, asyncio.Future[Completion]]] = []
-        self._asked: dict[int, asyncio.Future[Completion]] = {}
-        self._released: list[str] = []
-        self._pumping: asyncio.Task[None] | None = None
-        self._leaving = False
+        self.asker = Asker()
         self._loop = asyncio.new_event_loop()
         try:
             self._socket = socket.create_server((settings.host, settings.port), backlog=2048)
@@ -85,10 +78,7 @@ class Gateway:
         )
         self._server = uvicorn.Server(config)
         self._thread = threading.Thread(target=self._serve, name="gateway", daemon=True)
-        self._ready = asyncio.Event()
-        self._wake = asyncio.Event()
-        self._thread.start()
-        self._await_start()
+        self._thread.start()  # what is asked before it answers waits in the socket
 
     @property
     def address(self) -> str:
@@ -113,29 +103,6 @@ class Gateway:
             self._thread.join(10.0)
         self._socket.close()
 
-    @asynccontextmanager
-    async def asking(
-        self, engine: EngineThread, version: int, failed: Callable[[BaseException], None]
-    ) -> AsyncIterator[None]:
-        """The engine answers while this is open; what is under way then is answered before it ends.
-
-        Args:
-            engine: Asked by nobody else meanwhile.
-            version: Of its weights.
-            failed: Is told of what the engine raises.
-        """
-        self._version, self._leaving = version, False
-        self._pumping = asyncio.create_task(self._pump(engine, failed))
-        self._ready.set()
-        try:
-            yield
-        finally:
-            self._ready.clear()
-            self._leaving = True
-            self._wake.set()
-            with suppress(Exception):
-                await self._pumping
-
     def open(self, name: str, seed: Callable[[str, int], int], temperature: float) -> Session:
         """A new session. In the gateway's loop."""
         if len(self._sessions) >= self.settings.max_sessions:
@@ -153,8 +120,7 @@ class Gateway:
         session.is_closed = True
         for made in session.made.values():
             made.work.cancel()
-        self._released += [_engine_session(session, chain) for chain in session.chains]
-        self._wake.set()
+        self.asker.release([_engine_session(session, chain) for chain in session.chains])
 
     # ---- its thread ----
 
@@ -168,61 +134,10 @@ class Gateway:
             self._loop.run_until_complete(asyncio.sleep(0))
             self._loop.close()
 
-    def _await_start(self) -> None:
-        deadline = time.monotonic() + _START_S
-        while not self._server.started:
-            if not self._thread.is_alive() or time.monotonic() > deadline:
-                raise RunError("the gateway did not start")
-            time.sleep(0.005)
-
-    async def _pump(self, engine: EngineThread, failed: Callable[[BaseException], None]) -> None:
-        """Hands calls to the engine between its ticks, and its answers to them."""
-        try:
-            while True:
-                for session_id in self._released:
-                    engine.release(session_id)
-                wanted, self._wanted, self._released = self._wanted, [], []
-                for request, future in wanted:
-                    if not future.done():
-                        self._asked[engine.submit(request)] = future
-                if not engine.has_work:
-                    if self._leaving:
-                        return
-                    self._wake.clear()
-                    await self._wake.wait()
-                    continue
-                for completion in await engine.tick():
-                    asked = self._asked.pop(completion.request_id, None)
-                    if asked is not None and not asked.done():
-                        asked.set_result(completion)
-        except BaseException as error:
-            self._ready.clear()
-            for waiting in [*self._asked.values(), *(future for _, future in self._wanted)]:
-                if not waiting.done():
-                    waiting.set_exception(Refused(503, f"the engine failed: {said(error)}", "engine_error"))
-            self._asked, self._wanted = {}, []
-            failed(error)
-            raise
-
-    async def _generate(self, request: types.Request) -> Completion:
-        future: asyncio.Future[Completion] = asyncio.get_running_loop().create_future()
-        self._wanted.append((request, future))
-        self._wake.set()
-        try:
-            return await future
-        except asyncio.CancelledError:
-            self._released.append(request.session_id)
-            self._wake.set()
-            raise
-
     # ---- a call ----
 
     async def _complete(self, session: Session, call: Call, name: str) -> Answer:
-        if not self._ready.is_set():
-            try:
-                await asyncio.wait_for(self._ready.wait(), self.settings.update_wait_s)
-            except TimeoutError:
-                raise Refused(429, "the weights are being updated", "updating", retry_after=1.0) from None
+        await self.asker.wait(self.settings.update_wait_s)
         under_way = sum(chain.is_busy for chain in session.chains)
         if len(session.taken) + under_way >= self.max_steps:
             session.is_full = True
@@ -243,48 +158,25 @@ class Gateway:
         prompt_ids = self.voices.prompt(session, chain, call)
         session.overflowed = len(prompt_ids) > self.max_prompt_tokens
         if session.overflowed:
-            raise Refused(
-                400,
-                f"the prompt has {len(prompt_ids)} tokens, more than {self.max_prompt_tokens}",
-                "context_length_exceeded",
-                "messages",
-            )
+            too_long = f"the prompt has {len(prompt_ids)} tokens, more than {self.max_prompt_tokens}"
+            raise Refused(400, too_long, "context_length_exceeded", "messages")
         most = min(call.most_tokens or self.max_new_tokens, self.max_new_tokens)
         sampling = Sampling(session.temperature, most, call.stop)
         seed = session.seed(chain.agent_id, chain.steps)
         request = types.Request(0, _engine_session(session, chain), prompt_ids, sampling, seed)
-        completion = await self._generate(request)
+        completion = await self.asker.generate(request)
         if completion.error or not len(completion.action_ids):
             session.refusal = completion.error or "the engine gave an answer without a token"
             raise Refused(503, f"the engine failed: {session.refusal}", "engine_error")
         action, is_read = self.voices.read(call, completion.action_ids)
-        calls = tuple(
-            (f"call_{chain.steps}_{number}", called.name, json.dumps(dict(called.arguments), ensure_ascii=False))
-            for number, called in enumerate(action.tool_calls)
-        )
-        answer = Answer(
-            f"chatcmpl-{session.id}-{len(session.taken)}",
-            action.text,
-            action.reasoning,
-            calls,
-            "tool_calls" if calls else completion.finish_reason,
-            len(prompt_ids),
-            len(completion.action_ids),
-        )
+        named = [(it.name, json.dumps(dict(it.arguments), ensure_ascii=False)) for it in action.tool_calls]
+        calls = tuple((f"call_{chain.steps}_{number}", *it) for number, it in enumerate(named))
+        reason = "tool_calls" if calls else completion.finish_reason
+        id, counts = f"chatcmpl-{session.id}-{len(session.taken)}", (len(prompt_ids), len(completion.action_ids))
+        answer = Answer(id, action.text, action.reasoning, calls, reason, *counts)
         step = Step(
-            prompt_ids,
-            completion.action_ids,
-            completion.logprobs,
-            0.0,
-            chain.steps,
-            completion.finish_reason,
-            terminated=False,
-            truncated=False,
-            action_valid=is_read,
-            observation=_observed(call),
-            action=str(action).strip(),
-            temperature=session.temperature,
-            policy_version=self._version,
+            *(prompt_ids, completion.action_ids, completion.logprobs, 0.0, chain.steps, completion.finish_reason),
+            *(False, False, is_read, _observed(call), str(action).strip(), session.temperature, self.asker.version),
             agent_id=chain.agent_id,
         )
         session.take(chain, call, step, answer, round)
@@ -304,16 +196,12 @@ class Gateway:
                 raise Refused(400, "this request id was that of another body", "idempotency_error")
             self.counts["gateway_retries"] += 1
             return known
-        call = read_call(read_object(body), session.temperature)
+        call = read_call(body, session.temperature)
         if call.overridden:
             if self.settings.other_policy == "refuse":
-                raise Refused(
-                    400,
-                    f"{', '.join(call.overridden)}: not while a policy is trained, as it would be another one; leave it "
-                    "out, or have it overridden (gateway.other_policy)",
-                    "unsupported_parameter",
-                    call.overridden[0],
-                )
+                wrong = f"{', '.join(call.overridden)}: not while a policy is trained, as it would be another one"
+                advice = "; leave it out, or have it overridden (gateway.other_policy)"
+                raise Refused(400, wrong + advice, "unsupported_parameter", call.overridden[0])
             self.counts["gateway_overridden"] += 1
         work = asyncio.create_task(self._complete(session, call, request.headers.get("x-agent-id", "")))
         work.add_done_callback(_is_void)  # nobody may be left to hear what it raised
@@ -332,7 +220,7 @@ class Gateway:
         if answer is None:
             return Response(status_code=499)  # nobody reads it
         if made.stream:
-            return StreamingResponse(_each(answer.events(MODEL, made.with_usage)), media_type="text/event-stream")
+            return StreamingResponse(answer.events(MODEL, made.with_usage), media_type="text/event-stream")
         return JSONResponse(answer.body(MODEL))
 
     async def _wait(self, made: Made, session: Session, request: Request) -> Answer | None:
@@ -392,15 +280,8 @@ class Gateway:
 
     async def _reward(self, id: str, request: Request) -> Response:
         session = self._session(id, request, for_reward=True)
-        given = read_object(await self._body(request))
-        reward, success, completion = given.get("reward"), given.get("success"), given.get("completion")
-        if isinstance(reward, bool) or not isinstance(reward, int | float) or not abs(reward) <= MOST_REWARD:
-            raise Refused(400, "reward must be a number", "invalid_value", "reward")
-        if success is not None and not isinstance(success, bool):
-            raise Refused(400, "success must be true or false", "invalid_value", "success")
-        if completion is not None and not isinstance(completion, str):
-            raise Refused(400, "completion must be the id of one of the session's", "invalid_value", "completion")
-        session.give(float(reward), success, completion)
+        given = read(Reward, await self._body(request))
+        session.give(given.reward, given.success, given.completion)
         return JSONResponse({"ok": True})
 
     async def _close(self, id: str, request: Request) -> Response:
@@ -409,14 +290,10 @@ class Gateway:
 
     def _app(self) -> FastAPI:
         app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None)
-        routes: list[tuple[str, str, Callable[..., Any]]] = [
-            ("POST", "/sessions/{id}/v1/chat/completions", self._chat),
-            ("GET", "/sessions/{id}/v1/models", self._models),
-            ("POST", "/sessions/{id}/reward", self._reward),
-            ("POST", "/sessions/{id}/close", self._close),
-        ]
-        for method, path, answer in routes:
-            app.add_api_route(path, answer, methods=[method], response_model=None)
+        app.post("/sessions/{id}/v1/chat/completions", response_model=None)(self._chat)
+        app.get("/sessions/{id}/v1/models", response_model=None)(self._models)
+        app.post("/sessions/{id}/reward", response_model=None)(self._reward)
+        app.post("/sessions/{id}/close", response_model=None)(self._close)
 
         async def refuse(request: Request, refused: Refused) -> Response:
             self.counts["gateway_refused"] += 1
@@ -451,11 +328,6 @@ async def _gone(request: Request) -> None:
     """Waits until the other end has hung up. The body must have been read."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
-
-
-async def _each(events: Any) -> AsyncIterator[str]:
-    for event in events:
-        yield event
 
 
 def _observed(call: Call) -> str:

@@ -6,10 +6,11 @@ import asyncio
 import itertools
 import json
 import queue
-import threading
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
+from importlib.util import find_spec
+from threading import Event
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from steppo.envs.pool import COUNTS as POOL_COUNTS
 from steppo.envs.pool import EnvPool
 from steppo.errors import ConfigError, RunError, require_at_least
 from steppo.gateway.program import AgentProgram, read_tasks
-from steppo.gateway.session import COUNTS, MAIN, GatewaySettings, Session
+from steppo.gateway.settings import COUNTS, MAIN, GatewaySettings
 from steppo.models import TinyPolicy
 from steppo.rendering import ActionParser, HermesParser, Renderer
 from steppo.rollouts import EpisodeSource
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from steppo.gateway.server import Gateway
+    from steppo.gateway.session import Session
     from steppo.models.policy import Policy
 
 _NO_LIMIT = 2**31
@@ -86,14 +88,10 @@ class AgentSource(EpisodeSource):
             raise ConfigError("AgentSource: agent_timeout and start_timeout must be above 0 seconds")
         if bool(agent) == bool(command):
             raise ConfigError("AgentSource: give an agent, the dotted path of a callable, or a command, and not both")
-        for name, path in (("agent", agent), ("judge", judge)):
-            if path and "." not in path:
-                raise ConfigError(f"AgentSource: {name} must be a dotted path, such as my_file.play, not {path!r}")
-        try:
-            import fastapi  # noqa: F401
-            import uvicorn  # noqa: F401
-        except ImportError:
-            raise ConfigError('AgentSource needs a web server: pip install "steppo[gateway]"') from None
+        if wrong := [path for path in (agent, judge) if path and "." not in path]:
+            raise ConfigError(f"AgentSource: an agent or judge is a dotted path, such as my_file.play, not {wrong[0]!r}")
+        if find_spec("fastapi") is None or find_spec("uvicorn") is None:
+            raise ConfigError('AgentSource needs a web server: pip install "steppo[gateway]"')
         self.files = tasks
         self.engine = engine
         self.program = AgentProgram(agent, command, judge)
@@ -109,6 +107,7 @@ class AgentSource(EpisodeSource):
         self._gateway: Gateway | None = None
         self._pool: EnvPool | None = None
         self._request_ids = itertools.count()
+        self._played: queue.SimpleQueue[Episode | BaseException] = queue.SimpleQueue()
         self._is_playing = False
         self._counts = Counter(dict.fromkeys((*POOL_COUNTS, *COUNTS, "aborted_sessions"), 0))
 
@@ -129,14 +128,9 @@ class AgentSource(EpisodeSource):
         self._open(policy, self.max_prompt_tokens)
 
     def protocol(self) -> dict[str, Any]:
-        return {
-            "agent": self.program.agent or " ".join(self.program.command),
-            "judge": self.program.judge,
-            "max_steps": self.max_steps,
-            "max_prompt_tokens": self.max_prompt_tokens,
-            "max_new_tokens": self.max_new_tokens,
-            "other_policy": self.settings.other_policy,
-        }
+        agent = self.program.agent or " ".join(self.program.command)
+        limits = {name: getattr(self, name) for name in ("max_steps", "max_prompt_tokens", "max_new_tokens")}
+        return {"agent": agent, "judge": self.program.judge, **limits, "other_policy": self.settings.other_policy}
 
     @property
     def logprob_tolerance(self) -> float:
@@ -188,16 +182,13 @@ class AgentSource(EpisodeSource):
         unfinished: dict[int, list[Episode]] = {group.id: [] for group in groups}
         sizes = {group.id: group.size for group in groups}
         places = [Place(config, group, sample) for group in groups for sample in range(group.size)]
-        engine = EngineThread(self.engine, self._request_ids)
-        played: queue.SimpleQueue[Episode | BaseException] = queue.SimpleQueue()
-        over = threading.Event()
+        engine, over = EngineThread(self.engine, self._request_ids), Event()
+        self._played = queue.SimpleQueue()
         self._is_playing, left = True, len(places)
-        running = self._gateway.run(
-            self._play(self._gateway, self._pool, engine, iter(places), config.version, played, over)
-        )
+        running = self._gateway.run(self._play(self._gateway, self._pool, engine, iter(places), config.version, over))
         try:
             while left:
-                episode = played.get()
+                episode = self._played.get()
                 if isinstance(episode, BaseException):
                     raise episode
                 left -= 1
@@ -217,28 +208,19 @@ class AgentSource(EpisodeSource):
     # ---- in the gateway's loop ----
 
     async def _play(
-        self,
-        gateway: Gateway,
-        pool: EnvPool,
-        engine: EngineThread,
-        places: Iterator[Place],
-        version: int,
-        played: queue.SimpleQueue[Episode | BaseException],
-        over: threading.Event,
+        self, gateway: Gateway, pool: EnvPool, engine: EngineThread, places: Iterator[Place], version: int, over: Event
     ) -> None:
         """Plays all in as many slots as there are processes."""
         try:
-            async with gateway.asking(engine, version, played.put), asyncio.TaskGroup() as slots:
+            async with gateway.asker.asking(engine, version, self._played.put), asyncio.TaskGroup() as slots:
                 for slot in range(self.num_parallel):
-                    slots.create_task(self._play_in(slot, gateway, pool, places, played))
+                    slots.create_task(self._play_in(slot, gateway, pool, places))
         except BaseExceptionGroup as errors:
-            played.put(errors.exceptions[0])
+            self._played.put(errors.exceptions[0])
         finally:
             over.set()
 
-    async def _play_in(
-        self, slot: int, gateway: Gateway, pool: EnvPool, places: Iterator[Place], played: queue.SimpleQueue[Any]
-    ) -> None:
+    async def _play_in(self, slot: int, gateway: Gateway, pool: EnvPool, places: Iterator[Place]) -> None:
         for place in places:
             session = gateway.open(place.id, partial(_seed, place), place.config.temperature)
             try:
@@ -250,7 +232,7 @@ class AgentSource(EpisodeSource):
             finally:
                 gateway.end(session)
             pool.release(slot)
-            played.put(self._episode(place, session, reply))
+            self._played.put(self._episode(place, session, reply))
 
     def _surroundings(self, gateway: Gateway, session: Session) -> dict[str, str]:
         """The agent's environment variables."""
@@ -275,17 +257,10 @@ class AgentSource(EpisodeSource):
             reason = StopReason.ABORTED if error else StopReason.TERMINATED
         self._counts["aborted_sessions"] += reason.failed
         reward = session.reward if worth["reward"] is None else worth["reward"]
-        return Episode(
-            place.id,
-            place.order,
-            place.group.id,
-            place.group.task.id,
-            session.steps(is_over=reason == StopReason.TERMINATED),
-            reason,
-            success=session.success if worth["success"] is None else worth["success"],
-            error=error,
-            final_reward=reward or 0.0,
-        )
+        success = session.success if worth["success"] is None else worth["success"]
+        names = place.id, place.order, place.group.id, place.group.task.id
+        steps = session.steps(is_over=reason == StopReason.TERMINATED)
+        return Episode(*names, steps, reason, success=success, error=error, final_reward=reward or 0.0)
 
     # ---- processes and the server ----
 

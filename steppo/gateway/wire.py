@@ -4,32 +4,26 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any, Literal, TypeVar
 
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
+
+from steppo.envs.checks import MOST_REWARD
 from steppo.types import ToolSpec
 
-_ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
-# Read here, or without a meaning for what is sampled.
-_READ = {"messages", "model", "tools", "stream", "stream_options", "stop", "max_tokens", "max_completion_tokens"}
+T = TypeVar("T", bound=BaseModel)
+
 _HARMLESS = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"}
-# Values of the others that ask for nothing, beside null; any other value would make another policy.
+# Values of what else there is that ask for nothing, beside null; any other value would make another policy.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "n": (1,),
-    "top_p": (1,),
-    "presence_penalty": (0,),
-    "frequency_penalty": (0,),
-    "logit_bias": ({},),
-    "response_format": ({"type": "text"},),
-    "tool_choice": ("auto", "none"),
-    "parallel_tool_calls": (True,),
-    "logprobs": (False,),
-    "top_logprobs": (0,),
-    "functions": ([],),
+    **dict.fromkeys(("n", "top_p"), (1,)),
+    **dict.fromkeys(("presence_penalty", "frequency_penalty", "top_logprobs"), (0,)),
+    **{"logit_bias": ({},), "logprobs": (False,), "functions": ([],), "parallel_tool_calls": (True,)},
+    **{"response_format": ({"type": "text"},), "tool_choice": ("auto", "none")},
 }
-_MOST_STOPS = 4
-_MOST_MESSAGES, _MOST_TOOLS = 4096, 128
 
 
 class Refused(Exception):
@@ -136,10 +130,8 @@ class Answer:
         if self.reasoning:
             message["reasoning_content"] = self.reasoning
         if self.calls:
-            message["tool_calls"] = [
-                {"id": id, "type": "function", "function": {"name": name, "arguments": arguments}}
-                for id, name, arguments in self.calls
-            ]
+            functions = [(id, {"name": name, "arguments": arguments}) for id, name, arguments in self.calls]
+            message["tool_calls"] = [{"id": id, "type": "function", "function": function} for id, function in functions]
         return message
 
     def _usage(self) -> dict[str, int]:
@@ -147,52 +139,88 @@ class Answer:
         return {"prompt_tokens": self.prompt_tokens, "completion_tokens": self.answer_tokens, "total_tokens": total}
 
 
-def read_object(body: bytes) -> dict[str, Any]:
-    """The JSON object of a request."""
+class _Function(BaseModel):
+    name: Annotated[str, Field(min_length=1)]
+    arguments: str | None = None
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+
+
+class _Tool(BaseModel):
+    type: Literal["function"] = "function"
+    function: _Function
+
+
+class _Part(BaseModel):
+    type: Literal["text"]
+    text: str
+
+
+class _Message(BaseModel):
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | list[_Part] | None = None
+    tool_calls: list[_Tool] | None = None
+    tool_call_id: str | None = None
+
+
+class _Options(BaseModel):
+    include_usage: bool = False
+
+
+class _Body(BaseModel):
+    """What is read of a request; what else it holds is in ``model_extra``."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+    messages: Annotated[list[_Message], Field(min_length=1, max_length=4096)]
+    model: str | None = None
+    tools: Annotated[list[_Tool], Field(max_length=128)] | None = None
+    stream: bool | None = None
+    stream_options: _Options | None = None
+    stop: str | Annotated[list[Annotated[str, Field(min_length=1)]], Field(max_length=4)] | None = None
+    max_tokens: PositiveInt | None = None
+    max_completion_tokens: PositiveInt | None = None
+
+
+class Reward(BaseModel):
+    """A reward of a session, or of the step with this answer."""
+
+    model_config = ConfigDict(strict=True)
+    reward: Annotated[float, Field(ge=-MOST_REWARD, le=MOST_REWARD)]
+    success: bool | None = None
+    completion: str | None = None
+
+
+def read(kind: type[T], body: bytes) -> T:
+    """Reads a body, whatever it holds. Raises ``Refused``."""
     try:
-        value = json.loads(body, parse_constant=_refuse_constant)
-        json.dumps(value, ensure_ascii=False).encode()  # half a character cannot be written to a prompt
-    except (ValueError, RecursionError):
-        raise Refused(400, "the body is not valid JSON in UTF-8", "invalid_json") from None
-    if not isinstance(value, dict):
-        raise Refused(400, "the body must be a JSON object", "invalid_json")
-    return value
+        return kind.model_validate_json(body)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+        where = ".".join(map(str, first["loc"]))
+        raise Refused(400, f"{where or 'the body'}: {first['msg']}", "invalid_value", where or None) from None
 
 
-def read_call(given: Mapping[str, Any], temperature: float) -> Call:
+def read_call(body: bytes, temperature: float) -> Call:
     """Reads what a request asks for, whatever it holds. Raises ``Refused``.
 
     Args:
-        given: Its body.
+        body: JSON.
         temperature: At which the run samples.
     """
-    if not isinstance(given.get("model", ""), str):
-        raise _wrong("model", "a string")
-    messages = _list(given, "messages", _MOST_MESSAGES)
-    if not messages:
-        raise _wrong("messages", "a list of at least one message")
-    said = tuple(_said(f"messages[{number}]", message) for number, message in enumerate(messages))
-    if said[-1].role == "assistant":
+    given = read(_Body, body)
+    others = given.model_extra or {}
+    if given.messages[-1].role == "assistant":
         raise Refused(400, "the last message must not be the assistant's: answers are not continued", param="messages")
-    tools = _list(given, "tools", _MOST_TOOLS)
-    specs = tuple(_tool(f"tools[{number}]", tool) for number, tool in enumerate(tools))
-    if given.get("tool_choice") == "none":
-        specs = ()
-    limits = [_count(given, name) for name in ("max_tokens", "max_completion_tokens")]
-    options = given.get("stream_options") or {}
-    if not isinstance(options, dict):
-        raise _wrong("stream_options", "an object")
-    overridden = [
-        name for name in sorted(given.keys() - _READ - _HARMLESS) if not _is_neutral(name, given[name], temperature)
-    ]
+    tools = [] if others.get("tool_choice") == "none" else given.tools or []
+    specs = tuple(_spec(tool.function) for tool in tools)
     return Call(
-        said,
+        tuple(map(_said, given.messages)),
         specs,
-        min((limit for limit in limits if limit is not None), default=None),
-        _stops(given.get("stop")),
-        bool(given.get("stream")),
-        bool(options.get("include_usage")),
-        tuple(overridden),
+        min((limit for limit in (given.max_tokens, given.max_completion_tokens) if limit is not None), default=None),
+        tuple(filter(None, [given.stop] if isinstance(given.stop, str) else given.stop or [])),
+        bool(given.stream),
+        given.stream_options is not None and given.stream_options.include_usage,
+        tuple(sorted(it for it in others.keys() - _HARMLESS if not _is_neutral(it, others[it], temperature))),
         _sorted([spec.schema for spec in specs]),
     )
 
@@ -205,90 +233,27 @@ def _is_neutral(name: str, value: Any, temperature: float) -> bool:
     return any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in _NEUTRAL.get(name, ()))
 
 
-def _wrong(param: str, wanted: str) -> Refused:
-    return Refused(400, f"{param} must be {wanted}", "invalid_value", param)
+def _said(message: _Message) -> Said:
+    role = "system" if message.role == "developer" else message.role
+    content = message.content or ""
+    text = content if isinstance(content, str) else "\n".join(part.text for part in content)
+    calls = tuple((call.function.name, _sorted(_arguments(call.function))) for call in message.tool_calls or ())
+    return Said(role, text, calls if role == "assistant" else (), message.tool_call_id or "")
 
 
-def _list(given: Mapping[str, Any], name: str, most: int) -> list[Any]:
-    value = given.get(name)
-    value = [] if value is None else value
-    if not isinstance(value, list) or len(value) > most:
-        raise _wrong(name, f"a list of at most {most}")
-    return value
+def _arguments(function: _Function) -> dict[str, Any]:
+    with suppress(ValueError, RecursionError):
+        if isinstance(arguments := json.loads(function.arguments or "{}"), dict):
+            return arguments
+    raise Refused(400, "the arguments of a tool call must be a JSON object, as text", "invalid_value", "messages")
 
 
-def _count(given: Mapping[str, Any], name: str) -> int | None:
-    value = given.get(name)
-    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-        raise _wrong(name, "a whole number of at least 1")
-    return value
-
-
-def _stops(value: Any) -> tuple[str, ...]:
-    stops = [] if value is None else [value] if isinstance(value, str) else value
-    if not isinstance(stops, list) or len(stops) > _MOST_STOPS or not all(isinstance(stop, str) and stop for stop in stops):
-        raise _wrong("stop", f"a text or a list of at most {_MOST_STOPS}, none of them empty")
-    return tuple(stops)
-
-
-def _said(where: str, message: Any) -> Said:
-    if not isinstance(message, dict):
-        raise _wrong(where, "an object")
-    role = message.get("role")
-    if not isinstance(role, str) or role not in _ROLES:
-        raise _wrong(f"{where}.role", "one of " + ", ".join(_ROLES))
-    text = _content(f"{where}.content", message.get("content"))
-    call_id = message.get("tool_call_id") or ""
-    if not isinstance(call_id, str):
-        raise _wrong(f"{where}.tool_call_id", "a string")
-    calls = message.get("tool_calls") or []
-    if not isinstance(calls, list) or (calls and role != "assistant"):
-        raise _wrong(f"{where}.tool_calls", "a list, of an assistant's message")
-    return Said(
-        _ROLES[role], text, tuple(_tool_call(f"{where}.tool_calls[{n}]", call) for n, call in enumerate(calls)), call_id
-    )
-
-
-def _content(where: str, content: Any) -> str:
-    if content is None or isinstance(content, str):
-        return content or ""
-    if not isinstance(content, list):
-        raise _wrong(where, "a text or a list of parts")
-    texts = []
-    for part in content:
-        if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
-            raise _wrong(where, "text: parts of other types are not supported")
-        texts.append(part["text"])
-    return "\n".join(texts)
-
-
-def _tool_call(where: str, call: Any) -> tuple[str, str]:
-    function = call.get("function") if isinstance(call, dict) else None
-    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-        raise _wrong(where, "an object with a function that has a name")
-    try:
-        arguments = json.loads(function.get("arguments") or "{}", parse_constant=_refuse_constant)
-    except (TypeError, ValueError, RecursionError):
-        arguments = None
-    if not isinstance(arguments, dict):
-        raise _wrong(f"{where}.function.arguments", "a JSON object, as text")
-    return function["name"], _sorted(arguments)
-
-
-def _tool(where: str, tool: Any) -> ToolSpec:
-    function = tool.get("function") if isinstance(tool, dict) and tool.get("type") == "function" else None
-    if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"]:
-        raise _wrong(where, 'of type "function", with a function that has a name')
-    description = function.get("description") or ""
-    parameters = function.get("parameters") or {"type": "object", "properties": {}}
-    if not isinstance(description, str) or not isinstance(parameters, dict) or parameters.get("type") != "object":
-        raise _wrong(f"{where}.function", 'one with a text as description and a JSON schema with "type": "object"')
-    return ToolSpec(function["name"], description, parameters)
+def _spec(function: _Function) -> ToolSpec:
+    parameters = function.parameters or {"type": "object", "properties": {}}
+    if parameters.get("type") != "object":
+        raise Refused(400, 'the parameters of a tool must be a JSON schema with "type": "object"', "invalid_value", "tools")
+    return ToolSpec(function.name, function.description or "", parameters)
 
 
 def _sorted(value: Any) -> str:
     return json.dumps(value, sort_keys=True, ensure_ascii=False)
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(name)
