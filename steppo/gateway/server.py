@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 import uvicorn
 from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
 from steppo import types
@@ -220,7 +220,7 @@ class Gateway:
         if answer is None:
             return Response(status_code=499)  # nobody reads it
         if made.stream:
-            return StreamingResponse(answer.events(MODEL, made.with_usage), media_type="text/event-stream")
+            return Response("".join(answer.events(MODEL, made.with_usage)), media_type="text/event-stream")
         return JSONResponse(answer.body(MODEL))
 
     async def _wait(self, made: Made, session: Session, request: Request) -> Answer | None:

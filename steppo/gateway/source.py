@@ -83,9 +83,7 @@ class AgentSource(EpisodeSource):
         gateway: GatewaySettings = GatewaySettings(),
     ) -> None:
         require_at_least(1, self, max_steps=max_steps, max_prompt_tokens=max_prompt_tokens, max_new_tokens=max_new_tokens)
-        require_at_least(1, self, num_parallel=num_parallel)
-        if not (agent_timeout > 0 and start_timeout > 0):
-            raise ConfigError("AgentSource: agent_timeout and start_timeout must be above 0 seconds")
+        require_at_least(1, self, num_parallel=num_parallel, agent_timeout=agent_timeout, start_timeout=start_timeout)
         if bool(agent) == bool(command):
             raise ConfigError("AgentSource: give an agent, the dotted path of a callable, or a command, and not both")
         if wrong := [path for path in (agent, judge) if path and "." not in path]:

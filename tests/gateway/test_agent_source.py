@@ -19,10 +19,12 @@ from steppo.models import TinyPolicy
 from steppo.rendering import ActionParser, AppendContext, ParsedAction
 from steppo.rollouts import EnvSource
 from steppo.types import Action, Episode, RolloutConfig, StopReason, Turn, groups_of
+from tests.cli_helpers import evaluations, run
 from tests.gateway.agents import command_of
 from tests.toy_env import CorridorEnv
 
 PLAN = RolloutConfig("train/0", seed=3, version=7)
+QUICKSTART = Path(__file__).parents[2] / "configs/agent/quickstart.yaml"
 Maker = Callable[..., AgentSource]
 
 
@@ -156,9 +158,9 @@ def test_what_agents_ask_makes_a_tokenizer(make: Maker) -> None:
     [
         ({"agent": None}, "give an agent"),
         ({"agent": "a.b", "command": "true"}, "and not both"),
-        ({"agent": "play"}, "agent must be a dotted path"),
+        ({"agent": "play"}, "an agent or judge is a dotted path"),
         ({"agent": "a.b", "num_parallel": 0}, "num_parallel must be at least 1"),
-        ({"agent": "a.b", "agent_timeout": 0.0}, "must be above 0 seconds"),
+        ({"agent": "a.b", "agent_timeout": 0.0}, "agent_timeout must be at least 1"),
     ],
 )
 def test_mistakes_are_one_line(settings: dict[str, Any], message: str) -> None:
@@ -177,3 +179,16 @@ def test_a_line_that_is_no_task_is_named(line: str, tmp_path: Path) -> None:
         source.tasks("valid")
     with pytest.raises(ConfigError, match="no tasks of the split 'test'"):
         source.tasks("test")
+
+
+def test_the_quickstart_trains(tmp_path: Path) -> None:
+    few = [
+        "--trainer.max_epochs=1",
+        "--rollout.episodes_per_iteration=4",
+        "--data.num_minibatches=1",
+        "--evaluation.samples=2",
+    ]
+    run(tmp_path, *few, "--trainer.logger.version=few", "--data.source.num_parallel=2", config=QUICKSTART)
+    records = evaluations(tmp_path / "agent" / "few")
+    assert [record["iteration"] for record in records] == [0, 1]
+    assert {record["errors"] for record in records} == {0}
