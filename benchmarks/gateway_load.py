@@ -10,14 +10,12 @@ benchmarks/results/gateway_load.json.
 from __future__ import annotations
 
 import argparse
-import asyncio
 import json
-import multiprocessing as mp
-import random
 import statistics
+import sys
 import time
-from multiprocessing.connection import Connection
 from pathlib import Path
+from subprocess import PIPE, Popen
 from typing import Any
 
 import numpy as np
@@ -47,44 +45,15 @@ class InstantEngine(Engine):
         return [Completion(request.id, self._ids, np.zeros(len(self._ids), np.float32), "stop") for request in asked]
 
 
-async def _agent(place: tuple[str, int], id: str, key: str, calls: int, pause_s: float, found: list[float]) -> None:
-    """Seconds of each call of a session, over one connection."""
-    await asyncio.sleep(random.random() * pause_s)
-    reader, writer = await asyncio.open_connection(*place)
-    messages: list[dict[str, str]] = []
-    for number in range(calls):
-        messages.append({"role": "user", "content": f"Where am I now, after {number} steps?"})
-        body = json.dumps({"model": "policy", "messages": messages}).encode()
-        head = f"POST /sessions/{id}/v1/chat/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {key}\r\n"
-        start = time.perf_counter()
-        writer.write(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
-        told = await reader.readuntil(b"\r\n\r\n")
-        length = int(told.lower().partition(b"content-length:")[2].partition(b"\r\n")[0])
-        answer = json.loads(await reader.readexactly(length))
-        found.append(time.perf_counter() - start)
-        messages.append({"role": "assistant", "content": answer["choices"][0]["message"]["content"]})
-        await asyncio.sleep(pause_s)
-    writer.close()
-
-
-def clients(connection: Connection) -> None:
-    """Plays what it is sent, until that is nothing."""
-
-    async def play(place: tuple[str, int], sessions: list[tuple[str, str]], calls: int, pause_s: float) -> list[float]:
-        found: list[float] = []
-        await asyncio.gather(*(_agent(place, id, key, calls, pause_s, found) for id, key in sessions))
-        return found
-
-    while (work := connection.recv()) is not None:
-        connection.send(asyncio.run(play(*work)))
-
-
-def wave(rig: Rig, connection: Connection, count: int, calls: int, pause_s: float, first: int) -> tuple[list[float], float]:
+def wave(rig: Rig, clients: Popen, count: int, calls: int, pause_s: float, first: int) -> tuple[list[float], float]:
     """Seconds of all calls of so many sessions at once, and the gateway's CPU seconds."""
     sessions = [rig.open(f"load/{first + number}") for number in range(count)]
     before = time.process_time()
-    connection.send((rig.place, [(session.id, session.key) for session in sessions], calls, pause_s))
-    found = connection.recv()
+    work = rig.place, [(session.id, session.key) for session in sessions], calls, pause_s
+    assert clients.stdin is not None
+    assert clients.stdout is not None
+    print(json.dumps(work), file=clients.stdin, flush=True)
+    found = json.loads(clients.stdout.readline())
     spent = time.process_time() - before
     assert all(len(session.taken) == calls for session in sessions)
     for session in sessions:
@@ -103,24 +72,21 @@ def main() -> None:
     policy.build(lambda: ["Where am I now, after steps?"])
     engine = InstantEngine([*policy.tokenizer.encode("Here.....")[:7], policy.tokenizer.eos_token_id])
     rig = Rig(policy, engine, 10_000, 100_000, 8, max_calls_per_s=1e6)
-    here, there = mp.Pipe()
-    process = mp.get_context("spawn").Process(target=clients, args=(there,), daemon=True)
-    process.start()
+    clients = Popen([sys.executable, Path(__file__).with_name("gateway_clients.py")], stdin=PIPE, stdout=PIPE, text=True)
     results: dict[str, Any] = {}
     try:
         with rig.asking():
-            alone, spent = wave(rig, here, 1, 20 * options.calls, 0.0, 0)
+            alone, spent = wave(rig, clients, 1, 20 * options.calls, 0.0, 0)
             results["one session"] = figures(alone, spent)
-            many, spent = wave(rig, here, options.sessions, options.calls, options.pause, 1)
+            many, spent = wave(rig, clients, options.sessions, options.calls, options.pause, 1)
             results[f"{options.sessions} at once"] = figures(many, spent)
             resident = []
             for first in range(0, options.total, options.sessions):
-                wave(rig, here, options.sessions, 2, 0.05, 1000 + first)
+                wave(rig, clients, options.sessions, 2, 0.05, 1000 + first)
                 resident.append(psutil.Process().memory_info().rss / 2**20)
-        here.send(None)
     finally:
         rig.gateway.close()
-        process.kill()
+        clients.kill()
     memory = {"sessions": options.total, "MiB after a fifth": resident[len(resident) // 5], "MiB at the end": resident[-1]}
     rows = [[name, *(f"{row[key] * 1e3:.1f}" for key in ("median_s", "p95_s", "cpu_s"))] for name, row in results.items()]
     print(markdown(["sessions", "ms a call, median", "p95", "CPU ms a call"], rows))

@@ -13,12 +13,14 @@ import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
+from contextlib import suppress
 from typing import Any, TypeVar
 
 import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from steppo import types
 from steppo.errors import ConfigError, RunError, said
@@ -265,10 +267,11 @@ class Gateway:
 
     async def _body(self, request: Request) -> bytes:
         most, body = self.settings.max_body_kib * 1024, bytearray()
-        async for part in request.stream():
-            body += part
-            if len(body) > most:
-                raise Refused(413, f"the body is longer than {self.settings.max_body_kib} KiB", "body_too_large")
+        with suppress(ClientDisconnect):  # half a body is no JSON
+            async for part in request.stream():
+                body += part
+                if len(body) > most:
+                    raise Refused(413, f"the body is longer than {self.settings.max_body_kib} KiB", "body_too_large")
         return bytes(body)
 
     # ---- routes ----
