@@ -1,4 +1,4 @@
-"""Plays sessions for gateway_load.py: a line of JSON comes in, the seconds of all calls go out. It imports next to nothing."""
+"""Plays sessions for gateway_load.py: a line of JSON comes in, the seconds of all calls go out. It imports little."""
 
 from __future__ import annotations
 

@@ -52,8 +52,10 @@ class Voices:
             if chain.is_continued_by(call) and chain.last is not None:
                 new = [self._message(said) for said in call.messages[len(chain.said) :]]
                 return voice.renderer.extend(chain.last.prompt_ids, chain.last, new)
-            # An answer that this session got stands as it was sampled.
-            return voice.renderer.render([session.answers.get(said) or self._message(said) for said in call.messages])
+            # An answer that this session got stands as it was sampled, where something stands before it.
+            first, *others = call.messages
+            parts = [session.answers.get(said) or self._message(said) for said in others]
+            return voice.renderer.render([self._message(first), *parts])
         except Exception as error:  # a template may refuse what it likes, in words of its own
             raise Refused(400, f"the chat template cannot write these messages: {told(error)}", param="messages") from None
 
