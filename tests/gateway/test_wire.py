@@ -66,7 +66,7 @@ def test_what_would_make_another_policy_is_named(options: dict[str, Any], overri
         ({"tools": [{"type": "web"}]}, "tools.0"),
         (
             {"tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "string"}}}]},
-            "tools.0.function",
+            "tools",
         ),
         ({"model": 4}, "model"),
         ({"stream_options": 4}, "stream_options"),
