@@ -176,11 +176,10 @@ class Gateway:
         reason = "tool_calls" if calls else completion.finish_reason
         id, counts = f"chatcmpl-{session.id}-{len(session.taken)}", (len(prompt_ids), len(completion.action_ids))
         answer = Answer(id, action.text, action.reasoning, calls, reason, *counts)
-        step = Step(
-            *(prompt_ids, completion.action_ids, completion.logprobs, 0.0, chain.steps, completion.finish_reason),
-            *(False, False, is_read, _observed(call), str(action).strip(), session.temperature, self.asker.version),
-            agent_id=chain.agent_id,
-        )
+        step = Step(  # as if something followed, and nothing was earned
+            prompt_ids, completion.action_ids, completion.logprobs, 0.0, chain.steps, completion.finish_reason, False, False,
+            is_read, _observed(call), str(action).strip(), session.temperature, self.asker.version, chain.agent_id,
+        )  # fmt: skip
         session.take(chain, call, step, answer, round)
         self.counts["gateway_calls"] += 1
         return answer
@@ -205,7 +204,7 @@ class Gateway:
                 advice = "; leave it out, or have it overridden (gateway.other_policy)"
                 raise Refused(400, wrong + advice, "unsupported_parameter", call.overridden[0])
             self.counts["gateway_overridden"] += 1
-        work = asyncio.create_task(self._complete(session, call, request.headers.get("x-agent-id", "")))
+        work = asyncio.create_task(self._complete(session, call, request.headers.get("x-agent-id", "")[:64]))
         work.add_done_callback(_is_void)  # nobody may be left to hear what it raised
         made = session.made[key] = Made(digest, work, call.stream, call.with_usage)
         return made
