@@ -9,7 +9,6 @@ import json
 import os
 import shlex
 import subprocess
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -126,8 +125,6 @@ def read_tasks(path: str) -> list[Task]:
 
 
 def _found(path: str) -> Callable[..., Any]:
-    if "" not in sys.path and os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
     module, _, name = path.rpartition(".")
     found = getattr(importlib.import_module(module), name)
     if not callable(found):

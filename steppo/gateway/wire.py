@@ -163,10 +163,6 @@ class _Message(BaseModel):
     tool_call_id: str | None = None
 
 
-class _Options(BaseModel):
-    include_usage: bool = False
-
-
 class _Body(BaseModel):
     """What is read of a request; what else it holds is in ``model_extra``."""
 
@@ -175,7 +171,7 @@ class _Body(BaseModel):
     model: str | None = None
     tools: Annotated[list[_Tool], Field(max_length=128)] | None = None
     stream: bool | None = None
-    stream_options: _Options | None = None
+    stream_options: dict[str, Any] | None = None
     stop: str | Annotated[list[Annotated[str, Field(min_length=1)]], Field(max_length=4)] | None = None
     max_tokens: PositiveInt | None = None
     max_completion_tokens: PositiveInt | None = None
@@ -219,7 +215,7 @@ def read_call(body: bytes, temperature: float) -> Call:
         min((limit for limit in (given.max_tokens, given.max_completion_tokens) if limit is not None), default=None),
         tuple(filter(None, [given.stop] if isinstance(given.stop, str) else given.stop or [])),
         bool(given.stream),
-        given.stream_options is not None and given.stream_options.include_usage,
+        bool((given.stream_options or {}).get("include_usage")),
         tuple(sorted(it for it in others.keys() - _HARMLESS if not _is_neutral(it, others[it], temperature))),
         _sorted([spec.schema for spec in specs]),
     )
