@@ -15,7 +15,7 @@ step=0
 while [ "$step" -lt 6 ]; do
     step=$((step + 1))
     if [ "$way" -gt 0 ]; then side=east; else side=west; fi
-    question="The door is ${way#-} steps to the $side. Go east (e) or west (w)?"
+    question="The door is ${way#-} steps to the $side. Which way?"
     answer=$(curl --silent --show-error --fail-with-body "$OPENAI_BASE_URL/chat/completions" \
         --header "Authorization: Bearer $OPENAI_API_KEY" --header "Content-Type: application/json" \
         --data "{\"model\": \"policy\", \"messages\": [{\"role\": \"user\", \"content\": \"$question\"}]}" |
