@@ -62,6 +62,38 @@ class ScriptedPlayer(Player):
         return Completion(request.id, ids, np.zeros(len(ids), dtype=np.float32), "stop")
 
 
+class WanderingPlayer(ScriptedPlayer):
+    """Follows a rule, but now and then does something random: what the rule would do is kept, for every step.
+
+    Demonstrations that never err do not show how to come back, nor where else to look (Ross et al., 2011; Laskey et al.,
+    2017).
+
+    Args:
+        choose: As of ``ScriptedPlayer``.
+        write: As of ``ScriptedPlayer``.
+        detours: Chance of a random command at a step: each episode has its own, between 0 and this.
+        seed: Of these chances.
+
+    Attributes:
+        advice: Episode -> what the rule would do at each of its steps, token ids.
+    """
+
+    def __init__(self, choose: Choose, write: Callable[[Action, Turn], np.ndarray], detours: float, seed: int) -> None:
+        super().__init__(choose, write)
+        self._astray = ScriptedPlayer(random_action, write)
+        self._detours = detours
+        self._seed = seed
+        self.advice: dict[str, list[np.ndarray]] = {}
+
+    async def act(self, request: Request, turn: Turn) -> Completion:
+        right = await super().act(request, turn)
+        self.advice.setdefault(request.session_id, []).append(right.action_ids)
+        chance = self._detours * random.Random(f"{self._seed}|{request.session_id}").random()
+        if random.Random(f"detour|{request.seed}").random() < chance:
+            return await self._astray.act(request, turn)
+        return right
+
+
 def random_action(turn: Turn, request: Request) -> str:
     """One of the commands that are shown, each as likely as the others; never an open one."""
     commands = [command for command in turn.commands or () if not is_open(command)]
