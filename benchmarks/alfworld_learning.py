@@ -45,14 +45,19 @@ def train(command: list[str], folder: Path) -> None:
         clock.write_text(json.dumps(spent + time.perf_counter() - start))
 
 
-def success(result: dict[str, Any]) -> dict[str, bool]:
-    return {one["task"]: one["success"] is True for one in result["episodes"] if results.is_healthy(one)}
+def success(result: dict[str, Any]) -> dict[str, float]:
+    """Share of solved episodes by game."""
+    played: dict[str, list[bool]] = {}
+    for one in filter(results.is_healthy, result["episodes"]):
+        played.setdefault(one["task"], []).append(one["success"] is True)
+    return {task: float(np.mean(solved)) for task, solved in played.items()}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "alfworld_learning", help="of the run")
     parser.add_argument("--games", type=int, default=140, help="most games of a split at both ends")
+    parser.add_argument("--samples", type=int, default=2, help="episodes of each game at both ends")
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results" / "alfworld_learning.json")
     options, extra = parser.parse_known_args()
     folder = options.folder.resolve()
@@ -67,16 +72,15 @@ def main() -> None:
         for stage, split in STAGES.items():
             there = folder / f"{split}-{path.stem}"
             if not (there / f"{stage}.json").exists():
-                train(
-                    [stage, f"--config={CONFIG}", f"--ckpt_path={path}", *extra, f"--data.eval_tasks={options.games}"], there
-                )
+                more = [f"--data.eval_tasks={options.games}", f"--evaluation.samples={options.samples}"]
+                train([stage, f"--config={CONFIG}", f"--ckpt_path={path}", *extra, *more], there)
             ends.setdefault(split, {})[name] = results.read(there / f"{stage}.json")
 
     curve = [json.loads(line) for line in (run / "evaluation.jsonl").read_text().splitlines()]
     for record in curve:
         low, high = record["success_ci95"]
         print(f"iteration {record['iteration']:>4}: success {record['success_rate']:.3f} [{low:.3f}, {high:.3f}]")
-    pairs: list[tuple[bool, bool]] = []
+    pairs: list[tuple[float, float]] = []
     found = {}
     for split, (before, after) in ((split, both.values()) for split, both in ends.items()):
         here = [(success(before)[task], success(after)[task]) for task in success(before) if task in success(after)]
@@ -98,7 +102,7 @@ def main() -> None:
     options.results.write_text(json.dumps(report, indent=1) + "\n")
 
 
-def compared(name: str, pairs: list[tuple[bool, bool]]) -> dict[str, Any]:
+def compared(name: str, pairs: list[tuple[float, float]]) -> dict[str, Any]:
     """Success before and after on the same games."""
     before, after = np.asarray(pairs, dtype=np.float64).T
     found = difference(before, after)

@@ -31,7 +31,7 @@ from steppo.learner.update import UpdateStatistics
 from steppo.models import Policy
 from steppo.module import AgentModule
 from steppo.progress import phase
-from steppo.rollouts import EnvSource, NoAction, ScriptedPlayer, expert_action, random_action
+from steppo.rollouts import EnvSource, NoAction, WanderingPlayer, expert_action, random_action
 from steppo.types import Episode, RolloutConfig, Step, Task, groups_of
 from steppo.weight_cache import WeightCache
 
@@ -55,6 +55,9 @@ class WarmStartCallback(pl.Callback):
         updates: Optimizer steps; 0 turns it off.
         actions: ``random`` admissible commands teach the form of an action and nothing of the task; ``expert`` commands
             teach both.
+        detours: Most chance of a random command in place of the demonstrated one at a step; each demonstration has a chance
+            of its own, between 0 and this. What was to be done is learned all the same, there and after it: how to come
+            back, how to go on searching.
         episodes: Demonstrations, over the training tasks.
         batch_size: Steps per update.
         lr: Learning rate of its AdamW, falling linearly to 0.
@@ -69,6 +72,7 @@ class WarmStartCallback(pl.Callback):
 
     updates: int = 0
     actions: Literal["random", "expert"] = "random"
+    detours: float = 0.0
     episodes: int = 128
     batch_size: int = 64
     lr: float = 1e-3
@@ -80,6 +84,8 @@ class WarmStartCallback(pl.Callback):
     def __post_init__(self) -> None:
         if self.updates < 0 or self.held_out < 0 or self.episodes < 1 or self.batch_size < 1:
             raise ConfigError("warm_start: updates and held_out must be at least 0, episodes and batch_size at least 1")
+        if not 0 <= self.detours < 1:
+            raise ConfigError(f"warm_start: detours must be at least 0 and below 1, not {self.detours}")
         if not 0 < self.lr < math.inf:
             raise ConfigError(f"warm_start: lr must be above 0 and finite, not {self.lr}")
         if not 0 <= self.prompt_coef < math.inf:
@@ -161,11 +167,12 @@ class WarmStartCallback(pl.Callback):
         rank, world = rank_and_world()
         groups = groups_of(tasks)[rank::world]
         config = RolloutConfig(name, self._own_seed, want_expert=self.actions == "expert")
-        player = ScriptedPlayer(random_action if self.actions == "random" else expert_action, source.write)
+        choose = random_action if self.actions == "random" else expert_action
+        player = WanderingPlayer(choose, source.write, self.detours, self._own_seed)
         mine: list[Episode] = []
         with phase(trainer, "demonstrations", len(groups)) as advance:
             for group in source.collect(groups, config, player):
-                mine += group
+                mine += [_advised(episode, player.advice.pop(episode.id, [])) for episode in group]
                 advance(len(mine))
         played = sorted((episode for share in gather(mine) for episode in share), key=lambda episode: episode.order)
         steps = [step for e in played if _ended_early(e) or not e.stop_reason.failed for step in e.steps]
@@ -231,6 +238,12 @@ class WarmStartCallback(pl.Callback):
             digest.update(np.asarray([len(segment.prompt_ids), len(segment.action_ids)]).tobytes())
             digest.update(segment.prompt_ids.tobytes() + segment.action_ids.tobytes())
         return digest.hexdigest()[:32]
+
+
+def _advised(episode: Episode, advice: Sequence[np.ndarray]) -> Episode:
+    """With what was to be done at each step."""
+    steps = (replace(step, action_ids=ids) for step, ids in zip(episode.steps, advice, strict=False))
+    return replace(episode, steps=tuple(steps))
 
 
 def _ended_early(episode: Episode) -> bool:

@@ -378,8 +378,16 @@ def test_export(path: Path, pool: DataPool, tmp_path: Path, capsys: pytest.Captu
     assert (rows[0]["final_prompt_ids"], rows[0]["group_state"], rows[0]["iteration"]) == ([0, 1], "claimed", 0)
     main(["export", str(path), "--out", str(tmp_path / "some.jsonl"), "--state", "waiting"])
     assert len((tmp_path / "some.jsonl").read_text().splitlines()) == 2
+
+
+def test_parquet_says_what_jsonl_says(path: Path, pool: DataPool, tmp_path: Path) -> None:
     parquet = pytest.importorskip("pyarrow.parquet", reason="pyarrow is not installed: steppo[parquet]")
-    main(["export", str(path), "--out", str(tmp_path / "all.parquet")])
+    odd = step(metadata={"size": math.nan, "colour": "red"})
+    pool.put("a", [Episode("a/0", 0, 0, "t", (odd,), StopReason.STEP_LIMIT, np.arange(2, dtype=np.int32))])
+    fill(pool, "b")
+    for suffix in ("jsonl", "parquet"):
+        main(["export", str(path), "--out", str(tmp_path / f"all.{suffix}")])
+    rows = [json.loads(line) for line in (tmp_path / "all.jsonl").read_text().splitlines()]
     found = parquet.read_table(tmp_path / "all.parquet").to_pylist()
     for row in rows:
         for record in (row, *row["steps"]):

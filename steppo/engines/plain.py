@@ -9,7 +9,7 @@ import torch
 from transformers import DynamicCache
 
 from steppo.engines.base import Engine, failed
-from steppo.engines.sampling import draws, ends, logprob_tolerance, sample
+from steppo.engines.sampling import draws, ended, logprob_tolerance, sample
 from steppo.errors import ConfigError
 from steppo.types import Completion, Request
 
@@ -91,7 +91,7 @@ class PlainEngine(Engine):
             sampled.append(~done)
             done = done | torch.isin(token, stop) | (limit <= step + 1)
             for row in until_text:
-                done[row] |= ends(policy, requests[row], [int(column[row]) for column in tokens])
+                done[row] |= bool(ended(policy, requests[row], [int(column[row]) for column in tokens]))
             if bool(done.all()):
                 break
             inputs = token[:, None]
@@ -104,6 +104,6 @@ class PlainEngine(Engine):
         completions = []
         for row, request in enumerate(requests):
             action = token_ids[row, : counts[row]]
-            reason = "stop" if ends(policy, request, action.tolist()) else "length"
+            reason = ended(policy, request, action.tolist())
             completions.append(Completion(request.id, action, token_logprobs[row, : counts[row]], reason))
         return completions

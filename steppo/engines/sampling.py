@@ -20,13 +20,15 @@ def draws(request: Request) -> np.ndarray:
     return np.random.Generator(np.random.Philox(request.seed)).random(request.sampling.max_new_tokens)
 
 
-def ends(policy: Policy, request: Request, action: Sequence[int]) -> bool:
-    """Whether the answer so far is whole: its last token is a stop token, or has completed a text to stop at."""
-    if not action or action[-1] in policy.stop_ids:
-        return bool(action)
+def ended(policy: Policy, request: Request, action: Sequence[int]) -> str:
+    """Why the answer so far is whole, as a ``finish_reason``; empty while it is not."""
+    if action and action[-1] in policy.stop_ids:
+        return "stop"
     stops = request.sampling.stop
     text = policy.tokenizer.decode(list(action), skip_special_tokens=False) if stops else ""
-    return any(stop in text for stop in stops)
+    if any(stop in text for stop in stops):
+        return "text"
+    return "length" if len(action) == request.sampling.max_new_tokens else ""
 
 
 def sample(logits: Tensor, temperature: Tensor, drawn: Tensor) -> tuple[Tensor, Tensor]:

@@ -59,6 +59,7 @@ class OpenEnvEnv(Env):
     """
 
     name = "the server"  # until it has told
+    _started: _Server  # from ``start``
 
     def __init__(
         self,
@@ -90,7 +91,6 @@ class OpenEnvEnv(Env):
         self.success_reward = success_reward
         self.timeout = timeout
         self.start_timeout = start_timeout
-        self._started: _Server | None = None
         self._client: Any = None
         self._return = 0.0
         self._turn = Turn()
@@ -151,9 +151,6 @@ class OpenEnvEnv(Env):
         self._started.url()
 
     def reset(self, task: Task) -> Turn:
-        if self._started is None:
-            self.start()
-        assert self._started is not None
         self._return = 0.0
         given = {"seed": task.data["seed"], **self.reset_with}
         try:

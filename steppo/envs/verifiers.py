@@ -12,7 +12,7 @@ from steppo.errors import ConfigError, said
 from steppo.types import Action, Task, ToolSpec, Turn
 
 if TYPE_CHECKING:
-    from steppo.envs.verifiers_stage import Dialogue, Stage
+    from steppo.envs.verifiers_stage import Dialogue
 
 # The stage, which imports verifiers, is imported where it is used: it is an extra, and other workers do without.
 
@@ -54,8 +54,7 @@ class VerifiersEnv(Env):
         self.config = {**(config or {}), "taskset": taskset}
         self.commands = None if commands is None else tuple(commands)
         self.success_reward = success_reward
-        self._stage: Stage | None = None
-        self._dialogue: Dialogue | None = None
+        self._open: list[Dialogue] = []  # the episode's, from ``reset`` to ``close``
         self._check()
 
     def _check(self) -> None:
@@ -94,30 +93,27 @@ class VerifiersEnv(Env):
         self._stage = Stage(loaded(self.config))
 
     def reset(self, task: Task) -> Turn:
-        assert self._stage is not None
         self.close()
-        self._dialogue = self._stage.dialogue(task.data)
+        self._open = [self._stage.dialogue(task.data)]
         return self._turn()
 
     def step(self, action: Action) -> Turn:
-        assert self._dialogue is not None
-        self._dialogue.answer(action)
+        self._open[0].answer(action)
         return self._turn()
 
     def close(self) -> None:
-        dialogue, self._dialogue = self._dialogue, None
-        if dialogue is not None:
-            dialogue.close()
+        while self._open:
+            self._open.pop().close()
 
     def _turn(self) -> Turn:
-        assert self._dialogue is not None
-        if (question := self._dialogue.question()) is not None:
+        [dialogue] = self._open
+        if (question := dialogue.question()) is not None:
             *before, last = question.messages
             is_said = last.role == "user"
             messages = before if is_said else question.messages
             text, verdict = last.content if is_said else "", solved(0.0, self.success_reward, ended=False)
             return Turn(text, question.system, self.commands, tuple(messages), success=verdict)
-        trace = self._dialogue.trace()
+        trace = dialogue.trace()
         rewards = {name: reward.score for name, reward in trace.rewards.items() if reward is not None}
         return Turn(
             "The end.",

@@ -173,7 +173,7 @@ class Gateway:
         action, is_read = self.voices.read(call, completion.action_ids)
         named = [(it.name, json.dumps(dict(it.arguments), ensure_ascii=False)) for it in action.tool_calls]
         calls = tuple((f"call_{chain.steps}_{number}", *it) for number, it in enumerate(named))
-        reason = "tool_calls" if calls else completion.finish_reason
+        reason = "tool_calls" if calls else "length" if completion.finish_reason == "length" else "stop"
         id, counts = f"chatcmpl-{session.id}-{len(session.taken)}", (len(prompt_ids), len(completion.action_ids))
         answer = Answer(id, action.text, action.reasoning, calls, reason, *counts)
         step = Step(  # as if something followed, and nothing was earned

@@ -134,17 +134,20 @@ class StateContext(ContextPolicy):
         max_past_actions: Show only the last so many actions; all unless given.
         instructions: What comes first in every prompt (the system message of a chat model); empty for none, or for the
             template's own if it has one.
+        show_impossible: Show also actions that were refused or not possible. A small model may take them for done.
     """
 
-    def __init__(self, max_past_actions: int | None = None, instructions: str = _TASK) -> None:
+    def __init__(self, max_past_actions: int | None = None, instructions: str = _TASK, show_impossible: bool = True) -> None:
         super().__init__(instructions)
+        self.show_impossible = show_impossible
         if max_past_actions is not None and max_past_actions < 0:
             raise ConfigError(f"StateContext: max_past_actions must be at least 0, not {max_past_actions}")
         self.max_past_actions = max_past_actions
 
     def messages(self, turns: Sequence[Turn], steps: Sequence[Step]) -> list[Message]:
-        shown = len(steps) if self.max_past_actions is None else min(self.max_past_actions, len(steps))
-        past = [step.action for step in steps[len(steps) - shown :]]
+        past = [step.action for step in steps if step.action_valid or self.show_impossible]
+        shown = len(past) if self.max_past_actions is None else min(self.max_past_actions, len(past))
+        past = past[len(past) - shown :]
         current = self._cleaned(turns[-1])
         lines = [current.goal] if current.goal else []
         lines += ["Done: " + ", ".join(past)] if past else []

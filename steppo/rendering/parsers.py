@@ -64,6 +64,12 @@ class ActionParser(ABC):
         return "Commands: " + ", ".join(commands)
 
 
+def _thought_through(text: str) -> str | None:
+    """What stands behind the thinking; ``None`` if that does not end."""
+    answer = text.rpartition(END_THINK)[2].strip()
+    return None if answer.startswith(THINK) else answer
+
+
 class CommandParser(ActionParser):
     """The whole answer is one line, the command. Where commands are listed, it must be one of them.
 
@@ -73,8 +79,8 @@ class CommandParser(ActionParser):
     _line = "one command on one line"
 
     def parse(self, text: str, turn: Turn) -> ParsedAction:
-        answer = text.rpartition(END_THINK)[2].strip()
-        if answer.startswith(THINK):
+        answer = _thought_through(text)
+        if answer is None:
             return ParsedAction(None, f"End your thinking with {END_THINK}, then answer with {self._line}.")
         if len(answer.splitlines()) != 1:
             return ParsedAction(None, f"Answer with {self._line}.")
@@ -93,8 +99,8 @@ class TextParser(ActionParser):
     asks = "Answer in words."
 
     def parse(self, text: str, turn: Turn) -> ParsedAction:
-        answer = text.rpartition(END_THINK)[2].strip()
-        if answer.startswith(THINK):
+        answer = _thought_through(text)
+        if answer is None:
             return ParsedAction(None, f"End your thinking with {END_THINK}, then answer.")
         if not answer or _UNSENDABLE.search(answer.translate(_SPACES)):
             return ParsedAction(None, "Answer with a text.")

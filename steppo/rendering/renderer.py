@@ -136,7 +136,7 @@ class Renderer:
                 "the chat template does not close an answer with the model's stop token, so turns cannot be appended "
                 "token by token; use StateContext with this model"
             )
-        return np.concatenate([ids, step.action_ids, new[1:] if int(step.action_ids[-1]) in self._stop_ids else new])
+        return np.concatenate([ids, step.action_ids, new[1:] if step.finish_reason == "stop" else new])
 
     def without_answers(self, text: str) -> str:
         """A part of a trusted message that is not to be trusted. Other markup goes with the message's, as in all of them."""

@@ -3,7 +3,15 @@
 from steppo.rollouts.base import EpisodeSource
 from steppo.rollouts.env_source import EnvSource
 from steppo.rollouts.place import request_seed
-from steppo.rollouts.players import NoAction, Player, PolicyPlayer, ScriptedPlayer, expert_action, random_action
+from steppo.rollouts.players import (
+    NoAction,
+    Player,
+    PolicyPlayer,
+    ScriptedPlayer,
+    WanderingPlayer,
+    expert_action,
+    random_action,
+)
 
 __all__ = [
     "EnvSource",
@@ -12,6 +20,7 @@ __all__ = [
     "Player",
     "PolicyPlayer",
     "ScriptedPlayer",
+    "WanderingPlayer",
     "expert_action",
     "random_action",
     "request_seed",

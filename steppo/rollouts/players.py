@@ -62,6 +62,43 @@ class ScriptedPlayer(Player):
         return Completion(request.id, ids, np.zeros(len(ids), dtype=np.float32), "stop")
 
 
+class WanderingPlayer(ScriptedPlayer):
+    """Follows a rule, but now and then does something random: what the rule would do is kept, for every step.
+
+    Demonstrations that never err do not show how to come back, nor where else to look (Ross et al., 2011; Laskey et al.,
+    2017). It says what was a command at some time of the episode, and may be refused.
+
+    Args:
+        choose: As of ``ScriptedPlayer``.
+        write: As of ``ScriptedPlayer``.
+        detours: Chance of a random command at a step: each episode has its own, between 0 and this.
+        seed: Of these chances.
+
+    Attributes:
+        advice: Episode -> what the rule would do at each of its steps, token ids.
+    """
+
+    def __init__(self, choose: Choose, write: Callable[[Action, Turn], np.ndarray], detours: float, seed: int) -> None:
+        super().__init__(choose, write)
+        self._detours = detours
+        self._seed = seed
+        self._shown: dict[str, dict[str, None]] = {}  # commands, by episode
+        self.advice: dict[str, list[np.ndarray]] = {}
+
+    async def act(self, request: Request, turn: Turn) -> Completion:
+        episode = request.session_id
+        right = await super().act(request, turn)
+        self.advice.setdefault(episode, []).append(right.action_ids)
+        shown = self._shown.setdefault(episode, {})
+        shown |= dict.fromkeys(command for command in turn.commands or () if not is_open(command))
+        chance = self._detours * random.Random(f"{self._seed}|{episode}").random()
+        dice = random.Random(f"detour|{request.seed}")
+        if shown and dice.random() < chance:
+            ids = self._write(Action(dice.choice(list(shown))), turn)
+            return Completion(request.id, ids, np.zeros(len(ids), dtype=np.float32), "stop")
+        return right
+
+
 def random_action(turn: Turn, request: Request) -> str:
     """One of the commands that are shown, each as likely as the others; never an open one."""
     commands = [command for command in turn.commands or () if not is_open(command)]

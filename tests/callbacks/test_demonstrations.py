@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +26,14 @@ EXPERT = "--warm_start.actions=expert"
 
 
 @pytest.fixture
-def learned(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many steps each warm start learned from."""
-    found: list[int] = []
+def learned(monkeypatch: pytest.MonkeyPatch) -> list[list[Segment]]:
+    """The steps that each warm start learned from."""
+    found: list[list[Segment]] = []
     demonstrations = WarmStartCallback._demonstrations
 
     def counted(self: WarmStartCallback, *given: Any) -> list[Segment]:
         segments = demonstrations(self, *given)
-        found.append(len(segments))
+        found.append(segments)
         return segments
 
     monkeypatch.setattr(WarmStartCallback, "_demonstrations", counted)
@@ -56,22 +57,22 @@ def expert_steps(knows: Any) -> tuple[int, int]:
 
 @pytest.mark.parametrize("knows", ["always", "first", "near", "some"])
 def test_steps_before_the_expert_had_no_action_are_learned_from(
-    knows: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, learned: list[int]
+    knows: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, learned: list[list[Segment]]
 ) -> None:
     run(tmp_path, *SHORT, EXPERT, f"--data.source.env.knows={knows}")
     steps, early = expert_steps(knows)
-    assert learned == [2 * steps]
+    assert [len(segments) for segments in learned] == [2 * steps]
     said = [message for message in caplog.messages if message.startswith("warm_start: ")]
     line = f"warm_start: {2 * early} of 16 demonstrations ended early: the expert of ExpertEnv had no action"
     assert said == ([line] if early else [])
 
 
 def test_random_actions_that_have_nothing_to_choose_from(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, learned: list[int]
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, learned: list[list[Segment]]
 ) -> None:
     run(tmp_path, *SHORT, "--data.source.env.knows=first")
     assert "warm_start: 16 of 16 demonstrations ended early: ExpertEnv showed no commands" in caplog.messages
-    assert learned == [16]
+    assert [len(segments) for segments in learned] == [16]
 
 
 NONE = {
@@ -94,3 +95,19 @@ def test_no_demonstration_is_one_line(knows: str, tmp_path: Path, capfd: pytest.
 def test_no_random_demonstration_is_one_line(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     said = refused(["fit", f"--config={TOY}", *places(tmp_path), *SHORT, "--data.source.env.knows=never"], capfd)
     assert "16 of 16 demonstrations ended early: ExpertEnv showed no commands" in said
+
+
+def test_where_detours_lead_the_expert_is_asked_too(tmp_path: Path, learned: list[list[Segment]]) -> None:
+    cli = run(tmp_path, *SHORT, EXPERT, "--warm_start.detours=0.9")
+    source, [segments] = cli.datamodule.source, learned
+    asked = wandered = 0
+    for segment in segments:
+        prompt = cli.model.policy.tokenizer.decode(segment.prompt_ids)
+        wandered += "Done: take" in prompt
+        if (seen := re.search(r"coin in room (\d).*in room (\d)", prompt, re.DOTALL)) is not None:
+            goal, room = map(int, seen.groups())
+            asked += 1
+            wanted = "take" if room == goal else "left" if room > goal else "right"
+            assert source.renderer.decode_action(segment.action_ids) == wanted
+    assert asked > 2 * expert_steps("always")[0]
+    assert wandered, "which the expert never does first"

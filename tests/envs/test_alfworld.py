@@ -136,7 +136,7 @@ def test_steps_are_limited_and_others_words_do_nothing(env: AlfworldEnv) -> None
         opening.commands,
         False,
     )
-    assert short.expert_action() is None, "the walkthrough goes another way"
+    assert short.expert_action() == "go to fridge 1", "there is still a way"
     turn = short.command("look")
     assert (turn.action_valid, turn.terminated, turn.truncated, turn.success) == (True, True, False, False)
 
@@ -147,6 +147,39 @@ def test_what_is_undone_is_as_before(env: AlfworldEnv) -> None:
     assert "examine sinkbasin 1" not in holding, "which takes empty hands"
     [put] = [command for command in holding if command.startswith(("put", "move"))]
     assert env.command(put).commands == opening.commands
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_expert_comes_back_from_anywhere(seed: int, env: AlfworldEnv) -> None:
+    """Also with its hands full of something else, and after it put down what it needs."""
+    far = AlfworldEnv(str(env.folder), max_steps=200, cache_dir=str(env.folder.parent / "cache"))
+    chance = random.Random(seed)
+    verbs = ("go", "look", "open", "close", "examine", "take", "move", "put")
+    turn = far.reset(task_of(far, "alfworld/valid_unseen/pick_and_place_simple-Mug-None-Fridge-4/trial_4"))
+    for _ in range(30):
+        if not turn.terminated:
+            assert far.expert_action() in (turn.commands or ())
+            turn = far.command(chance.choice([each for each in turn.commands or () if each.startswith(verbs)]))
+    while not turn.terminated and (command := far.expert_action()):
+        turn = far.command(command)
+    assert turn.success
+
+
+def test_the_expert_takes_what_it_meets(env: AlfworldEnv) -> None:
+    """A mug is a mug, and what was taken by mistake goes back."""
+    env.reset(task_of(env))
+    env.command("take egg 1 from sinkbasin 1")
+    assert env.expert_action() in ("move egg 1 to sinkbasin 1", "put egg 1 in/on sinkbasin 1")
+    env.command("go to table 1")
+    back = env.expert_action()
+    assert back is not None
+    assert back in ("move egg 1 to table 1", "put egg 1 in/on table 1"), "here will do, too"
+    env.command(back)
+    assert env.expert_action() == "take mug 1 from table 1"
+    env.command("take mug 1 from table 1")
+    assert env.expert_action() == "go to shelf 2"
+    env.command("go to shelf 2")
+    assert env.expert_action() in ("move mug 1 to shelf 2", "put mug 1 in/on shelf 2")
 
 
 def test_workers_play_the_same(env: AlfworldEnv) -> None:

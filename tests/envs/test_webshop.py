@@ -36,9 +36,16 @@ def no_progress(done: int, total: int) -> None:
 
 
 def made(folder: Path, **settings: Any) -> WebshopEnv:
-    """Ready to play."""
+    """As a run prepares it."""
     env = WebshopEnv(str(folder), **{"cache_dir": str(folder / "cache"), **FEW, **settings})
     env.prepare([], no_progress)
+    return env
+
+
+def started(folder: Path, **settings: Any) -> WebshopEnv:
+    """As a worker has it."""
+    env = made(folder, **settings)
+    env.start()
     return env
 
 
@@ -49,7 +56,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def env(folder: Path) -> WebshopEnv:
-    return made(folder)
+    return started(folder)
 
 
 def all_tasks(env: WebshopEnv) -> list[Task]:
@@ -83,7 +90,6 @@ def test_goals_are_in_the_publishers_order_and_splits(env: WebshopEnv) -> None:
     random.Random(233).shuffle(goals)
     tasks = all_tasks(env)
     assert [task.id for task in tasks] == [f"webshop/{asin}/goal-{number}" for asin, number, _ in goals]
-    env.start()
     found = [env._goods.product(task.data["row"]).goal(task.data["number"]).options for task in tasks]
     assert found == [chosen for _, _, chosen in goals]
     assert [len(env.tasks(split)) for split in env.splits] == [7, 4, 3]
@@ -115,7 +121,7 @@ def test_what_a_goal_asks_for(env: WebshopEnv) -> None:
 
 
 def test_goals_of_people(folder: Path) -> None:
-    env = made(folder, human_goals=True, num_test=1, num_valid=1)
+    env = started(folder, human_goals=True, num_test=1, num_valid=1)
     assert sorted(task.id for task in all_tasks(env)) == [
         f"webshop/{name}" for name in ("B0LAMP0001/human-0", "B0MUG00001/human-0", "B0MUG00001/human-1")
     ]
@@ -136,7 +142,6 @@ def test_goals_of_people(folder: Path) -> None:
 
 
 def test_prices_follow_from_the_file(folder: Path, env: WebshopEnv) -> None:
-    env.start()
     mug, other, cup, sock = (env._goods.product(row) for row in range(4))
     assert (mug.price, mug.price_tag) == (14.5, "$14.5")
     assert (sock.price, sock.price_tag) == (1249.0, "$1249.0")
@@ -202,7 +207,6 @@ def test_any_product(env: WebshopEnv, goal: str, bought: str, parts: tuple[float
 
 
 def test_attributes_are_also_looked_for_in_texts(env: WebshopEnv) -> None:
-    env.start()
     mug = env._goods.product(0)
     for attribute, has in (("keeps tea hot", 1), ("stoneware coffee", 1), ("glaze.  dishwasher", 1), ("keeps tea cold", 0)):
         wish = {"instruction": "x", "instruction_attributes": [attribute]}
@@ -210,7 +214,7 @@ def test_attributes_are_also_looked_for_in_texts(env: WebshopEnv) -> None:
 
 
 def test_what_is_paid(folder: Path) -> None:
-    env = made(folder, success_reward=2.0, score_reward=3.0)
+    env = started(folder, success_reward=2.0, score_reward=3.0)
     buy = ["search[mug]", "click[b0mug00001]", "click[moss green]", "click[buy now]"]
     assert play(env, task_of(env), buy)[-1].reward == pytest.approx(3 * 0.8)
     buy.insert(2, "click[12 oz]")
@@ -237,7 +241,7 @@ def test_pages(env: WebshopEnv) -> None:
         "click[16 oz]",
         "click[< prev]",
     ]
-    turns = play(made(env.folder, max_steps=20), task_of(env), commands)
+    turns = play(started(env.folder, max_steps=20), task_of(env), commands)
     assert all(turn.action_valid for turn in turns)
     start, first, second, again, back, found, mug, description, _, features, there, reviews, _, chosen, results = turns
     assert (start.commands, back.commands) == (("search[...]",), ("search[...]",))
@@ -310,14 +314,14 @@ def test_a_search_that_finds_nothing(env: WebshopEnv) -> None:
 
 
 def test_steps_run_out(folder: Path) -> None:
-    env = made(folder, max_steps=3)
+    env = started(folder, max_steps=3)
     turns = play(env, task_of(env), ["search[mug]", "nonsense", "click[back to search]"])
     assert [turn.terminated for turn in turns] == [False, False, False, True]
     assert (turns[-1].success, turns[-1].reward) == (False, 0.0)
 
 
 def test_short_texts_and_an_offered_query(folder: Path) -> None:
-    env = made(folder, text_chars=20, offer_query=True)
+    env = started(folder, text_chars=20, offer_query=True)
     turn = env.reset(task_of(env))
     query = "search[find me lead free, dishwasher safe coffee mugs with color: moss green, and size: 12 oz]"
     assert turn.commands == ("search[...]", query)
@@ -332,7 +336,6 @@ def test_short_texts_and_an_offered_query(folder: Path) -> None:
 
 
 def test_the_expert_solves_every_goal(env: WebshopEnv) -> None:
-    env.start()
     for task in all_tasks(env):
         turn, steps = env.reset(task), 0
         while not turn.terminated:
@@ -371,10 +374,11 @@ def test_the_expert_takes_the_title_where_the_instruction_finds_nothing(env: Web
 
 
 def test_products_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    env = made(write_goods(tmp_path))
+    env = started(write_goods(tmp_path))
     tasks = all_tasks(env)
     monkeypatch.setattr(catalogue, "_make", lambda *args: pytest.fail("read again"))
     again = WebshopEnv(str(tmp_path), cache_dir=str(tmp_path / "cache"), **FEW)
+    again.start()
     assert all_tasks(again) == tasks
     assert again.reset(tasks[0]) == env.reset(tasks[0])
 
@@ -443,7 +447,7 @@ def test_a_product_that_is_wrong_is_named(tmp_path: Path, changes: dict[str, Any
 
 
 def test_a_product_without_a_price_costs_what_the_publishers_say(tmp_path: Path) -> None:
-    env = made(spoil(tmp_path, 0, pricing=None))
+    env = started(spoil(tmp_path, 0, pricing=None))
     assert "Price: $100.0" in play(env, task_of(env), ["search[fernhill]", "click[b0mug00001]"])[-1].text
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -252,6 +253,14 @@ def test_state_shows_some_past_actions(tokenizers: dict[str, Any], most: int | N
     context = bound(StateContext(max_past_actions=most), tokenizers["bare"])
     text = text_of(tokenizers["bare"], play(context)[0][-1])
     assert ("Done:" not in text) if shown is None else (shown in text)
+
+
+@pytest.mark.parametrize("most", [None, 1])
+def test_state_without_what_was_impossible(most: int | None, tokenizers: dict[str, Any]) -> None:
+    context = bound(StateContext(most, "", show_impossible=False), tokenizers["bare"])
+    west, dance = play(context)[1][:2]
+    prompt = context.prompt_ids(TURNS[:3], [west, replace(dance, action_valid=False)])
+    assert "Done: go west\n'dance' is not possible here.\n" in text_of(tokenizers["bare"], prompt)
 
 
 def test_state_has_no_empty_lines(tokenizers: dict[str, Any]) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 
 import platformdirs
 
+from steppo.envs.alfworld.expert import Expert
 from steppo.envs.alfworld.game import Episode, Game
 from steppo.envs.alfworld.grammar import GameError, Grammar
 from steppo.envs.alfworld.translation import FORMAT, keep, kept, translated
@@ -205,8 +206,9 @@ class AlfworldEnv(TextGameEnv):
             if len(self._games) >= _MOST_GAMES:
                 del self._games[next(iter(self._games))]
             self._games[name] = file.game(self._cache), file.walkthrough
-        game, self._walkthrough = self._games[name]
-        self._actions: list[str] = []
+        game, walkthrough = self._games[name]
+        self._expert = Expert(walkthrough)
+        self._steps = 0
         try:
             self._episode = Episode(game)
             self._commands = self._episode.commands()
@@ -215,29 +217,27 @@ class AlfworldEnv(TextGameEnv):
             raise _unplayable(self.folder / name, error) from error
         self._goal = sign + goal
         info: dict[str, str | float] = {"task_type": Path(name).parts[1].split("-")[0], "grammar": game.grammar.version}
-        if self._walkthrough:
-            info["golden_steps"] = len(self._walkthrough)
+        if walkthrough:
+            info["golden_steps"] = len(walkthrough)
         # Its first paragraph is a welcome.
         return self._turn(before.strip().split("\n\n", 1)[-1], info=info)
 
     def command(self, command: str) -> Turn:
         command = command.strip()
-        self._actions.append(command)
+        self._steps += 1
         operator = self._commands.get(command)
         text = "Nothing happens."
         if operator is not None:
             text = self._episode.apply(operator)
             self._commands = self._episode.commands()
+            self._expert.saw(command)
         won = self._episode.won
-        over = won or len(self._actions) == self.max_steps
+        over = won or self._steps == self.max_steps
         return self._turn(text, reward=float(won), terminated=over, success=won, action_valid=operator is not None)
 
     def expert_action(self) -> str | None:
-        """The walkthrough's next command; none once another way was taken."""
-        done = len(self._actions)
-        if tuple(self._actions) != self._walkthrough[:done] or done == len(self._walkthrough):
-            return None
-        return self._walkthrough[done]
+        """By the walkthrough, also back to it; none once the game is solved, or cannot be that way."""
+        return None if self._episode.won else self._expert.action(self._commands)
 
     def _turn(self, text: str, **outcome: Any) -> Turn:
         return Turn(text, self._goal, tuple(self._commands), **{"success": False, **outcome})

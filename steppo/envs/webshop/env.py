@@ -86,7 +86,6 @@ class WebshopEnv(TextGameEnv):
         self.text_chars = text_chars
         self.retriever = retriever or Bm25(k1=0.9, b=0.4)
         self._cache = Path(cache_dir) if cache_dir else Path(platformdirs.user_cache_dir("steppo")) / "webshop"
-        self._find: Callable[[str], list[int]] | None = None
 
     # ---- tasks ----
 
@@ -134,9 +133,6 @@ class WebshopEnv(TextGameEnv):
     # ---- episodes ----
 
     def reset(self, task: Task) -> Turn:
-        if self._find is None:
-            self.start()
-        assert self._find is not None
         self._row = task.data["row"]
         self._goal = self._goods.product(self._row).goal(task.data["number"])
         self._query = " ".join(self._goal.wish.lower().split())
