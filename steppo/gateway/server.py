@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import itertools
 import json
 import math
 import secrets
@@ -120,7 +121,7 @@ class Gateway:
             while len(self._over) > _REMEMBERED:
                 self._over.popitem(last=False)
         session.is_closed = True
-        for made in session.made.values():
+        for made in itertools.chain.from_iterable(session.made.values()):
             made.work.cancel()
         self.asker.release([_engine_session(session, chain) for chain in session.chains])
 
@@ -190,23 +191,25 @@ class Gateway:
         given = request.headers.get("idempotency-key") or request.headers.get("x-request-id")
         key = f"id {given}" if given else digest.hex()
         retries = request.headers.get("x-stainless-retry-count", "0")
-        known = session.made.get(key)
-        repeats = bool(given) or (retries.isdigit() and int(retries) > 0)
-        if known is not None and repeats and not _is_void(known.work):
-            if known.digest != digest:
+        known = session.made.get(key, [])  # several where equal bodies were sent at once
+        void = next((made for made in known if _is_void(made.work)), None)  # it is this that is tried again
+        if known and void is None and (given or (retries.isdigit() and int(retries) > 0)):
+            if known[-1].digest != digest:
                 raise Refused(400, "this request id was that of another body", "idempotency_error")
             self.counts["gateway_retries"] += 1
-            return known
+            return known[-1]
         call = read_call(body, session.temperature)
         if call.overridden:
+            self.counts["gateway_other_policy"] += 1
             if self.settings.other_policy == "refuse":
                 wrong = f"{', '.join(call.overridden)}: not while a policy is trained, as it would be another one"
                 advice = "; leave it out, or have it overridden (gateway.other_policy)"
                 raise Refused(400, wrong + advice, "unsupported_parameter", call.overridden[0])
-            self.counts["gateway_overridden"] += 1
-        work = asyncio.create_task(self._complete(session, call, request.headers.get("x-agent-id", "")[:64]))
+        name = request.headers.get("x-agent-id", "")[:64].replace("#", "_")  # which marks the second of a name
+        work = asyncio.create_task(self._complete(session, call, name))
         work.add_done_callback(_is_void)  # nobody may be left to hear what it raised
-        made = session.made[key] = Made(digest, work, call.stream, call.with_usage)
+        made = Made(digest, work, call.stream, call.with_usage)
+        session.made[key] = [*(other for other in known if other is not void), made]
         return made
 
     async def _chat(self, id: str, request: Request) -> Response:
@@ -286,16 +289,11 @@ class Gateway:
         session.give(given.reward, given.success, given.completion)
         return JSONResponse({"ok": True})
 
-    async def _close(self, id: str, request: Request) -> Response:
-        self.end(self._session(id, request))
-        return JSONResponse({"ok": True})
-
     def _app(self) -> FastAPI:
         app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None)
         app.post("/sessions/{id}/v1/chat/completions", response_model=None)(self._chat)
         app.get("/sessions/{id}/v1/models", response_model=None)(self._models)
         app.post("/sessions/{id}/reward", response_model=None)(self._reward)
-        app.post("/sessions/{id}/close", response_model=None)(self._close)
 
         async def refuse(request: Request, refused: Refused) -> Response:
             self.counts["gateway_refused"] += 1

@@ -89,6 +89,7 @@ class Session:
         reward_key: What is shown to give a reward.
         reward: Of the whole, once it is given.
         success: Whether the task is solved, once that is told.
+        is_rewarded: A reward was given, of the whole or of a step.
         is_closed: Nothing is answered any more.
         is_full: A call was refused because there had been ``max_steps``.
         overflowed: The last call was refused because its prompt was too long.
@@ -104,13 +105,14 @@ class Session:
     reward_key: str = field(default_factory=lambda: secrets.token_urlsafe(24), repr=False)
     reward: float | None = None
     success: bool | None = None
+    is_rewarded: bool = False
     is_closed: bool = False
     is_full: bool = False
     overflowed: bool = False
     refusal: str = ""
     chains: list[Chain] = field(default_factory=list)
     taken: dict[str, Taken] = field(default_factory=dict)  # by the answer's id
-    made: dict[str, Made] = field(default_factory=dict)  # by a request's id or its body
+    made: dict[str, list[Made]] = field(default_factory=dict)  # by a request's id or its body
     answers: dict[Said, Step] = field(default_factory=dict)
     under_way: int = 0
     rounds: int = 0
@@ -120,16 +122,17 @@ class Session:
     def chain_for(self, call: Call, name: str) -> Chain:
         """Whose call it is: of the chain that it continues or rewrites, or of a new one.
 
-        A call rewrites a chain's history that has the same system message and tools, and the same first message or no other
-        chain beside it. What is asked while all such chains wait for an answer is a chain of its own.
+        A call rewrites the history of a chain of its name; without one, of a chain that has the same system message and
+        tools, and the same first message or no other such chain beside it. What is asked while all these wait for an answer
+        is a chain of its own.
         """
         head = [said for said in call.messages if said.role == "system"]
         kind = "\n".join(said.text for said in head), call.tools_key
         first = next((said for said in call.messages if said.role != "system"), None)
         known = [chain for chain in self.chains if chain.name == name]
         idle = [chain for chain in reversed(known) if not chain.is_busy]
-        alike = [chain for chain in known if chain.kind == kind]
-        same = [chain for chain in alike if chain.first == first] or (alike if len(alike) == 1 else [])
+        alike = [chain for chain in known if name or chain.kind == kind]
+        same = [chain for chain in alike if name or chain.first == first] or (alike if len(alike) == 1 else [])
         for chain in idle:
             if chain.is_continued_by(call):
                 return chain
@@ -159,6 +162,7 @@ class Session:
             raise Refused(404, f"this session has no completion {answer_id[:60]!a}", "not_found", "completion")
         else:
             taken.step = replace(taken.step, reward=reward)
+        self.is_rewarded = True
 
     def steps(self, is_over: bool) -> tuple[Step, ...]:
         """The steps in their order: calls that were under way together by their place in their chains, not by arrival.

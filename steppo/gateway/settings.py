@@ -8,7 +8,7 @@ from typing import Literal
 from steppo.errors import require_at_least
 
 MAIN = "agent"
-COUNTS = ("gateway_calls", "gateway_refused", "gateway_retries", "gateway_cancelled", "gateway_overridden")
+COUNTS = ("gateway_calls", "gateway_refused", "gateway_retries", "gateway_cancelled", "gateway_other_policy")
 
 
 @dataclass(frozen=True)

@@ -107,7 +107,7 @@ class AgentSource(EpisodeSource):
         self._request_ids = itertools.count()
         self._played: queue.SimpleQueue[Episode | BaseException] = queue.SimpleQueue()
         self._is_playing = False
-        self._counts = Counter(dict.fromkeys((*POOL_COUNTS, *COUNTS, "aborted_sessions"), 0))
+        self._counts = Counter(dict.fromkeys((*POOL_COUNTS, *COUNTS, "aborted_sessions", "unrewarded_sessions"), 0))
 
     # ---- what a source must offer ----
 
@@ -142,7 +142,7 @@ class AgentSource(EpisodeSource):
         self.engine.load_weights(weights, version)
 
     def counts(self) -> Counter[str]:
-        """What became of processes (``EnvPool.counts``), calls (``gateway.session.COUNTS``) and sessions."""
+        """What became of processes (``EnvPool.counts``), calls (``gateway.settings.COUNTS``) and sessions."""
         counts = self._counts.copy()
         counts.update(self._pool.counts if self._pool else {})
         counts.update(self._gateway.counts if self._gateway else {})
@@ -243,22 +243,23 @@ class AgentSource(EpisodeSource):
     def _episode(self, place: Place, session: Session, reply: EnvReply) -> Episode:
         worth = json.loads(reply.turn.text) if reply.turn else {"reward": None, "success": None}
         error = reply.error
-        if session.is_full:
-            reason, error = StopReason.STEP_LIMIT, ""
-        elif error and session.overflowed:
-            reason, error = StopReason.CONTEXT_OVERFLOW, ""
-        elif not session.taken:
+        if not session.taken:
             asked = f"the last was refused: {session.refusal}" if session.refusal else "it must ask OPENAI_BASE_URL"
             reason = StopReason.ABORTED
             error = "; ".join(filter(None, ["the agent made no call that was answered", asked, error]))
+        elif session.is_full:
+            reason, error = StopReason.STEP_LIMIT, ""
+        elif error and session.overflowed:
+            reason, error = StopReason.CONTEXT_OVERFLOW, ""
         else:
             reason = StopReason.ABORTED if error else StopReason.TERMINATED
         self._counts["aborted_sessions"] += reason.failed
         reward = session.reward if worth["reward"] is None else worth["reward"]
+        is_over = reason == StopReason.TERMINATED
+        self._counts["unrewarded_sessions"] += is_over and reward is None and not session.is_rewarded
         success = session.success if worth["success"] is None else worth["success"]
         names = place.id, place.order, place.group.id, place.group.task.id
-        steps = session.steps(is_over=reason == StopReason.TERMINATED)
-        return Episode(*names, steps, reason, success=success, error=error, final_reward=reward or 0.0)
+        return Episode(*names, session.steps(is_over), reason, success=success, error=error, final_reward=reward or 0.0)
 
     # ---- processes and the server ----
 

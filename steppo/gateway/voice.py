@@ -40,15 +40,15 @@ class Voices:
 
     def prompt(self, session: Session, chain: Chain, call: Call) -> np.ndarray:
         """The prompt of a call, int32. One that continues its chain begins with the ids of the last one and its answer."""
-        renderer, _ = self._of(call)
+        renderer, parser = self._of(call)
         try:
             if chain.is_continued_by(call) and chain.last is not None:
-                new = [self._message(said) for said in call.messages[len(chain.said) :]]
+                new = [self._message(said, parser) for said in call.messages[len(chain.said) :]]
                 return renderer.extend(chain.last.prompt_ids, chain.last, new)
             # An answer that this session got stands as it was sampled, where something stands before it.
             first, *others = call.messages
-            parts = [session.answers.get(said) or self._message(said) for said in others]
-            return renderer.render([self._message(first), *parts])
+            parts = [session.answers.get(said) or self._message(said, parser) for said in others]
+            return renderer.render([self._message(first, parser), *parts])
         except Exception as error:  # a template may refuse what it likes, in words of its own
             raise Refused(400, f"the chat template cannot write these messages: {told(error)}", param="messages") from None
 
@@ -66,11 +66,12 @@ class Voices:
             return Action(text=answer.lstrip("\n"), reasoning=reasoning.replace(THINK, "", 1).strip()), True
         return Action(text=text), True
 
-    def _message(self, said: Said) -> Message:
+    def _message(self, said: Said, parser: ActionParser | None) -> Message:
         """An assistant's may show the markup of answers, as it was not asked of this policy in this session."""
         if said.calls:
             calls = tuple(ToolCall(name, json.loads(arguments)) for name, arguments in said.calls)
-            return Message("assistant", self._parser.answer(Action(tool_calls=calls, text=said.text), Turn()), trusted=True)
+            answer = (parser or self._parser).answer(Action(tool_calls=calls, text=said.text), Turn())
+            return Message("assistant", answer, trusted=True)
         return Message(said.role, said.text, said.call_id, trusted=said.role == "assistant")
 
     def _of(self, call: Call) -> tuple[Renderer, ActionParser | None]:

@@ -63,6 +63,15 @@ def warm(task: Task) -> float:
     return 1.0
 
 
+def too_wordy(task: Task) -> float:
+    ask("word " * 5000)
+    return 1.0
+
+
+def thankless(task: Task) -> None:
+    ask()
+
+
 def wordy(task: Task) -> float:
     ask()
     ask("word " * 5000)

@@ -122,6 +122,8 @@ def test_a_judge_gives_the_reward_and_the_agent_has_no_key_for_it(make: Maker) -
     [
         ("silent", {}, "aborted", 0, "the agent made no call that was answered; it must ask OPENAI_BASE_URL"),
         ("warm", {}, "aborted", 0, "the last was refused: temperature: not while a policy is trained"),
+        ("too_wordy", {}, "aborted", 0, "the last was refused: the prompt has"),
+        ("thankless", {}, "terminated", 1, ""),
         ("wordy", {}, "context_overflow", 1, ""),
         ("restless", {"max_steps": 3}, "step_limit", 3, ""),
         ("hanging", {"agent_timeout": 3.0}, "aborted", 1, "no answer within 3 s"),
@@ -134,6 +136,7 @@ def test_how_episodes_end(agent: str, settings: dict[str, Any], reason: str, ste
     assert (episode.stop_reason, len(episode.steps)) == (reason, steps)
     assert error in episode.error
     assert source.counts()["aborted_sessions"] == (reason == "aborted")
+    assert source.counts()["unrewarded_sessions"] == (agent == "thankless")
 
 
 def test_rounds_may_be_left_early(make: Maker) -> None:
