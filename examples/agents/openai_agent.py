@@ -15,7 +15,8 @@ def play(task) -> dict:
     client = OpenAI()
     way = task.data["door"]  # steps to the east, or to the west if below 0
     for _ in range(STEPS):
-        question = f"The door is {abs(way)} steps to the {'east' if way > 0 else 'west'}. Which way?"
+        side = "east" if way > 0 else "west"
+        question = f"You are in the {task.data['room']}. The door is {abs(way)} steps to the {side}. Which way?"
         completion = client.chat.completions.create(model="policy", messages=[{"role": "user", "content": question}])
         answer = (completion.choices[0].message.content or "").strip().lower()
         way += -1 if answer[:1] < "n" else 1  # letters before n: east; so a policy that knows no word yet walks about, too

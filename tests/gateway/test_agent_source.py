@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,7 +25,8 @@ from tests.gateway.agents import command_of
 from tests.toy_env import CorridorEnv
 
 PLAN = RolloutConfig("train/0", seed=3, version=7)
-QUICKSTART = Path(__file__).parents[2] / "configs/agent/quickstart.yaml"
+ROOT = Path(__file__).parents[2]
+QUICKSTART, EXAMPLES = ROOT / "configs/agent/quickstart.yaml", ROOT / "examples/agents"
 Maker = Callable[..., AgentSource]
 
 
@@ -182,6 +184,30 @@ def test_a_line_that_is_no_task_is_named(line: str, tmp_path: Path) -> None:
         source.tasks("valid")
     with pytest.raises(ConfigError, match="no tasks of the split 'test'"):
         source.tasks("test")
+
+
+@pytest.mark.parametrize("example", ["smolagents", "shell"])
+def test_the_examples_play(example: str, sharp_policy: TinyPolicy) -> None:
+    """``openai_agent`` is the quickstart's."""
+    agent, command = None, None
+    if example == "shell":
+        command = f"sh {EXAMPLES}/shell_agent.sh"
+        if not shutil.which("curl"):
+            pytest.skip("needs curl")
+    else:
+        pytest.importorskip("smolagents")
+        agent = "examples.agents.smolagents_agent.play"
+    tasks = {"train": f"{EXAMPLES}/train.jsonl"}
+    source = AgentSource(tasks, HFEngine(), agent, command, max_prompt_tokens=600, max_new_tokens=2, num_parallel=2)
+    source.bind(sharp_policy)
+    try:
+        episodes = play(source, 2)
+    finally:
+        source.close()
+    assert [(episode.stop_reason, episode.error) for episode in episodes] == [("terminated", "")] * 2
+    assert [episode.final_reward for episode in episodes] == [float(episode.success is True) for episode in episodes]
+    assert all(1 <= len(episode.steps) <= 6 for episode in episodes)
+    assert source.counts()["gateway_refused"] == 0
 
 
 def test_the_quickstart_trains(tmp_path: Path) -> None:
