@@ -174,7 +174,7 @@ class Step:
         behaviour_logprobs: float32, one per action token, under ``temperature``, from the engine that sampled it.
         reward: ``r_t``.
         index: Position in the episode, from 0, whoever acts.
-        finish_reason: ``stop`` or ``length``.
+        finish_reason: ``stop`` (a stop token), ``text`` (one of ``Sampling.stop``) or ``length``.
         terminated: The episode ended here as part of the task: no value follows.
         truncated: The episode was cut here.
         action_valid: The text parsed to an action that the environment took.
@@ -256,11 +256,13 @@ class Episode:
 class Sampling:
     """How actions are sampled: ``temperature`` divides the logits, 0 takes the most likely token.
 
-    Temperature only: top-p, top-k and penalties would make the learner's policy another one.
+    Temperature only: top-p, top-k and penalties would make the learner's policy another one. An answer ends with the token
+    that completes one of the texts in ``stop``; that token is a part of it.
     """
 
     temperature: float = 1.0
     max_new_tokens: int = 16
+    stop: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -322,7 +324,7 @@ class Request:
 
 @dataclass(frozen=True, eq=False)
 class Completion:
-    """An engine's answer to a request: int32 ``action_ids``, float32 ``logprobs`` per token, ``stop`` or ``length``.
+    """An engine's answer to a request: int32 ``action_ids``, float32 ``logprobs`` per token, a step's ``finish_reason``.
 
     A failed request has ``error`` set and no tokens.
     """

@@ -19,6 +19,7 @@ LAYERS: list[set[str]] = [
     {"models"},
     {"engines"},
     {"rollouts", "samplers"},
+    {"gateway"},
     {"panels"},
     {"learner"},
     {"buffer"},

@@ -45,6 +45,7 @@ from steppo.cli.stopping import STOPPED, ends_on_sigterm
 from steppo.datamodule import StepDataModule
 from steppo.distributed import require_equal
 from steppo.errors import ConfigError, SteppoError
+from steppo.gateway.source import AgentSource  # noqa: F401 (configs name it by its last name)
 from steppo.module import AgentModule
 from steppo.run_folder import RunTrainer, held
 

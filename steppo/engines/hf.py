@@ -14,7 +14,7 @@ from torch import Tensor
 
 from steppo.engines.base import Engine, failed
 from steppo.engines.cache import Place, RowCache, common
-from steppo.engines.sampling import draws, logprob_tolerance, sample
+from steppo.engines.sampling import draws, ended, logprob_tolerance, sample
 from steppo.errors import ConfigError
 from steppo.models.policy import beyond_full_attention
 from steppo.packing.padded import by_width
@@ -143,12 +143,12 @@ class HFEngine(Engine):
                 self._fail([flight for flight, _ in read], error)
         for flight in self._flights():
             request = flight.request
-            is_stopped = bool(flight.action) and flight.action[-1] in self._policy.stop_ids
+            reason = ended(self._policy, request, flight.action)
             if flight.error is not None:
                 completions.append(failed(request, flight.error))
-            elif is_stopped or len(flight.action) == request.sampling.max_new_tokens:
+            elif reason:
                 action, logprobs = np.asarray(flight.action, np.int32), np.asarray(flight.logprobs, np.float32)
-                completions.append(Completion(request.id, action, logprobs, "stop" if is_stopped else "length"))
+                completions.append(Completion(request.id, action, logprobs, reason))
             else:
                 continue
             flight.row.flight = None

@@ -9,7 +9,7 @@ import torch
 from transformers import DynamicCache
 
 from steppo.engines.base import Engine, failed
-from steppo.engines.sampling import draws, logprob_tolerance, sample
+from steppo.engines.sampling import draws, ended, logprob_tolerance, sample
 from steppo.errors import ConfigError
 from steppo.types import Completion, Request
 
@@ -76,6 +76,7 @@ class PlainEngine(Engine):
         temperature = torch.tensor([request.sampling.temperature for request in requests], device=device)
         stop = torch.tensor(sorted(policy.stop_ids), device=device)
         limit = torch.from_numpy(limits).to(device)
+        until_text = [row for row, request in enumerate(requests) if request.sampling.stop]
 
         cache = DynamicCache()
         done = torch.zeros(rows, dtype=torch.bool, device=device)
@@ -89,6 +90,8 @@ class PlainEngine(Engine):
             logprobs.append(logprob)
             sampled.append(~done)
             done = done | torch.isin(token, stop) | (limit <= step + 1)
+            for row in until_text:
+                done[row] |= bool(ended(policy, requests[row], [int(column[row]) for column in tokens]))
             if bool(done.all()):
                 break
             inputs = token[:, None]
@@ -101,6 +104,6 @@ class PlainEngine(Engine):
         completions = []
         for row, request in enumerate(requests):
             action = token_ids[row, : counts[row]]
-            reason = "stop" if int(action[-1]) in policy.stop_ids else "length"
+            reason = ended(policy, request, action.tolist())
             completions.append(Completion(request.id, action, token_logprobs[row, : counts[row]], reason))
         return completions

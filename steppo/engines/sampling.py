@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,6 +18,17 @@ if TYPE_CHECKING:
 def draws(request: Request) -> np.ndarray:
     """A number in [0, 1) for each token that the request may get: no other request moves them."""
     return np.random.Generator(np.random.Philox(request.seed)).random(request.sampling.max_new_tokens)
+
+
+def ended(policy: Policy, request: Request, action: Sequence[int]) -> str:
+    """Why the answer so far is whole, as a ``finish_reason``; empty while it is not."""
+    if action and action[-1] in policy.stop_ids:
+        return "stop"
+    stops = request.sampling.stop
+    text = policy.tokenizer.decode(list(action), skip_special_tokens=False) if stops else ""
+    if any(stop in text for stop in stops):
+        return "text"
+    return "length" if len(action) == request.sampling.max_new_tokens else ""
 
 
 def sample(logits: Tensor, temperature: Tensor, drawn: Tensor) -> tuple[Tensor, Tensor]:

@@ -193,4 +193,8 @@ class EngineThread:
                 raise
             except Exception as error:
                 errors.append(said(error))
+        gone = {id for id, request in self._waiting.items() if request.session_id in session_ids}
+        if gone:  # no answer is waited for that will not come, nor is its time counted against those that come later
+            self._waiting = {id: request for id, request in self._waiting.items() if id not in gone}
+            self._empty_ticks = 0
         return errors

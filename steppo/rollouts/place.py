@@ -26,12 +26,12 @@ class Place:
         """The episode's, among all of the round."""
         return self.group.first + self.sample
 
-    def seed(self, step: int) -> int:
-        """Of the action at a step."""
+    def seed(self, step: int | str) -> int:
+        """Of the action at a step: by its number, or its name among several agents'."""
         return request_seed(self.config, self.group, self.sample, step)
 
 
-def request_seed(config: RolloutConfig, group: Group, sample: int, step: int) -> int:
+def request_seed(config: RolloutConfig, group: Group, sample: int, step: int | str) -> int:
     """Seed of one action: the same wherever and beside whatever it is sampled."""
     name = f"{config.seed}|{config.name}|{group.id}|{group.task.id}|{sample}|{step}"
     return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little")

@@ -68,6 +68,7 @@ def build(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     monkeypatch.setenv("WEBSHOP_DATA", str(write_goods(tmp_path, pen=True)))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(LightningCLI, "_run_subcommand", lambda self, subcommand: None)
+    (tmp_path / "examples").symlink_to(CONFIGS.parent / "examples")  # tasks of agents are files there
     monkeypatch.chdir(tmp_path)
     return lambda *args: main(["fit", *(str(arg) for arg in args)])
 

@@ -255,3 +255,19 @@ def test_an_engine_may_be_silent_for_as_many_ticks_as_there_may_be_tokens(ticks:
     assert bool(again.error) == (ticks == math.inf)
     assert engine.calls.count("poll") == (11 if again.error else 8)
     thread.close([])
+
+
+def test_the_silence_before_a_request_was_given_up_costs_no_later_one() -> None:
+    engine = Slow(7)
+    thread = EngineThread(engine, count())
+
+    async def ticks() -> list[Completion]:
+        thread.submit(request("a"))
+        for _ in range(3):
+            assert await thread.tick() == []
+        thread.release("a")
+        thread.submit(request("b"))
+        return [completion for _ in range(4) for completion in await thread.tick()]
+
+    assert [(answer.request_id, answer.error) for answer in asyncio.run(ticks())] == [(1, "")]
+    thread.close([])
