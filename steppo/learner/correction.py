@@ -40,7 +40,7 @@ class CorrectionInputs:
     episode_of_N: Tensor
 
     def ratios(self, level: Level) -> Tensor:
-        """``pi_old / behaviour`` of each token [A]: its own, or the geometric mean over the tokens of its step or episode."""
+        """``pi_old / behaviour`` of each token [A]: its own, or the geometric mean over its step's or episode's tokens."""
         pair = self.old_logprobs_A, self.behaviour_logprobs_A
         if level == "episode":
             episodes = int(self.episode_of_N.max()) + 1 if self.num_steps else 0
