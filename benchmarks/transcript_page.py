@@ -28,8 +28,7 @@ import numpy as np
 import torch
 
 from steppo.batch import Credit
-from steppo.learner import Experience, ReplayStatistics
-from steppo.learner.correction import Weights
+from steppo.learner import Experience, ReplayStatistics, Weights
 from steppo.learner.scoring import Scores
 from steppo.learner.steps import StepTable
 from steppo.transcripts import TranscriptWriter, episode_records, page_blocks

@@ -279,7 +279,7 @@ class AgentModule(RunModule):
                 f"the sampler's log-probabilities are up to {mismatch:.2g} off the learner's, more than its tolerance of "
                 f"{tolerance:.2g}: what is sampled is not quite what is learned"
             )
-        if spread > 0.1 * clip_range:
+        if spread > 0.1 * clip_range and not self.correction.old_is_behaviour:
             rank_zero_warn(
                 f"before anything was learned, importance ratios are up to {spread:.2g} from 1, by rounding alone: more "
                 f"than a tenth of the clip range, {clip_range:g}. Clip further out, or compute in a higher precision"

@@ -94,16 +94,15 @@ FILES = {
         """,
     "my_correction": """
         import torch
-        from steppo.learner import Correction
-        from steppo.learner.correction import Weights
+        from steppo.learner import Correction, Weights
 
         class FirstTokens(Correction):
             def __init__(self, count: int = 1):
                 self.count = count
 
-            def __call__(self, behaviour_logprobs_A, old_logprobs_A, step_of_A, num_steps):
-                place_A = torch.arange(len(step_of_A)) - torch.searchsorted(step_of_A, step_of_A)
-                return Weights(torch.full_like(old_logprobs_A, 0.5), place_A < self.count)
+            def __call__(self, inputs):
+                place_A = torch.arange(len(inputs.step_of_A)) - torch.searchsorted(inputs.step_of_A, inputs.step_of_A)
+                return Weights(torch.full_like(inputs.old_logprobs_A, 0.5), place_A < self.count)
         """,
     "my_policy": """
         import torch

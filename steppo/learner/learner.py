@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 from steppo.advantages import Advantage
 from steppo.batch import Credit, Microbatch
 from steppo.distributed import gather
-from steppo.learner.correction import Correction, NoCorrection, Weights
+from steppo.learner.correction import Correction, CorrectionInputs, NoCorrection, Weights, weight_figures
 from steppo.learner.credit import assign_credit, check_orders
 from steppo.learner.experience import Experience
 from steppo.learner.scoring import Reference, Scores, score
@@ -75,15 +75,21 @@ class Learner:
         steps = StepTable.of(episodes)
         columns, mine_N = steps.over_ranks()
         left_out_N = None
-        if first_update is not None and len(columns.length_N) and not self._needs_old_logprobs:
+        if self.correction.old_is_behaviour and not self._shares_pass:
+            left_out_N = np.ones(len(steps), dtype=bool)
+        elif first_update is not None and len(columns.length_N) and not self._needs_old_logprobs:
             left_out_N = np.isin(mine_N, first_update(columns))
         return self._with_credit(steps, columns, mine_N, *self._score(steps, left_out_N))
 
     @property
     def _needs_old_logprobs(self) -> bool:
         """Of all steps, before the first update: for rewards or weights, or because the critic reads the same pass."""
-        of_critic = self.critic is not None and self.critic.needs_policy_hidden
-        return of_critic or self.correction.needs_old_logprobs or self.objective.reward_kl_coef > 0
+        return self._shares_pass or self.correction.needs_old_logprobs or self.objective.reward_kl_coef > 0
+
+    @property
+    def _shares_pass(self) -> bool:
+        """The critic reads what the policy's pass leaves."""
+        return self.critic is not None and self.critic.needs_policy_hidden
 
     def score_episodes(self, episodes: Sequence[Episode]) -> Experience:
         """Scores episodes that are not learned from, and assigns credit among them; training does not notice.
@@ -112,14 +118,17 @@ class Learner:
         models = self.policy, self.reference, self.critic
         with self.inference():
             scores = score(steps, *models, self.advantage.needs_values, self.packer, self.max_tokens, left_out_N)
-            old_A = scores.old_logprobs_A
-            behaviour_A = steps.behaviour_logprobs_A.to(old_A.dtype)
-            return scores, self.correction(behaviour_A, old_A, steps.step_of_A, len(steps))
+            if self.correction.old_is_behaviour:
+                scores = replace(scores, old_logprobs_A=steps.behaviour_logprobs_A.to(scores.old_logprobs_A.dtype))
+            return scores, self.correction(_correction_inputs(steps, scores))
 
     def _with_credit(
         self, steps: StepTable, columns: StepColumns, mine_N: np.ndarray, scores: Scores, weights: Weights
     ) -> Experience:
         assigned = assign_credit(steps, scores, self.advantage, self.objective.reward_kl_coef)
+        statistics = assigned.statistics()
+        if self.correction.needs_old_logprobs:
+            statistics |= weight_figures(weights, _correction_inputs(steps, scores))
         return Experience(
             steps=steps,
             scores=scores,
@@ -128,5 +137,11 @@ class Learner:
             mine_N=mine_N,
             columns=columns,
             num_episodes=len(assigned.batch.terminated_E),
-            statistics=assigned.statistics(),
+            statistics=statistics,
         )
+
+
+def _correction_inputs(steps: StepTable, scores: Scores) -> CorrectionInputs:
+    behaviour_A = steps.behaviour_logprobs_A.to(scores.old_logprobs_A.dtype)
+    _, episode_N = np.unique(steps.order_N, return_inverse=True)
+    return CorrectionInputs(behaviour_A, scores.old_logprobs_A, steps.step_of_A, len(steps), torch.from_numpy(episode_N))

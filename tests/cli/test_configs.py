@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -57,6 +58,19 @@ CREDIT: dict[type, dict[str, Any]] = {
 }
 OVERLAYS = sorted(path for kind in ("algorithm", "context", "model", "trainer") for path in (CONFIGS / kind).glob("*.yaml"))
 WHOLE = sorted({*CONFIGS.rglob("*.yaml")} - {*OVERLAYS})
+ROOT = CONFIGS.parent
+_WRITTEN = ("echo.", "grid.yaml", "bounded_reinforce.yaml", "step_loo.yaml", "keep_close.", "{config,")  # tests of their own
+
+
+def documented() -> list[str]:
+    """Commands of the documentation that need no file which a page has one write."""
+    blocks = "".join(
+        block
+        for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+        for block in re.findall(r"```bash\n(.*?)```", page.read_text(), re.DOTALL)
+    )
+    found = re.findall(r"python train\.py (.*)", blocks.replace("\\\n", " "))
+    return sorted({line for line in found if not any(name in line for name in _WRITTEN)})
 
 
 @pytest.fixture
@@ -70,7 +84,7 @@ def build(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     monkeypatch.setattr(LightningCLI, "_run_subcommand", lambda self, subcommand: None)
     (tmp_path / "examples").symlink_to(CONFIGS.parent / "examples")  # tasks of agents are files there
     monkeypatch.chdir(tmp_path)
-    return lambda *args: main(["fit", *(str(arg) for arg in args)])
+    return lambda *args, stage="fit": main([stage, *(str(arg) for arg in args)])
 
 
 @pytest.fixture
@@ -103,6 +117,21 @@ def test_complete_configs_instantiate(build: Any, others: Any, path: Path) -> No
 def test_overlays_instantiate(build: Any, overlay: Path) -> None:
     cli = build("--config", CONFIGS / "textworld.yaml", "--config", overlay, "--trainer.accelerator=cpu")  # GPU configs too
     assert cli.config.fit.rollout.episodes_per_iteration == 64
+
+
+@pytest.mark.parametrize("command", documented())
+def test_documented_commands_are_understood(build: Any, command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    stage, *options = shlex.split(command, comments=True)
+    if any("help" in option for option in options):
+        with pytest.raises(SystemExit) as stopped:
+            build(*options, stage=stage)
+        assert stopped.value.code == 0
+        return
+    if "--ckpt_path" in options:  # of a run that is not there
+        place = options.index("--ckpt_path")
+        del options[place : place + 2]
+    build(*options, "--trainer.accelerator=cpu", stage=stage)
 
 
 def depth(value: Any) -> int:

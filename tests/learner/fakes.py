@@ -16,8 +16,7 @@ from torch import Tensor
 
 from steppo.advantages import Advantage
 from steppo.batch import Credit, Segment, TokenBatch
-from steppo.learner import Experience
-from steppo.learner.correction import Weights
+from steppo.learner import Experience, Weights
 from steppo.learner.credit import AssignedCredit, assign_credit
 from steppo.learner.scoring import Scores
 from steppo.learner.steps import StepTable

@@ -60,7 +60,7 @@ def test_weights_are_as_if_all_had_been_scored(options: list[str], tmp_path: Pat
         torch.testing.assert_close(late[name], expected[name], rtol=1e-4, atol=1e-5)
     ours, theirs = scalars(tmp_path / "late"), scalars(tmp_path / "scored")
     assert theirs.keys() - ours.keys() == {"train/first_ratio_spread"}  # compared with itself it would be 0
-    assert ours.keys() <= theirs.keys()
+    assert ours.keys() - theirs.keys() <= {"warm_start/loss"}  # it may be in the cache by now
     for name in ("train/ratio_max", "train/approx_kl", "train/logprob_mismatch", "train/policy_loss"):
         assert [value for _, value in ours[name]] == pytest.approx([value for _, value in theirs[name]], rel=1e-4, abs=1e-5)
     assert max(value for _, value in ours["train/ratio_max"]) > 1.01, "later passes compare with what was before"
