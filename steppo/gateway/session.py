@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import itertools
 import secrets
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -140,8 +141,10 @@ class Session:
             if chain in same:
                 return chain
         agent_id = name or (f"{MAIN}-{_digest(kind, first)}" if self.chains else MAIN)
-        taken = sum(chain.agent_id.partition("#")[0] == agent_id for chain in self.chains)
-        chain = Chain(f"{agent_id}#{taken + 1}" if taken else agent_id, name, kind, first)
+        taken = {chain.agent_id for chain in self.chains}
+        numbered = (f"{agent_id}#{number}" for number in itertools.count(2))
+        agent_id = next(it for it in itertools.chain([agent_id], numbered) if it not in taken)
+        chain = Chain(agent_id, name, kind, first)
         self.chains.append(chain)
         return chain
 

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import numpy as np
@@ -84,6 +85,15 @@ class Bench(Rig):
         headers = {name: options.pop(name) for name in list(options) if name.startswith("x_") or name == "idempotency_key"}
         body = {"model": "policy", "messages": messages or HELLO} | options
         return self.post(f"/sessions/{session.id}/v1/chat/completions", body, session.key, **headers)
+
+    @contextmanager
+    def half(self, session: Session) -> Iterator[None]:
+        """A call that nobody waits for once this is left."""
+        body = json.dumps({"model": "policy", "messages": HELLO})
+        head = f"POST /sessions/{session.id}/v1/chat/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {session.key}"
+        with socket.create_connection(self.place) as connection:
+            connection.sendall(f"{head}\r\nContent-Length: {len(body)}\r\n\r\n{body}".encode())
+            yield
 
 
 @pytest.fixture(scope="module")
@@ -256,16 +266,38 @@ def test_a_retry_is_known_by_its_header_alone(bench: Bench) -> None:
     assert bench.gateway.counts["gateway_retries"] == 2
 
 
+def test_who_hangs_up_takes_no_answer_from_another(bench: Bench) -> None:
+    engine = bench.engine
+    assert isinstance(engine, ScriptedEngine)
+    session = bench.open()
+    with bench.asking(), ThreadPoolExecutor(3) as threads, ExitStack() as hanging_up:
+        engine.hold.clear()
+        waiting = [threads.submit(bench.chat, session)]
+        wait_until(lambda: session.under_way == 1)
+        with bench.half(session):
+            wait_until(lambda: session.under_way == 2)
+            waiting.append(threads.submit(bench.chat, session))
+            wait_until(lambda: session.under_way == 3)
+        wait_until(lambda: session.under_way == 2)
+        hanging_up.enter_context(bench.half(session))
+        wait_until(lambda: session.under_way == 3)
+        waiting.append(threads.submit(bench.chat, session))
+        wait_until(lambda: session.under_way == 4)
+        assert len({chain.agent_id for chain in session.chains}) == 4
+        hanging_up.close()
+        wait_until(lambda: session.under_way == 3)
+        engine.hold.set()
+        assert [call.result()[0] for call in waiting] == [200] * 3
+    assert len(session.steps(True)) == 3
+
+
 def test_a_retry_is_of_the_try_that_failed_whatever_equal_ones_there_are(bench: Bench) -> None:
     engine = bench.engine
     assert isinstance(engine, ScriptedEngine)
     session = bench.open()
-    body = json.dumps({"model": "policy", "messages": HELLO})
-    head = f"POST /sessions/{session.id}/v1/chat/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {session.key}\r\n"
     with bench.asking(), ThreadPoolExecutor(1) as threads:
         engine.hold.clear()
-        with socket.create_connection(bench.place) as hangs_up:
-            hangs_up.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n{body}".encode())
+        with bench.half(session):
             wait_until(lambda: session.under_way == 1)
             other = threads.submit(bench.chat, session)
             wait_until(lambda: session.under_way == 2)
