@@ -27,7 +27,7 @@ from steppo.panel.compare import compare
 
 ROOT = Path(__file__).parent.parent
 RESULT = ROOT / "benchmarks/results/agents.json"
-AGENTS = {"smolagents": "smolagents", "quickstart": "openai"}  # config -> package of its agent
+AGENTS = {"quickstart": "openai", "smolagents": "smolagents"}  # config -> package of its agent
 
 
 def train(command: list[str], folder: Path) -> dict[str, float]:

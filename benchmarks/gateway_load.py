@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import sys
 import time
@@ -91,7 +92,9 @@ def main() -> None:
     rows = [[name, *(f"{row[key] * 1e3:.1f}" for key in ("median_s", "p95_s", "cpu_s"))] for name, row in results.items()]
     print(markdown(["sessions", "ms a call, median", "p95", "CPU ms a call"], rows))
     print(", ".join(f"{name} {value:.0f}" for name, value in memory.items()))
-    RESULT.write_text(json.dumps(about() | {"calls": results, "memory": memory}, indent=1) + "\n")
+    load = os.getloadavg()[2]  # of all that the machine does: much more than 1 tells of others
+    print(f"load average of the last 15 minutes: {load:.1f}")
+    RESULT.write_text(json.dumps(about() | {"load": load, "calls": results, "memory": memory}, indent=1) + "\n")
 
 
 def figures(seconds: list[float], spent: float) -> dict[str, float]:

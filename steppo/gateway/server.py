@@ -71,6 +71,8 @@ class Gateway:
             self._socket = socket.create_server((settings.host, settings.port), backlog=2048)
         except OSError as error:
             raise ConfigError(f"the gateway cannot listen on {settings.host}:{settings.port}: {error.strerror}") from None
+        # Heads and bodies go out apart, and a body would wait 40 ms for the head to be acknowledged. Connections inherit it.
+        self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         config = uvicorn.Config(
             self._app(),
             access_log=False,
