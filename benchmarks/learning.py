@@ -1,12 +1,11 @@
-"""A tiny policy learns ALFWorld on a CPU: it copies walkthroughs, then goes on by StepPO.
+"""A tiny policy learns a task on a CPU: it copies the expert, then goes on by reinforcement learning.
 
     export ALFWORLD_DATA=...
-    python benchmarks/alfworld_learning.py --folder runs/alfworld_learning
+    python benchmarks/learning.py --config configs/alfworld/tiny.yaml --folder runs/learning_alfworld
 
-Runs ``configs/alfworld/tiny.yaml``: the curve on its panel, then the policies of both ends on all games of valid_seen and
-valid_unseen, and the paired difference. Other options go to ``train.py``. What is done stays in the folder and is not done
-again: start the same command anew after an interruption. Writes ``benchmarks/results/alfworld_learning.json`` and prints
-tables.
+The curve on the config's panel, then the policies of both ends on the first tasks of its ``valid`` and ``test`` splits, and the
+paired difference. Other options go to ``train.py``. What is done stays in the folder and is not done again: start the same
+command anew after an interruption. Writes a JSON to ``benchmarks/results/`` and prints tables.
 """
 
 from __future__ import annotations
@@ -27,8 +26,7 @@ from steppo.checkpoints import iteration_checkpoints
 from steppo.panel.compare import difference
 
 ROOT = Path(__file__).parent.parent
-CONFIG = "configs/alfworld/tiny.yaml"
-STAGES = {"validate": "valid_seen", "test": "valid_unseen"}
+STAGES = {"validate": "valid", "test": "test"}
 
 
 def train(command: list[str], folder: Path) -> None:
@@ -45,26 +43,27 @@ def train(command: list[str], folder: Path) -> None:
         clock.write_text(json.dumps(spent + time.perf_counter() - start))
 
 
-def success(result: dict[str, Any]) -> dict[str, float]:
-    """Share of solved episodes by game."""
-    played: dict[str, list[bool]] = {}
+def by_task(result: dict[str, Any], figure: str) -> dict[str, float]:
+    """Mean ``success`` or ``return`` of the episodes of each task."""
+    played: dict[str, list[float]] = {}
     for one in filter(results.is_healthy, result["episodes"]):
-        played.setdefault(one["task"], []).append(one["success"] is True)
-    return {task: float(np.mean(solved)) for task, solved in played.items()}
+        played.setdefault(one["task"], []).append(float(one[figure] or 0.0))
+    return {task: float(np.mean(values)) for task, values in played.items()}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "alfworld_learning", help="of the run")
-    parser.add_argument("--games", type=int, default=140, help="most games of a split at both ends")
-    parser.add_argument("--samples", type=int, default=2, help="episodes of each game at both ends")
-    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results" / "alfworld_learning.json")
+    parser.add_argument("--config", required=True, help="such as configs/alfworld/tiny.yaml")
+    parser.add_argument("--folder", type=Path, required=True, help="of the run")
+    parser.add_argument("--tasks", type=int, default=500, help="most tasks of a split at both ends")
+    parser.add_argument("--samples", type=int, default=2, help="episodes of each task at both ends")
     options, extra = parser.parse_known_args()
+    config = f"--config={options.config}"
     folder = options.folder.resolve()
     run, done = folder / "fit", folder / "fit" / "done"
     if not done.exists():
         goes_on = ["--ckpt_path=last"] if (run / "checkpoints").is_dir() else []
-        train(["fit", f"--config={CONFIG}", *goes_on, *extra], run)
+        train(["fit", config, *goes_on, *extra], run)
         done.touch()
     checkpoints = iteration_checkpoints(run / "checkpoints")
     ends: dict[str, dict[str, dict[str, Any]]] = {}
@@ -72,23 +71,25 @@ def main() -> None:
         for stage, split in STAGES.items():
             there = folder / f"{split}-{path.stem}"
             if not (there / f"{stage}.json").exists():
-                more = [f"--data.eval_tasks={options.games}", f"--evaluation.samples={options.samples}"]
-                train([stage, f"--config={CONFIG}", f"--ckpt_path={path}", *extra, *more], there)
+                more = [f"--data.eval_tasks={options.tasks}", f"--evaluation.samples={options.samples}"]
+                train([stage, config, f"--ckpt_path={path}", *extra, *more], there)
             ends.setdefault(split, {})[name] = results.read(there / f"{stage}.json")
 
     curve = [json.loads(line) for line in (run / "evaluation.jsonl").read_text().splitlines()]
     for record in curve:
         low, high = record["success_ci95"]
         print(f"iteration {record['iteration']:>4}: success {record['success_rate']:.3f} [{low:.3f}, {high:.3f}]")
-    pairs: list[tuple[float, float]] = []
     found = {}
-    for split, (before, after) in ((split, both.values()) for split, both in ends.items()):
-        here = [(success(before)[task], success(after)[task]) for task in success(before) if task in success(after)]
-        pairs += here
-        found[split] = compared(split, here)
-    found["both"] = compared("both", pairs)
+    for figure in ("success", "return"):
+        pairs: list[tuple[float, float]] = []
+        for split, both in ends.items():
+            before, after = (by_task(result, figure) for result in both.values())
+            here = [(before[task], after[task]) for task in before if task in after]
+            pairs += here
+            found[f"{figure}, {split}"] = compared(f"{figure}, {split}", here)
+        found[f"{figure}, both"] = compared(f"{figure}, both", pairs)
     report = measuring.about() | {
-        "config": CONFIG,
+        "config": options.config,
         "seconds": {path.parent.name: json.loads(path.read_text()) for path in sorted(folder.glob("*/seconds.json"))},
         "curve": curve,
         "differences": found,
@@ -98,19 +99,19 @@ def main() -> None:
             for name, one in both.items()
         },
     }
-    options.results.parent.mkdir(parents=True, exist_ok=True)
-    options.results.write_text(json.dumps(report, indent=1) + "\n")
+    place = ROOT / "benchmarks" / "results" / f"learning_{Path(options.config).parent.name}.json"
+    place.write_text(json.dumps(report, indent=1) + "\n")
 
 
 def compared(name: str, pairs: list[tuple[float, float]]) -> dict[str, Any]:
-    """Success before and after on the same games."""
+    """A figure before and after on the same tasks."""
     before, after = np.asarray(pairs, dtype=np.float64).T
     found = difference(before, after)
     low, high = found.interval
     print(
-        f"{name}, {len(pairs)} games: {found.a:.3f} -> {found.b:.3f}, difference {found.mean:+.3f} [{low:+.3f}, {high:+.3f}]"
+        f"{name}, {len(pairs)} tasks: {found.a:.3f} -> {found.b:.3f}, difference {found.mean:+.3f} [{low:+.3f}, {high:+.3f}]"
     )
-    return {"games": len(pairs), "before": found.a, "after": found.b, "difference": found.mean, "ci95": [low, high]}
+    return {"tasks": len(pairs), "before": found.a, "after": found.b, "difference": found.mean, "ci95": [low, high]}
 
 
 if __name__ == "__main__":
