@@ -3,9 +3,9 @@
     export ALFWORLD_DATA=...
     python benchmarks/learning.py --config configs/alfworld/tiny.yaml --folder runs/learning_alfworld
 
-The curve on the config's panel, then the policies of both ends on the first tasks of its ``valid`` and ``test`` splits, and the
-paired difference. Other options go to ``train.py``. What is done stays in the folder and is not done again: start the same
-command anew after an interruption. Writes a JSON to ``benchmarks/results/`` and prints tables.
+The curve on the config's panel, then the policies of both ends on the first tasks of its ``valid`` and ``test`` splits, and
+the paired difference. Other options go to ``train.py``. What is done stays in the folder and is not done again: start the
+same command anew after an interruption. Writes a JSON to ``benchmarks/results/`` and prints tables.
 """
 
 from __future__ import annotations
