@@ -109,11 +109,15 @@ class IterationCheckpoint(Listener):
 
     def _save(self, trainer: pl.Trainer, module: AgentModule) -> None:
         path = iteration_path(self._folder, module.counters.iterations)
+        if not self.enabled:
+            module.data.source.learned(module.counters.iterations)
         if path == self._newest or not self.enabled:
             return
         for logger in trainer.loggers:
             logger.save()  # what is logged must not be lost with the process, for it will not be logged again
         trainer.save_checkpoint(path, weights_only=False)
         self._newest = path
-        for old in iteration_checkpoints(self._folder)[: -self.keep]:
+        checkpoints = iteration_checkpoints(self._folder)
+        for old in checkpoints[: -self.keep]:
             trainer.strategy.remove_checkpoint(old)
+        module.data.source.learned(min(map(iterations_of, checkpoints[-self.keep :]), default=0))

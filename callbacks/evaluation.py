@@ -21,7 +21,7 @@ from steppo.learner.credit import check_orders
 from steppo.listeners import Evaluation, Listener, announce
 from steppo.metrics import common_failure, info_figures, wilson_interval
 from steppo.module import AgentModule
-from steppo.rollouts import EnvSource, expert_action, random_action
+from steppo.rollouts import expert_action, random_action
 from steppo.rollouts.players import Choose
 from steppo.run_folder import RunTrainer, run_folder
 from steppo.types import RolloutConfig, groups_of
@@ -74,7 +74,7 @@ class EvaluationCallback(Listener):
 
     def setup(self, trainer: pl.Trainer, pl_module: AgentModule, stage: str) -> None:
         source = pl_module.data.source
-        if self.player != "policy" and not isinstance(source, EnvSource):
+        if self.player != "policy" and source.scripted is None:
             raise ConfigError(f"evaluation.player {self.player} needs an EnvSource; {type(source).__name__} plays by itself")
 
     def on_run_start(self, trainer: pl.Trainer, pl_module: AgentModule) -> None:

@@ -163,6 +163,7 @@ _LINE = {
     "rollout/success_rate": "success {:.2f}",
     "rollout/steps_per_episode": "steps {:.1f}",
     "rollout/invalid_action_rate": "invalid {:.3f}",
+    "rollout/staleness": "stale {:.2f}",
     "train/entropy": "entropy {:.3f}",
     "train/approx_kl": "kl {:.4f}",
     "train/clip_fraction": "clipped {:.3f}",

@@ -13,10 +13,12 @@ from steppo.advantages.base import Returns, centred_within
 from steppo.datamodule import StepDataModule, run_seed
 from steppo.distributed import gather
 from steppo.errors import ConfigError, RunError, require_at_least
+from steppo.learner import Experience, ReplayStatistics
 from steppo.listeners import Listener
 from steppo.metrics import common_failure, info_figures
 from steppo.module import AgentModule
-from steppo.types import Episode, RolloutConfig
+from steppo.run_folder import run_folder
+from steppo.types import Episode, Group, RolloutConfig
 
 
 @dataclass(eq=False)
@@ -93,6 +95,36 @@ class RolloutCallback(Listener):
         if budget is not None and pl_module.counters.environment_steps >= budget:
             trainer.should_stop = True
 
+    def on_run_start(self, trainer: pl.Trainer, pl_module: AgentModule) -> None:
+        data: StepDataModule = pl_module.data
+        if not data.source.plays_ahead:
+            return
+        first, cursor, most = trainer.current_epoch, data.sampler.cursor, trainer.max_epochs
+
+        def rounds(iteration: int) -> tuple[list[Group], RolloutConfig] | None:
+            if trainer.should_stop or (most is not None and 0 <= most <= iteration):
+                return None
+            begins_at = cursor + (iteration - first) * self.tasks_per_iteration
+            return data.groups_at(begins_at, self.tasks_per_iteration, self.group_size), self._config(iteration)
+
+        data.source.plan(rounds, run_folder(trainer))
+        self._publish(pl_module, first)
+
+    def on_experience(
+        self, trainer: pl.Trainer, pl_module: AgentModule, experience: Experience, replay: ReplayStatistics
+    ) -> None:
+        if pl_module.data.source.plays_ahead:
+            self._publish(pl_module, trainer.current_epoch + 1)
+
+    @staticmethod
+    def _publish(module: AgentModule, iteration: int) -> None:
+        """The updates before an iteration are done: whoever plays ahead gets the weights."""
+        with module.timed("rollout"), module.inference_context():
+            module.data.source.publish(iteration, module.counters.updates, module.policy.inference_weights())
+
+    def _config(self, iteration: int, version: int = 0) -> RolloutConfig:
+        return RolloutConfig(f"train/{iteration}", run_seed(), self.temperature, version=version)
+
     def on_iteration_start(self, trainer: pl.Trainer, pl_module: AgentModule) -> None:
         pl_module.learn_from(self._play(trainer, pl_module))
 
@@ -101,7 +133,7 @@ class RolloutCallback(Listener):
         data: StepDataModule = pl_module.data
         groups = data.next_groups(self.tasks_per_iteration, self.group_size)
         version = pl_module.counters.updates
-        config = RolloutConfig(f"train/{trainer.current_epoch}", run_seed(), self.temperature, version=version)
+        config = self._config(trainer.current_epoch, version)
         before = pl_module.seconds.get("rollout", 0.0)
         counts_before = data.source.counts()
         episodes, figures = pl_module.play("rollout", groups, config)
@@ -118,6 +150,7 @@ class RolloutCallback(Listener):
             del figures["success_rate"]
         counts = gather({name: count - counts_before[name] for name, count in data.source.counts().items()})
         figures |= {name: float(sum(part[name] for part in counts)) for name in counts_before}
+        figures |= data.source.figures()
         figures |= {f"info/{name}": mean for name, mean in info_figures(episodes)[0].items()}
         pl_module.report({f"rollout/{name}": value for name, value in figures.items()})
         return episodes

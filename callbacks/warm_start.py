@@ -161,8 +161,8 @@ class WarmStartCallback(pl.Callback):
 
     def _demonstrations(self, trainer: pl.Trainer, module: AgentModule, tasks: Sequence[Task], name: str) -> list[Segment]:
         """Prompts and demonstrated actions of these tasks, the same on every rank."""
-        source = module.data.source
-        if not isinstance(source, EnvSource):
+        source = module.data.source.scripted
+        if source is None:
             raise ConfigError("warm_start needs an EnvSource: other sources cannot be played by a script")
         rank, world = rank_and_world()
         groups = groups_of(tasks)[rank::world]

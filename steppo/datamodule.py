@@ -22,7 +22,7 @@ from steppo.minibatches import Minibatches, ShuffledSteps
 from steppo.packing import Packer, PaddedPacker
 from steppo.panels import Panel, hashed, panel_sha256
 from steppo.progress import phase
-from steppo.rollouts import EpisodeSource
+from steppo.rollouts import AsyncSettings, AsyncSource, EpisodeSource
 from steppo.samplers import ShuffledSampler, TaskSampler
 from steppo.types import Group, Task, groups_of
 
@@ -53,6 +53,7 @@ class StepDataModule(pl.LightningDataModule):
         eval_panel: File of the panel that ``fit`` and ``validate`` play in place of ``eval_split`` and ``eval_tasks``. If
             tasks are missing or have changed nothing is played.
         test_panel: As ``eval_panel``, for ``test``.
+        asynchronous: Play in other processes while this one learns.
     """
 
     def __init__(
@@ -71,12 +72,13 @@ class StepDataModule(pl.LightningDataModule):
         eval_tasks: int = 100,
         eval_panel: str | None = None,
         test_panel: str | None = None,
+        asynchronous: AsyncSettings | None = None,
     ) -> None:
         super().__init__()
         require_at_least(1, self, update_epochs=update_epochs, num_minibatches=num_minibatches)
         require_at_least(1, self, max_tokens_per_microbatch=max_tokens_per_microbatch)
         require_at_least(1, self, train_tasks=train_tasks, eval_tasks=eval_tasks)
-        self.source = source
+        self.source = AsyncSource(source, asynchronous) if asynchronous is not None else source
         self.sampler = sampler or ShuffledSampler()
         self.buffer = StepBuffer(
             packer or PaddedPacker(),
@@ -127,6 +129,11 @@ class StepDataModule(pl.LightningDataModule):
         drawn = self.sampler.next(self.tasks(), num_tasks, run_seed())
         require_equal({"tasks drawn by the sampler": [task.id for task in drawn]})
         return groups_of(drawn, group_size)[rank::world]
+
+    def groups_at(self, cursor: int, num_tasks: int, group_size: int) -> list[Group]:
+        """What ``next_groups`` gives when the sampler is there."""
+        rank, world = rank_and_world()
+        return groups_of(self.sampler.drawn(self.tasks(), cursor, num_tasks, run_seed()), group_size)[rank::world]
 
     def tokenizer_texts(self) -> list[str]:
         """Texts of the training environment: of its first tasks, which is enough for a tokenizer."""

@@ -19,7 +19,6 @@ from steppo.cli import PartsCLI, build_parts, errors_in_one_line, own_options
 from steppo.errors import ConfigError
 from steppo.models import Policy
 from steppo.rendering import PLAIN_TEMPLATE
-from steppo.rollouts import EnvSource
 
 _SECRET = re.compile(r"(^|_)(token|secret|password|passwd|credentials?|api_?key)$", re.IGNORECASE)
 # transformers loads in evaluation mode, in which bitsandbytes computes another way on a CPU than while it trained.
@@ -75,9 +74,9 @@ def _generation(parts: PartsCLI) -> GenerationConfig:
     """Sampling as in the run's evaluations: temperature only, whatever the base model came with."""
     policy, temperature = parts.model.policy, parts.config_dump["evaluation"]["temperature"]
     sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {}
-    source = parts.datamodule.source
+    source = parts.datamodule.source.scripted
     return GenerationConfig(
-        max_new_tokens=source.max_new_tokens if isinstance(source, EnvSource) else None,
+        max_new_tokens=source.max_new_tokens if source is not None else None,
         eos_token_id=sorted(policy.stop_ids),
         pad_token_id=policy.tokenizer.pad_token_id,
         **sampling,
@@ -137,13 +136,13 @@ def _card(name: str, parts: PartsCLI, checkpoint: dict[str, Any], adapter: bool)
 
 def _use(name: str, parts: PartsCLI, adapter: bool) -> list[str]:
     """Code that gives the run's own answers: the base stored and computing as in the run, and sampling as evaluated."""
-    policy, source = parts.model.policy, parts.datamodule.source
+    policy, source = parts.model.policy, parts.datamodule.source.scripted
     arguments = {key: value for key, value in policy.load_arguments().items() if adapter or key == "attn_implementation"}
     loaded = "".join(f"    {key}={value!r},\n" for key, value in arguments.items())
     names = "AutoTokenizer, GenerationConfig" if adapter else "AutoModelForCausalLM, AutoTokenizer"
     mixed = parts.config_dump["trainer"]["precision"] == "bf16-mixed" and (adapter or policy.adapters is None)
     turns, rendering = [{"role": "user", "content": "..."}], ""
-    if isinstance(source, EnvSource):
+    if source is not None:
         source.bind_tokenizer(policy.tokenizer, policy.stop_ids)
         knows = source.renderer.template_knows_tools
         first = [source.context.instructions, "" if knows else source.parser.tools_text(source.tools)]

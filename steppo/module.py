@@ -104,7 +104,7 @@ class AgentModule(RunModule):
         Where a script plays there is nothing to build but what writes its prompts.
         """
         if cast(RunTrainer, self.trainer).is_scripted:
-            self.policy, self.critic = cast(EnvSource, self.data.source).bind_script(), None
+            self.policy, self.critic = self._scripted().bind_script(), None
             return
         if self.policy.model is None:
             self.build_models(self.data.tokenizer_texts)
@@ -128,6 +128,11 @@ class AgentModule(RunModule):
             self.data.buffer.max_tokens,
             self.inference_context,
         )
+
+    def _scripted(self) -> EnvSource:
+        source = self.data.source.scripted
+        assert source is not None, "the evaluation callback asks first"
+        return source
 
     def build_models(self, tokenizer_texts: Callable[[], list[str]]) -> None:
         """Makes the weights: policy, critic, reference. ``tokenizer_texts`` as for ``Policy.build``."""
@@ -206,7 +211,7 @@ class AgentModule(RunModule):
             if script is None:
                 played = source.collect(groups, config)
             else:
-                scripted = cast(EnvSource, source)
+                scripted = self._scripted()
                 played = scripted.collect(groups, config, ScriptedPlayer(script, scripted.write))
             for group in played:
                 episodes += map(checked_episode, group)

@@ -20,9 +20,13 @@ class TaskSampler(ABC):
 
     def next(self, tasks: Sequence[Task], count: int, seed: int) -> list[Task]:
         """The next ``count`` tasks of the run with this seed."""
-        chosen = [tasks[self.choose(tasks, position, seed)] for position in range(self.cursor, self.cursor + count)]
+        chosen = self.drawn(tasks, self.cursor, count, seed)
         self.cursor += count
         return chosen
+
+    def drawn(self, tasks: Sequence[Task], first: int, count: int, seed: int) -> list[Task]:
+        """So many tasks of the stream, from a position on."""
+        return [tasks[self.choose(tasks, position, seed)] for position in range(first, first + count)]
 
     @abstractmethod
     def choose(self, tasks: Sequence[Task], position: int, seed: int) -> int:

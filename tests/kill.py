@@ -38,7 +38,7 @@ class KillAt(Callback):
         self.seen = {"start": 0, "rollout": 0, "update": 0, "evaluation": 0, "checkpoint": 0}
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        engine = pl_module.data.source.engine
+        engine = pl_module.data.source.scripted.engine
         submit, save, replace = engine.submit, torch.save, os.replace
 
         def submit_and_count(request: Any) -> None:

@@ -189,6 +189,22 @@ def test_what_a_checkpoint_holds_is_not_served_and_goes(pool: DataPool) -> None:
     assert names_of(pool.claim(1, 1)) == ["d"]
 
 
+def test_named_groups_are_claimed_all_or_none(pool: DataPool) -> None:
+    fill(pool, "a", "b", "c")
+    assert pool.find(["c", "a", "x"]) == {"a": 1, "c": 3}
+    for _ in range(2):
+        pool.claim_named(4, ["c", "a"])
+        assert states(pool) == {"a": "claimed", "b": "waiting", "c": "claimed"}
+    assert pool.waiting == 1
+    for iteration, names in ((5, ["b", "a"]), (5, ["b", "x"])):
+        with pytest.raises(ConfigError, match="another iteration than 5 has groups of its plan: take a new file"):
+            pool.claim_named(iteration, names)
+    assert pool.waiting == 1
+    pool.learned(6)
+    with pytest.raises(ConfigError, match="iteration 5 is learned, a checkpoint holds 6"):
+        pool.claim_named(5, ["b"])
+
+
 def test_a_name_is_added_once(pool: DataPool) -> None:
     fill(pool, "a")
     assert "a" in pool

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -88,7 +89,7 @@ class RowCache(Cache):
     place: Place
 
     def __init__(self) -> None:
-        super().__init__(layer_class_to_replicate=cast(Any, lambda: RowLayer(self)))
+        super().__init__(layer_class_to_replicate=cast(Any, partial(RowLayer, self)))
         self.rows = self.columns = 0
         self.ids = np.zeros((0, 0), dtype=np.int32)
         self.held = np.zeros(0, dtype=np.int64)

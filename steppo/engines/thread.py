@@ -26,7 +26,7 @@ _PATIENCE_S = 5.0  # for what is under way to end; code that waits for something
 
 
 @dataclass(frozen=True)
-class _Surroundings:
+class Surroundings:
     """What torch keeps by thread and numbers depend on: autocast, the number of threads, the current device."""
 
     autocast: dict[str, torch.dtype]
@@ -34,7 +34,7 @@ class _Surroundings:
     cuda_device: int | None
 
     @classmethod
-    def here(cls) -> _Surroundings:
+    def here(cls) -> Surroundings:
         on = {device: torch.get_autocast_dtype(device) for device in _DEVICES if torch.is_autocast_enabled(device)}
         cuda = torch.cuda.current_device() if torch.cuda.is_available() and torch.cuda.is_initialized() else None
         return cls(on, torch.get_num_threads(), cuda)
@@ -72,7 +72,7 @@ class EngineThread:
     def __init__(self, engine: Engine, request_ids: Iterator[int]) -> None:
         self._engine = engine
         self._request_ids = request_ids
-        self._surroundings = _Surroundings.here()
+        self._surroundings = Surroundings.here()
         self._submitted: list[Request] = []
         self._released: list[str] = []
         self._waiting: dict[int, Request] = {}

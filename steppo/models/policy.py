@@ -76,6 +76,13 @@ class Policy(nn.Module, ABC):
             tokenizer_texts: Gives texts of the training environment, for policies that make their own tokenizer.
         """
 
+    def unbuilt(self) -> Policy:
+        """One of the same settings, to be built in another process."""
+        other = copy.copy(self)
+        vars(other).update(_modules={}, model=None, adapters=None)
+        vars(other).pop("tokenizer", None)
+        return other
+
     def tokenizer_state(self) -> str:
         """The tokenizer, for the checkpoint; empty when it comes with the model."""
         return ""

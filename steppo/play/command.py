@@ -46,9 +46,10 @@ def main(args: Sequence[str] | None = None) -> None:
         raise ConfigError("--episodes must be at least 1 and --temperature at least 0")
     checkpoint = read(options.ckpt_path) if options.ckpt_path else None
     parts = build_parts(options, overrides)
-    source = parts.datamodule.source
-    if not isinstance(source, EnvSource):
-        raise ConfigError(f"play needs an EnvSource; {type(source).__name__} has no environment to show")
+    source = parts.datamodule.source.scripted
+    if source is None:
+        name = type(parts.datamodule.source).__name__
+        raise ConfigError(f"play needs an EnvSource; {name} has no environment to show")
     split = options.split or parts.datamodule.splits["validate"]
     tasks = _tasks(source.tasks(split), split, options.task, options.episodes)
     source.num_slots = source.num_workers = 1  # one episode at a time
@@ -102,7 +103,7 @@ def _prepare(console: Console, source: EnvSource, tasks: Sequence[Task]) -> None
 
 def _load(console: Console, parts: PartsCLI, checkpoint: dict[str, Any] | None, fabric: Fabric) -> None:
     """Builds the run's models, as they are in the checkpoint if there is one, and hands the policy to the source."""
-    data, source = parts.datamodule, parts.datamodule.source
+    data, source = parts.datamodule, parts.datamodule.source.scripted
 
     def tokenizer_texts() -> list[str]:
         _prepare(console, source, data.tasks())

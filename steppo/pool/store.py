@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import sqlite3
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -45,6 +46,7 @@ CREATE TABLE learner (held INTEGER NOT NULL  -- iterations that a checkpoint hol
 );
 INSERT INTO learner VALUES (0);
 """
+_LISTED = "(SELECT value FROM json_each(?))"
 _INFO = """
 SELECT number, name, episodes, steps, mean_return, oldest_version, newest_version, iteration,
     CASE WHEN iteration IS NULL THEN 'waiting' WHEN iteration < 0 THEN 'stale'
@@ -164,7 +166,7 @@ class DataPool:
             with self._transaction() as db:
                 if name in self:
                     return False
-                if self._value("SELECT count(*) FROM groups WHERE iteration IS NULL") < self.max_waiting:
+                if self.waiting < self.max_waiting:
                     columns = "name, episodes, steps, mean_return, oldest_version, newest_version"
                     number = db.execute(f"INSERT INTO groups ({columns}) VALUES (?, ?, ?, ?, ?, ?)", row).lastrowid
                     rows = [(number, sample, *record) for sample, record in enumerate(records)]
@@ -212,11 +214,27 @@ class DataPool:
             time.sleep(_POLL_SECONDS)
         return [self.read(number) for number in numbers[rank::world_size]]
 
+    def claim_named(self, iteration: int, names: Collection[str]) -> None:
+        """Claims exactly these groups, which are there (``find``), for an iteration. Done again, it changes nothing.
+
+        Raises:
+            ConfigError: The iteration is learned, or a group belongs to another one.
+        """
+        with self._transaction() as db:
+            self._refuse_learned(iteration)
+            ours = f"name IN {_LISTED} AND (iteration IS NULL OR iteration = ?)"
+            values = iteration, json.dumps(list(names)), iteration
+            if db.execute(f"UPDATE groups SET iteration = ? WHERE {ours}", values).rowcount != len(names):
+                raise ConfigError(f"{self.path}: another iteration than {iteration} has groups of its plan: take a new file")
+
+    def _refuse_learned(self, iteration: int) -> None:
+        if iteration < (held := self._value("SELECT held FROM learner")):
+            hint = "go on with that one, or take a new file"
+            raise ConfigError(f"{self.path}: iteration {iteration} is learned, a checkpoint holds {held}: {hint}")
+
     def _claim(self, iteration: int, count: int, oldest_version: int) -> list[int]:
         with self._transaction() as db:
-            if iteration < (held := self._value("SELECT held FROM learner")):
-                hint = "go on with that one, or take a new file"
-                raise ConfigError(f"{self.path}: iteration {iteration} is learned, a checkpoint holds {held}: {hint}")
+            self._refuse_learned(iteration)
             if claimed := self._numbers("SELECT number FROM groups WHERE iteration = ? ORDER BY number", iteration):
                 return claimed
             stale = self._numbers("SELECT number FROM groups WHERE iteration IS NULL AND oldest_version < ?", oldest_version)
@@ -250,6 +268,17 @@ class DataPool:
         with self._errors():
             found = [GroupInfo._make(row) for row in self._db.execute(f"{_INFO} ORDER BY number")]
         return [group for group in found if state in (None, group.state)]
+
+    @property
+    def waiting(self) -> int:
+        """How many groups wait."""
+        return self._value("SELECT count(*) FROM groups WHERE iteration IS NULL")
+
+    def find(self, names: Collection[str]) -> dict[str, int]:
+        """Numbers of those of these groups that the pool has, or had."""
+        with self._errors():
+            query = f"SELECT name, number FROM groups WHERE name IN {_LISTED}"
+            return dict(self._db.execute(query, (json.dumps(list(names)),)).fetchall())
 
     def read(self, number: int) -> list[Episode]:
         """A group's episodes; none once they are deleted."""

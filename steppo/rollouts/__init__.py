@@ -1,5 +1,6 @@
 """Episodes: one coroutine each, played by a scheduler; the source that a config names."""
 
+from steppo.rollouts.async_source import AsyncSettings, AsyncSource
 from steppo.rollouts.base import EpisodeSource
 from steppo.rollouts.env_source import EnvSource
 from steppo.rollouts.place import request_seed
@@ -14,6 +15,8 @@ from steppo.rollouts.players import (
 )
 
 __all__ = [
+    "AsyncSettings",
+    "AsyncSource",
     "EnvSource",
     "EpisodeSource",
     "NoAction",

@@ -6,6 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from steppo.errors import ConfigError
@@ -15,10 +16,19 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from steppo.models.policy import Policy
+    from steppo.rollouts.env_source import EnvSource
+
+Rounds = Callable[[int], tuple[Sequence[Group], RolloutConfig] | None]
 
 
 class EpisodeSource(ABC):
-    """Gives whole groups of episodes."""
+    """Gives whole groups of episodes.
+
+    Attributes:
+        plays_ahead: It wants to hear what is planned, and of new weights.
+    """
+
+    plays_ahead: bool = False
 
     @abstractmethod
     def tasks(self, split: str) -> list[Task]:
@@ -31,6 +41,11 @@ class EpisodeSource(ABC):
     @abstractmethod
     def collect(self, groups: Sequence[Group], config: RolloutConfig) -> Iterator[list[Episode]]:
         """Plays the groups; each comes out whole, in the order in which they are finished."""
+
+    @property
+    def scripted(self) -> EnvSource | None:
+        """The source that others than the policy can play, by a script or by hand, if there is one."""
+        return None
 
     @property
     def version(self) -> str:
@@ -64,6 +79,28 @@ class EpisodeSource(ABC):
     def tokenizer_texts(self, tasks: Sequence[Task]) -> list[str]:
         """Texts of the environment, for a policy that makes its own tokenizer."""
         raise ConfigError(f"{type(self).__name__} has no text to train a tokenizer on; use a pretrained policy")
+
+    # ---- for sources that play ahead ----
+
+    def plan(self, rounds: Rounds, folder: Path | None) -> None:
+        """Hears before the first iteration what each plays.
+
+        Args:
+            rounds: Iteration -> its groups, and how they are played but for the policy's version; ``None`` after the last.
+            folder: The run's, if it has one.
+        """
+
+    def publish(self, iteration: int, version: int, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Hears as soon as the weights are known that an iteration begins with."""
+
+    def learned(self, iterations: int) -> None:
+        """Hears that the run does not go on from fewer iterations any more."""
+
+    def figures(self) -> dict[str, float]:
+        """Of the groups that were collected last, always under the same names; logged by iteration."""
+        return {}
+
+    # ---- a run ----
 
     def counts(self) -> Counter[str]:
         """What else happened since the source was made, always under the same names; logged by iteration."""

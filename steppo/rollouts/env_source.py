@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections import Counter
 from collections.abc import Callable, Collection, Coroutine, Iterable, Iterator, Sequence
 from contextlib import closing
@@ -127,8 +126,12 @@ class EnvSource(EpisodeSource):
         self._pool: EnvPool | None = None
         self._is_playing = False
         self._counts = Counter(dict.fromkeys(COUNTS, 0))
-        self._request_ids = itertools.count()
+        self._request_ids = iter(range(2**62))  # which can be pickled, as an ``itertools.count`` cannot everywhere
         self._vocab_size: int | None = None
+
+    @property
+    def scripted(self) -> EnvSource:
+        return self
 
     @property
     def pool(self) -> EnvPool:
