@@ -154,15 +154,17 @@ class FakeVLLM:
         self.asked.append((ids, wanted["stop_token_ids"]))
         self.policy.stop_ids = frozenset(wanted["stop_token_ids"])
         self._count += 1
-        sampling = Sampling(wanted["temperature"], wanted["max_tokens"])
+        sampling = Sampling(wanted["temperature"], wanted["max_tokens"], tuple(wanted["stop"]))
+        assert bool(wanted["stop"]) == wanted["detokenize"]
         self.engine.submit(Request(self._count, "one", np.array(ids, np.int32), sampling, wanted["seed"]))
         while not (done := self.engine.poll()):
             pass
         scale = 1.0 if self.tempered else 1.1
         tokens = [{"logprob": float(logprob) * scale} for logprob in done[0].logprobs]
         choice = {"token_ids": done[0].action_ids.tolist(), "logprobs": {"content": tokens}}
+        why = "stop" if done[0].finish_reason == "text" else done[0].finish_reason  # vLLM makes no difference
         spans = [{"version": self.version, "start": 0, "end": len(tokens)}]
-        return {"choices": [{**choice, "finish_reason": done[0].finish_reason, "weight_versions": spans}]}
+        return {"choices": [{**choice, "finish_reason": why, "weight_versions": spans}]}
 
 
 @contextmanager

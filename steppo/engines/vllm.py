@@ -107,8 +107,6 @@ class VLLMEngine(Engine):
                     f"VLLMEngine: {url} is not on this machine, as http://127.0.0.1:8000 is: whoever reaches a vLLM server "
                     "can change its weights without a key"
                 )
-        if python is not None and shutil.which(os.path.expanduser(python)) is None:
-            raise ConfigError(f"VLLMEngine: there is no {python}; see docs/vllm.md for how to make its environment")
         if find_spec("httpx") is None:
             raise ConfigError("VLLMEngine needs httpx: pip install 'steppo[vllm]'")
         self.python = python
@@ -131,6 +129,8 @@ class VLLMEngine(Engine):
     # ---- for the thread that asks ----
 
     def bind(self, policy: Policy) -> None:
+        if self.python is not None and shutil.which(os.path.expanduser(self.python)) is None:
+            raise ConfigError(f"VLLMEngine: there is no {self.python}; docs/vllm.md says how to make its environment")
         self._longest = min(self.max_model_len, policy.max_positions)
         rank, world = rank_and_world()
         if self.urls and len(self.urls) < world:

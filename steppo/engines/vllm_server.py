@@ -165,12 +165,14 @@ class Server:
 
         Args:
             request: What is asked.
-            stop_ids: End it; nothing else does but its length.
+            stop_ids: End it.
             version: Of the weights that each token must come from, if that matters.
         """
         sampling = {"temperature": request.sampling.temperature, "max_tokens": request.sampling.max_new_tokens}
         sampling |= {"seed": request.seed % 2**63, "stop_token_ids": sorted(stop_ids), "ignore_eos": True, "logprobs": 0}
-        sampling |= {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "detokenize": False}
+        sampling |= {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
+        texts = list(request.sampling.stop)
+        sampling |= {"stop": texts, "detokenize": bool(texts), "skip_special_tokens": False}
         asked = {"token_ids": request.prompt_ids.tolist(), "sampling_params": sampling}
         answer = await self._post("/inference/v1/generate", asked)
         try:
@@ -185,7 +187,9 @@ class Server:
             raise ServerError(f"{self.name} broke off ({reason}): {len(ids)} tokens, {len(logprobs)} log-probabilities")
         if version is not None and versions != {version}:
             raise ServerError(f"{self.name} answered with weights {', '.join(sorted(versions))} instead of {version}")
-        return Completion(request.id, ids, logprobs, "stop" if int(ids[-1]) in stop_ids else "length")
+        if reason == "stop" and int(ids[-1]) not in stop_ids:
+            reason = "text"
+        return Completion(request.id, ids, logprobs, reason)
 
     async def update(self, model: Path, version: str) -> None:
         """Gives it the weights of a folder. What is under way is answered first, and its caches are emptied."""

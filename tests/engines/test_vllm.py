@@ -8,17 +8,19 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM
 
 from steppo.engines import HFEngine, VLLMEngine
 from steppo.errors import ConfigError, RunError
 from steppo.models import TinyPolicy
 from steppo.models.adapters import LoRASettings
-from steppo.types import Completion
+from steppo.types import Completion, Sampling
 from tests.cli_helpers import evaluations, run
 from tests.engines.test_engines import assert_same, make_requests
 from tests.engines.test_engines import run as answers_of
@@ -108,6 +110,17 @@ def test_answers_are_those_of_the_engine_in_process(policy: TinyPolicy, fake: Fa
     assert temperature == 0 or {answer.finish_reason for answer in wanted.values()} == {"stop", "length"}
     assert any(stop == sorted(policy.stop_ids) for _, stop in fake.asked)
     assert engine.counts() == {"lost_servers": 0, "reloaded_weights": 0}
+
+
+def test_answers_that_end_with_a_text(policy: TinyPolicy, fake: FakeVLLM) -> None:
+    [plain] = answers_of(in_process(policy), make_requests(1, 0.0)).values()
+    text = policy.tokenizer.decode(plain.action_ids[:3])
+    requests = [replace(request, sampling=Sampling(0.0, 8, (text[-2:],))) for request in make_requests(3, 0.0)]
+    wanted = answers_of(in_process(policy), requests)
+    with served(fake) as url, engine_at(policy, url) as engine:
+        for number, answer in answers_of(engine, requests).items():
+            assert_same(answer, wanted[number], atol=1e-5)
+    assert wanted[0].finish_reason == "text"
 
 
 def test_greedy_answers_to_a_policy_in_float64(policy: TinyPolicy, fake: FakeVLLM) -> None:
