@@ -5,16 +5,16 @@
 
 Parts (all unless ``--parts`` names some):
 
-- ``updates``: the weights drift at random five times. After each: greedy ids against ``HFEngine``'s, and log-probabilities of
-  sampled ids against the learner's (at temperatures 0.7 and 1); seconds of ``load_weights``.
+- ``updates``: the weights drift at random five times. After each: greedy ids against ``HFEngine``'s, log-probabilities of all
+  ids against the learner's (also at temperatures 0.7 and 1), and seconds of ``load_weights``.
 - ``cache``: a change of weights that leaves the prefix cache as it was, once.
 - ``head``: a server that does not prepare its head anew.
 - ``speed``: tokens/s of actions of 32 tokens after prompts of 200, at batches of 1, 8 and 32, beside ``HFEngine``.
-- ``fit``: two iterations of ``configs/textworld.yaml`` with LoRA. ``killed``: the same, and the server is killed in the midst of
-  the first rollout.
+- ``fit``: two iterations of ``configs/textworld.yaml`` with LoRA. ``killed``: the same, and the server is killed in the midst
+  of the first rollout.
 
-float32, two processes with one thread each. Adds to ``benchmarks/results/vllm_engine.json`` and prints its lines. All of it takes
-half an hour on two busy cores, and 8 GiB.
+float32, two processes with one thread each. Adds to ``benchmarks/results/vllm_engine.json``, and prints what it adds. All of
+it takes an hour on two busy cores, and 8 GiB.
 """
 
 from __future__ import annotations
