@@ -5,13 +5,13 @@
 
 Parts (all unless ``--parts`` names some):
 
-- ``updates``: the weights drift at random five times. After each: greedy ids against ``HFEngine``'s, log-probabilities of all
-  ids against the learner's (also at temperatures 0.7 and 1), and seconds of ``load_weights``.
+- ``updates``: the weights drift at random five times. After each: greedy ids against ``HFEngine``'s, log-probabilities of
+  all ids against the learner's (also at temperatures 0.7 and 1), and seconds of ``load_weights``.
 - ``cache``: a change of weights that leaves the prefix cache as it was, once.
 - ``head``: a server that does not prepare its head anew.
 - ``speed``: tokens/s of actions of 32 tokens after prompts of 200, at batches of 1, 8 and 32, beside ``HFEngine``.
-- ``fit``: two iterations of ``configs/textworld.yaml`` with LoRA. ``killed``: the same, and the server is killed in the midst
-  of the first rollout.
+- ``fit``: two iterations of ``configs/textworld.yaml`` with LoRA. ``killed``: the same, and the server is killed in the
+  midst of the first rollout.
 
 float32, two processes with one thread each. Adds to ``benchmarks/results/vllm_engine.json``, and prints what it adds. All of
 it takes an hour on two busy cores, and 8 GiB.
@@ -245,9 +245,8 @@ def fit(model: str, python: str, kill: bool) -> dict[str, Any]:
             cli = command_line(["fit", *arguments, f"--trainer.logger.save_dir={folder}"])
         except SteppoError as error:
             return {"ended": str(error)}
-    figures = {
-        name: value for name, value in cli.trainer.callback_metrics.items() if "rollout/" in name or "mismatch" in name
-    }
+    latest = cli.model.latest
+    figures = {name: value for name, value in latest.items() if "rollout/" in name or "mismatch" in name}
     engine = cli.datamodule.source.engine
     return {
         "seconds": time.perf_counter() - start,
@@ -255,7 +254,7 @@ def fit(model: str, python: str, kill: bool) -> dict[str, Any]:
         "killed": len(killed),
         "lost servers": engine.losses,
         "reloaded weights": engine.reloads,
-        "last iteration": {name: float(value) for name, value in figures.items()},
+        "last iteration": figures,
         "episodes": cli.model.counters.episodes,
     }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import copy
+import fcntl
 import os
 import queue
 import shutil
@@ -21,7 +22,6 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 from urllib.parse import urlsplit
 
 import numpy as np
-import psutil
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
@@ -46,8 +46,8 @@ _AGAIN_S = 5.0
 _FOLDER = "steppo-vllm"
 # Three blocks of a cache, of which vLLM's largest have 128 tokens on a CPU, and some of a fourth.
 _PROBE_TOKENS = 400
-# Not at temperature 1: log-probabilities from before the temperature would not be found out.
-_PROBE_SAMPLING = Sampling(0.8, 16)
+# Not at temperature 1: log-probabilities from before the temperature would not be found out. Above it, rounding shows less.
+_PROBE_SAMPLING = Sampling(1.25, 16)
 
 
 class VLLMEngine(Engine):
@@ -209,13 +209,16 @@ class VLLMEngine(Engine):
             if self._guard is not None:
                 self._guard.close()
             self._folder.cleanup()
+            self._lock.close()
 
     def _open(self, dtype: str) -> None:
-        for left in Path(tempfile.gettempdir()).glob(f"{_FOLDER}-*"):
-            owner = left.name.split("-")[2]
-            if owner.isdigit() and not psutil.pid_exists(int(owner)):  # it was killed
-                shutil.rmtree(left, ignore_errors=True)
-        self._folder = tempfile.TemporaryDirectory(prefix=f"{_FOLDER}-{os.getpid()}-")
+        for lock in Path(tempfile.gettempdir()).glob(f"{_FOLDER}-*/lock"):
+            with suppress(OSError), lock.open() as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # its owner was killed
+                shutil.rmtree(lock.parent)
+        self._folder = tempfile.TemporaryDirectory(prefix=f"{_FOLDER}-")
+        self._lock = (Path(self._folder.name) / "lock").open("w")
+        fcntl.flock(self._lock, fcntl.LOCK_EX)
         self._guard = launch = None
         if self.python is not None:
             self._guard = Guard()

@@ -6,6 +6,7 @@ import asyncio
 import os
 import re
 import subprocess
+import threading
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -102,6 +103,7 @@ class Server:
         self._mark = name
         self._timeout = timeout
         self._process: subprocess.Popen[bytes] | None = None
+        self._ending = threading.Lock()
         socket = None if launch is None else str(launch.folder / f"{name}.sock")
         key = os.environ.get("VLLM_API_KEY")
         self._client = httpx.AsyncClient(
@@ -138,10 +140,11 @@ class Server:
 
     def kill(self) -> None:
         """Ends it and all its processes."""
-        if self._process is not None and self.launch is not None:
-            self.launch.guard.kill(self._mark, [self._process.pid])
-            self._process.wait()
-            self._process = None
+        with self._ending:  # who was cancelled here may still be at it
+            if self._process is not None and self.launch is not None:
+                self.launch.guard.kill(self._mark, [self._process.pid])
+                self._process.wait()
+                self._process = None
 
     async def close(self) -> None:
         """Ends it, if it is our own."""

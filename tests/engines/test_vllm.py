@@ -153,6 +153,18 @@ def test_what_is_written_is_a_model_of_transformers(policy: TinyPolicy, fake: Fa
     assert not folder.exists()
 
 
+def test_folders_of_the_dead_are_removed(
+    policy: TinyPolicy, fake: FakeVLLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    left = tmp_path / "steppo-vllm-left"
+    left.mkdir()
+    (left / "lock").touch()
+    with served(fake) as url, engine_at(policy, url) as first, engine_at(policy, url):
+        assert Path(first._folder.name).exists()
+    assert not left.exists()
+
+
 # ---- what it believes ----
 
 
@@ -342,6 +354,16 @@ def test_local_addresses(policy: TinyPolicy) -> None:
     for url in ("http://10.0.0.1:8000", "http://gpu.example:8000", "http://0.0.0.0:1", "localhost:8000"):
         with pytest.raises(ConfigError, match="not on this machine"):
             VLLMEngine(urls=[url])
+
+
+def test_processes_of_a_run_share_urls(policy: TinyPolicy, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("steppo.engines.vllm.rank_and_world", lambda: (1, 2))
+    urls = [f"http://127.0.0.1:{port}" for port in (1, 2, 3)]
+    engine = VLLMEngine(urls=urls)
+    engine.bind(policy)
+    assert engine._names == urls[1:2]
+    with pytest.raises(ConfigError, match="2 processes need as many urls"):
+        VLLMEngine(urls=urls[:1]).bind(policy)
 
 
 def test_it_can_be_sent_to_a_process(policy: TinyPolicy) -> None:
