@@ -182,7 +182,7 @@ def head(policy: Policy, python: str) -> dict[str, Any]:
             return {"seconds": seconds, "said": said, "off the learner": off_learner(policy, asked, answers(engine, asked))}
 
 
-def speed(policy: Policy, python: str) -> dict[str, Any]:
+def speed(policy: Policy, python: str, repeats: int) -> dict[str, Any]:
     rates: dict[str, Any] = {"vllm": {}, "in process": {}}
     policy.stop_ids = frozenset()  # all actions have the same length
     with engine_with(policy, python) as engine:
@@ -191,14 +191,14 @@ def speed(policy: Policy, python: str) -> dict[str, Any]:
         for name, one in (("vllm", engine), ("in process", here)):
             for batch in (1, 8, 32):
                 found = []
-                for turn in range(3):
+                for turn in range(repeats):
                     asked = requests(policy, batch, 200, 32, 1.0, seed=1000 * turn + batch)
                     start = time.perf_counter()
                     answers(one, asked)
                     found.append(32 * batch / (time.perf_counter() - start))
                 rates[name][batch] = sorted(found)
                 print(name, batch, rates[name][batch], flush=True)
-    return {"tokens/s, of three": rates}
+    return {"tokens/s": rates}
 
 
 def fit(model: str, python: str, kill: bool) -> dict[str, Any]:
@@ -224,13 +224,13 @@ def fit(model: str, python: str, kill: bool) -> dict[str, Any]:
         "evaluation.before_training": "false",
         "trainer.check_val_every_n_epoch": 2,
         "warm_start.updates": 0,
-        "rollout.episodes_per_iteration": 16,
-        "data.train_tasks": 16,
+        "rollout.episodes_per_iteration": 12,
+        "data.train_tasks": 12,
         "data.eval_tasks": 2,
         "data.num_minibatches": 2,
         "data.source.num_slots": 4,
         "data.source.env.settings.level": 2,
-        "data.source.env.max_steps": 4,
+        "data.source.env.max_steps": 3,
         "data.source.engine.python": python,
         "data.source.engine.max_model_len": 1024,
         "model.policy.name_or_path": model,
@@ -264,6 +264,7 @@ def main() -> None:
     parser.add_argument("--python", default="venv_vllm/bin/python", help="Of the environment with vLLM.")
     parser.add_argument("--model", default="models/smollm2-135m", help="Folder of the model.")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--repeats", type=int, default=3, help="Of each batch of speed.")
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results" / "vllm_engine.json")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -273,8 +274,10 @@ def main() -> None:
     for part in options.parts:
         if part in ("fit", "killed"):
             found = fit(options.model, options.python, part == "killed")
+        elif part == "speed":
+            found = speed(built(options.model), options.python, options.repeats)
         else:
-            found = globals()[part](built(options.model), options.python)
+            found = {"updates": updates, "cache": cache, "head": head}[part](built(options.model), options.python)
         results[part] = {"about": about() | {"vllm": theirs}, **found}
         options.results.write_text(json.dumps(results, indent=1) + "\n")
         print(part, json.dumps(found, indent=1), flush=True)
