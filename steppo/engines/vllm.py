@@ -123,7 +123,7 @@ class VLLMEngine(Engine):
         self._is_open = False
         self._loads = 0
         self._version = ""
-        self._model: Path | None = None
+        self._model = Path()  # the newest weights
         self._asked: dict[int, str] = {}  # requests under way -> session
 
     # ---- for the thread that asks ----
@@ -189,7 +189,7 @@ class VLLMEngine(Engine):
         self._version = f"{version}.{self._loads}"
         old, self._model = self._model, self._write(weights, getattr(torch, dtype))
         self._renew_all(is_first)
-        if old is not None:
+        if old.name:
             shutil.rmtree(old)
 
     def counts(self) -> Counter[str]:
@@ -199,7 +199,7 @@ class VLLMEngine(Engine):
         self._asked = {}
         if not self._is_open:
             return
-        self._is_open, self._model = False, None
+        self._is_open, self._model = False, Path()
         try:
             self._wait(self._end())
         finally:

@@ -171,7 +171,10 @@ class Server:
             stop_ids: End it.
             version: Of the weights that each token must come from, if that matters.
         """
-        sampling = {"temperature": request.sampling.temperature, "max_tokens": request.sampling.max_new_tokens}
+        sampling: dict[str, Any] = {
+            "temperature": request.sampling.temperature,
+            "max_tokens": request.sampling.max_new_tokens,
+        }
         sampling |= {"seed": request.seed % 2**63, "stop_token_ids": sorted(stop_ids), "ignore_eos": True, "logprobs": 0}
         sampling |= {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
         texts = list(request.sampling.stop)
