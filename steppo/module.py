@@ -204,11 +204,10 @@ class AgentModule(RunModule):
         Gives the episodes, and all ranks' figures.
         """
         source, episodes = self.data.source, list[Episode]()
-        if script is None:
-            source.load_weights(self.policy.inference_weights(), config.version)
         total = sum(group.size for group in groups)
         with self.timed(name), self.inference_context(), phase(self.trainer, name, total) as advance:
             if script is None:
+                source.load_weights(self.policy.inference_weights(), config.version)
                 played = source.collect(groups, config)
             else:
                 scripted = self._scripted()

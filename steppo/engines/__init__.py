@@ -4,5 +4,6 @@ from steppo.engines.base import Engine
 from steppo.engines.hf import HFEngine
 from steppo.engines.plain import PlainEngine
 from steppo.engines.thread import EngineThread
+from steppo.engines.vllm import VLLMEngine
 
-__all__ = ["Engine", "EngineThread", "HFEngine", "PlainEngine"]
+__all__ = ["Engine", "EngineThread", "HFEngine", "PlainEngine", "VLLMEngine"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
@@ -61,6 +62,10 @@ class Engine(ABC):
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Takes the learner's weights, ``Policy.inference_weights``. Engines that share them have nothing to do."""
+
+    def counts(self) -> Counter[str]:
+        """What happened to it so far, always under the same names; logged by iteration."""
+        return Counter()
 
     def close(self) -> None:
         """Frees what the engine holds."""

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
-from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -88,10 +86,8 @@ class HFPolicy(Policy):
         return arguments
 
     def export(self, folder: Path, merge: bool) -> None:
-        model = self.model
-        if self.adapters is not None and merge:
-            model = self._merged()
-        elif self.adapters is not None:
+        model = self.merged() if merge else self.model
+        if self.adapters is not None and not merge:
             model.set_adapter("policy")  # what is active is saved
             base = Path(self.name_or_path)
             settings = model.peft_config["policy"]
@@ -99,34 +95,6 @@ class HFPolicy(Policy):
             settings.revision = None if self.revision == "main" else self.revision
         model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
-
-    @torch.no_grad()
-    def _merged(self) -> Any:
-        """One model without adapters: the weights that the base computed with (a quantised layer's as they are read back),
-        plus the adapter's products, in float32 or better, so that these are not rounded away."""
-        from peft.tuners.tuners_utils import BaseTunerLayer
-        from peft.utils.integrations import dequantize_bnb_weight, get_bnb_param_type
-
-        config = copy.deepcopy(self.model.config)
-        if hasattr(config, "quantization_config"):
-            del config.quantization_config
-        if isinstance(self.model.get_output_embeddings(), BaseTunerLayer):  # its product must not reach the input
-            config.tie_word_embeddings = False
-        dtype = torch.promote_types(self.dtype, torch.float32)
-        merged = AutoModelForCausalLM.from_config(config, dtype=dtype)
-        own = dict(self.model.named_modules())
-        for name, module in merged.named_modules():
-            adapted = isinstance(own[name], BaseTunerLayer)
-            base: Any = own[name].get_base_layer() if adapted else own[name]
-            for key, weight in chain(module.named_parameters(recurse=False), module.named_buffers(recurse=False)):
-                value = getattr(base, key)
-                if get_bnb_param_type(value):
-                    value = dequantize_bnb_weight(value, state=getattr(base, "state", None))
-                weight.copy_(value)
-                if adapted and key == "weight":
-                    weight += own[name].get_delta_weight("policy").to(dtype)
-        merged.generation_config = self.model.generation_config
-        return merged
 
     def _check_tokens(self) -> None:
         """Every token that a prompt or an action can hold needs a row in the model's embedding."""

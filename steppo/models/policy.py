@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from inspect import signature
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.attention.flex_attention import BlockMask
-from transformers import AttentionInterface
+from transformers import AttentionInterface, AutoModelForCausalLM
 
 from steppo.batch import TokenBatch
 from steppo.errors import ConfigError
@@ -108,8 +109,38 @@ class Policy(nn.Module, ABC):
             folder: Exists, empty.
             merge: Write one whole model where the policy is an adapter on another; a whole model has nothing to merge.
         """
-        self.model.save_pretrained(folder)
+        (self.merged() if merge else self.model).save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
+
+    @torch.no_grad()
+    def merged(self) -> Any:
+        """The model as one without adapters: the weights that the base computes with (a quantised layer's as they are read
+        back), plus the adapter's products, in float32 or better, so that these are not rounded away."""
+        if self.adapters is None:
+            return self.model
+        from peft.tuners.tuners_utils import BaseTunerLayer
+        from peft.utils.integrations import dequantize_bnb_weight, get_bnb_param_type
+
+        config = copy.deepcopy(self.model.config)
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
+        if isinstance(self.model.get_output_embeddings(), BaseTunerLayer):  # its product must not reach the input
+            config.tie_word_embeddings = False
+        dtype = torch.promote_types(self.dtype, torch.float32)
+        merged = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        own = dict(self.model.named_modules())
+        for name, module in merged.named_modules():
+            adapted = isinstance(own[name], BaseTunerLayer)
+            base: Any = own[name].get_base_layer() if adapted else own[name]
+            for key, weight in chain(module.named_parameters(recurse=False), module.named_buffers(recurse=False)):
+                value = getattr(base, key)
+                if get_bnb_param_type(value):
+                    value = dequantize_bnb_weight(value, state=getattr(base, "state", None))
+                weight.copy_(value)
+                if adapted and key == "weight":
+                    weight += own[name].get_delta_weight("policy").to(dtype)
+        merged.generation_config = self.model.generation_config
+        return merged
 
     @property
     def trunk(self) -> Any:

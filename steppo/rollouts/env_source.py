@@ -214,8 +214,9 @@ class EnvSource(EpisodeSource):
         self.engine.load_weights(weights, version)
 
     def counts(self) -> Counter[str]:
-        """What became of the worker processes, by the names of ``EnvPool.counts``."""
+        """What became of the worker processes, by the names of ``EnvPool.counts``, and what the engine counts."""
         counts = self._counts.copy()
+        counts.update(self.engine.counts())
         if self._pool is not None:
             counts.update(self._pool.counts)
         return counts

@@ -56,7 +56,9 @@ CREDIT: dict[type, dict[str, Any]] = {
     RLOO: {},
     GiGPO: {"gamma": 0.95, "step_weight": 1.0, "scale_by_std": True, "similarity": 1.0, "needs_observations": False},
 }
-OVERLAYS = sorted(path for kind in ("algorithm", "context", "model", "trainer") for path in (CONFIGS / kind).glob("*.yaml"))
+OVERLAYS = sorted(
+    path for kind in ("algorithm", "context", "engine", "model", "trainer") for path in (CONFIGS / kind).glob("*.yaml")
+)
 WHOLE = sorted({*CONFIGS.rglob("*.yaml")} - {*OVERLAYS})
 ROOT = CONFIGS.parent
 _WRITTEN = ("echo.", "grid.yaml", "bounded_reinforce.yaml", "step_loo.yaml", "keep_close.", "{config,")  # tests of their own

@@ -116,6 +116,19 @@ OPTIONS = {
     "seed": (["--seed_everything=-1"], "seed_everything must be from 0 to 4294967295, not -1"),
     "seed_type": (["--seed_everything=abc"], "--seed_everything must be bool or int, not abc"),
     "threads": (["--num_threads=0"], "--num_threads must be PositiveInt or null, not 0"),
+    # engines elsewhere
+    "engine_nowhere": (
+        ["--data.source.engine=VLLMEngine"],
+        "VLLMEngine: give either python, of the environment that has vLLM, or",
+    ),
+    "engine_without_python": (
+        ["--data.source.engine=VLLMEngine", "--data.source.engine.python=nowhere/bin/python"],
+        "VLLMEngine: there is no nowhere/bin/python; docs/vllm.md says how to make its environment",
+    ),
+    "engine_far_away": (
+        ["--data.source.engine=VLLMEngine", "--data.source.engine.urls=[http://10.0.0.1:8000]"],
+        "http://10.0.0.1:8000 is not on this machine",
+    ),
     # ranges
     "group_size": (["--rollout.group_size=0"], "group_size must be at least 1"),
     "tasks": (["--rollout.episodes_per_iteration=-3"], "rollout: episodes_per_iteration must be at least 1, not -3"),

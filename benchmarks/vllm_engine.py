@@ -1,0 +1,287 @@
+"""``VLLMEngine`` with a real vLLM server: what it samples, what its probe finds, what it survives, and how fast it is.
+
+    pip install -c constraints.txt -e ".[vllm]"
+    python benchmarks/vllm_engine.py --python venv_vllm/bin/python --model models/smollm2-135m
+
+Parts (all unless ``--parts`` names some):
+
+- ``updates``: the weights drift at random five times. After each: greedy ids against ``HFEngine``'s, log-probabilities of
+  all ids against the learner's (also at temperatures 0.7 and 1), and seconds of ``load_weights``.
+- ``cache``: a change of weights that leaves the prefix cache as it was, once.
+- ``head``: a server that does not prepare its head anew.
+- ``speed``: tokens/s of actions of 32 tokens after prompts of 200, at batches of 1, 8 and 32, beside ``HFEngine``.
+- ``fit``: two iterations of ``configs/textworld.yaml`` with LoRA. ``killed``: the same, and the server is killed in the
+  midst of the first rollout.
+
+float32, two processes with one thread each. Adds to ``benchmarks/results/vllm_engine.json``, and prints what it adds. All of
+it takes an hour on two busy cores, and 8 GiB.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import tempfile
+import threading
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+from measuring import about
+
+from steppo.batch import Segment
+from steppo.cli import main as command_line
+from steppo.engines import Engine, HFEngine, VLLMEngine, in_vllm
+from steppo.engines.vllm_server import Server
+from steppo.errors import SteppoError
+from steppo.models import HFPolicy, Policy
+from steppo.packing import PaddedPacker
+from steppo.types import Completion, Request, Sampling
+
+ROOT = Path(__file__).parent.parent
+PARTS = ("updates", "cache", "head", "speed", "fit", "killed")
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_CPU_KVCACHE_SPACE": "1"}
+_HEAD = "            if isinstance(module, ParallelLMHead):\n"
+
+
+def built(model: str) -> Policy:
+    policy = HFPolicy(model)
+    policy.build(list)
+    return policy
+
+
+@contextmanager
+def engine_with(policy: Policy, python: str, **environment: str) -> Iterator[VLLMEngine]:
+    """An engine whose server has the policy's weights."""
+    settings: Any = {"max_model_len": 1024, "arguments": ["--enforce-eager"], "environment": ENVIRONMENT | environment}
+    with closing(VLLMEngine(python, **settings)) as engine:
+        engine.bind(policy)
+        load(engine, policy, 0)
+        yield engine
+
+
+def load(engine: VLLMEngine, policy: Policy, version: int) -> tuple[float, list[str]]:
+    """Seconds, and what was warned of."""
+    start = time.perf_counter()
+    with warnings.catch_warnings(record=True, action="always") as said:
+        engine.load_weights(policy.inference_weights(), version)
+    return time.perf_counter() - start, [str(warning.message) for warning in said]
+
+
+def drift(policy: Policy, seed: int, much: float = 0.005) -> None:
+    """Moves each weight at random, relative to how large its tensor's are."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in policy.trained_parameters():
+            parameter += much * parameter.std() * torch.randn(parameter.shape, generator=generator)
+
+
+def requests(policy: Policy, count: int, length: int, tokens: int, temperature: float, seed: int = 0) -> list[Request]:
+    rng = np.random.default_rng(seed)
+    sampling = Sampling(temperature, tokens)
+    prompts = rng.integers(100, policy.vocab_size, (count, length)).astype(np.int32)
+    return [Request(number, f"{seed}/{number}", prompt, sampling, seed + number) for number, prompt in enumerate(prompts)]
+
+
+def answers(engine: Engine, asked: Sequence[Request]) -> list[Completion]:
+    for request in asked:
+        engine.submit(request)
+    found: dict[int, Completion] = {}
+    while len(found) < len(asked):
+        found |= {completion.request_id: completion for completion in engine.poll()}
+    for request in asked:
+        engine.release(request.session_id)
+    return [found[request.id] for request in asked]
+
+
+@torch.no_grad()
+def off_learner(policy: Policy, asked: Sequence[Request], answered: Sequence[Completion]) -> float:
+    """Largest difference of a log-probability to the learner's on the same ids."""
+    worst = 0.0
+    for request, answer in zip(asked, answered, strict=True):
+        if answer.error:
+            raise RuntimeError(answer.error)
+        [(_, batch)] = PaddedPacker().pack([Segment(request.prompt_ids, answer.action_ids)], 2**31)
+        temperature_A = torch.full((len(answer.action_ids),), request.sampling.temperature)
+        ours_A = policy(batch, temperature_A).logprobs_A.numpy()
+        worst = max(worst, float(np.abs(ours_A - answer.logprobs).max()))
+    return worst
+
+
+def same_ids(left: Sequence[Completion], right: Sequence[Completion]) -> int:
+    return sum(np.array_equal(one.action_ids, other.action_ids) for one, other in zip(left, right, strict=True))
+
+
+# ---- parts ----
+
+
+def updates(policy: Policy, python: str) -> dict[str, Any]:
+    rows = []
+    start = time.perf_counter()
+    with engine_with(policy, python) as engine:
+        ready = time.perf_counter() - start
+        here = HFEngine()
+        here.bind(policy)
+        for version in range(6):
+            seconds = 0.0
+            if version:
+                drift(policy, version)
+                here.load_weights((), version)
+                seconds, said = load(engine, policy, version)
+                assert not said, said
+            asked = {heat: requests(policy, 4, 150, 16, heat, seed=version) for heat in (0.0, 0.7, 1.0)}
+            theirs = {heat: answers(engine, some) for heat, some in asked.items()}
+            row = {
+                "version": version,
+                "seconds": seconds,
+                "same greedy ids": same_ids(theirs[0.0], answers(here, asked[0.0])),
+                "same ids again": same_ids(theirs[0.7], answers(engine, asked[0.7])),
+                "off the learner": max(off_learner(policy, asked[heat], theirs[heat]) for heat in asked),
+            }
+            print(row, flush=True)
+            rows.append(row)
+        assert not engine.losses + engine.reloads
+    return {"seconds to the first answer": ready, "requests at each temperature": 4, "updates": rows}
+
+
+def cache(policy: Policy, python: str) -> dict[str, Any]:
+    """The first change of weights forgets to empty the caches."""
+    with engine_with(policy, python) as engine:
+        post, forgotten = Server._post, []
+
+        async def forgetful(self: Server, path: str, body: Any = None) -> Any:
+            if path.startswith("/pause") and not forgotten:
+                forgotten.append(path)
+                path = path.replace("clear_cache=true", "clear_cache=false")
+            return await post(self, path, body)
+
+        drift(policy, 1)
+        with mock.patch.object(Server, "_post", forgetful):
+            seconds, said = load(engine, policy, 1)
+        asked = requests(policy, 4, 150, 16, 1.0)
+        return {"seconds": seconds, "said": said, "off the learner": off_learner(policy, asked, answers(engine, asked))}
+
+
+def head(policy: Policy, python: str) -> dict[str, Any]:
+    """What loads the weights in the server leaves out its last step."""
+    ours = Path(in_vllm.__file__).with_name("steppo_weights.py").read_text()
+    assert _HEAD in ours
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "steppo_weights.py").write_text(ours.replace(_HEAD, "            if False:\n"))
+        with engine_with(policy, python, PYTHONPATH=folder) as engine:
+            drift(policy, 1)
+            seconds, said = load(engine, policy, 1)
+            asked = requests(policy, 4, 150, 16, 1.0)
+            return {"seconds": seconds, "said": said, "off the learner": off_learner(policy, asked, answers(engine, asked))}
+
+
+def speed(policy: Policy, python: str, repeats: int) -> dict[str, Any]:
+    rates: dict[str, Any] = {"vllm": {}, "in process": {}}
+    policy.stop_ids = frozenset()  # all actions have the same length
+    with engine_with(policy, python) as engine:
+        here = HFEngine()
+        here.bind(policy)
+        for name, one in (("vllm", engine), ("in process", here)):
+            for batch in (1, 8, 32):
+                found = []
+                for turn in range(repeats):
+                    asked = requests(policy, batch, 200, 32, 1.0, seed=1000 * turn + batch)
+                    start = time.perf_counter()
+                    answers(one, asked)
+                    found.append(32 * batch / (time.perf_counter() - start))
+                rates[name][batch] = sorted(found)
+                print(name, batch, rates[name][batch], flush=True)
+    return {"tokens/s": rates}
+
+
+def fit(model: str, python: str, kill: bool) -> dict[str, Any]:
+    """A run by the command line."""
+    killed: list[float] = []
+
+    def killer(server: Server) -> None:
+        time.sleep(10.0)  # in the midst of the rollout
+        assert server._process is not None
+        killed.append(time.perf_counter())
+        server._process.kill()
+
+    join = VLLMEngine._join
+
+    def joined(self: VLLMEngine, server: Server) -> None:
+        join(self, server)
+        if kill and self._loads == 1 and not killed:
+            threading.Thread(target=killer, args=(server,), daemon=True).start()
+
+    short = {
+        "trainer.max_epochs": 2,
+        "trainer.accelerator": "cpu",
+        "evaluation.before_training": "false",
+        "trainer.check_val_every_n_epoch": 2,
+        "warm_start.updates": 0,
+        "rollout.episodes_per_iteration": 12,
+        "data.train_tasks": 12,
+        "data.eval_tasks": 2,
+        "data.num_minibatches": 2,
+        "data.source.num_slots": 4,
+        "data.source.env.settings.level": 2,
+        "data.source.env.max_steps": 3,
+        "data.source.engine.python": python,
+        "data.source.engine.max_model_len": 1024,
+        "model.policy.name_or_path": model,
+        "transcripts.num_shown": 0,
+    }
+    configs = ("textworld", "model/smollm2-135m", "engine/vllm")
+    with tempfile.TemporaryDirectory() as folder, mock.patch.object(VLLMEngine, "_join", joined):
+        arguments = [f"--config={ROOT}/configs/{name}.yaml" for name in configs]
+        arguments += [f"--{name}={value}" for name, value in short.items()]
+        start = time.perf_counter()
+        try:
+            cli = command_line(["fit", *arguments, f"--trainer.logger.save_dir={folder}"])
+        except SteppoError as error:
+            return {"ended": str(error)}
+    latest = cli.model.latest
+    figures = {name: value for name, value in latest.items() if "rollout/" in name or "mismatch" in name}
+    engine = cli.datamodule.source.engine
+    return {
+        "seconds": time.perf_counter() - start,
+        "phases": dict(cli.model.seconds),
+        "killed": len(killed),
+        "lost servers": engine.losses,
+        "reloaded weights": engine.reloads,
+        "last iteration": figures,
+        "episodes": cli.model.counters.episodes,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--python", default="venv_vllm/bin/python", help="Of the environment with vLLM.")
+    parser.add_argument("--model", default="models/smollm2-135m", help="Folder of the model.")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--repeats", type=int, default=3, help="Of each batch of speed.")
+    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results" / "vllm_engine.json")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    version = [options.python, "-c", "import importlib.metadata as m; print(m.version('vllm-cpu'))"]
+    theirs = subprocess.run(version, capture_output=True, text=True).stdout.strip()
+    results = json.loads(options.results.read_text()) if options.results.exists() else {}
+    for part in options.parts:
+        if part in ("fit", "killed"):
+            found = fit(options.model, options.python, part == "killed")
+        elif part == "speed":
+            found = speed(built(options.model), options.python, options.repeats)
+        else:
+            found = {"updates": updates, "cache": cache, "head": head}[part](built(options.model), options.python)
+        results[part] = {"about": about() | {"vllm": theirs}, **found}
+        options.results.write_text(json.dumps(results, indent=1) + "\n")
+        print(part, json.dumps(found, indent=1), flush=True)
+
+
+if __name__ == "__main__":
+    main()

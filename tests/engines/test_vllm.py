@@ -1,0 +1,394 @@
+"""The engine of vLLM servers, before a server that answers as vLLM does: what it asks, believes, and survives."""
+
+from __future__ import annotations
+
+import math
+import pickle
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import AutoModelForCausalLM
+
+from steppo.engines import HFEngine, VLLMEngine
+from steppo.errors import ConfigError, RunError
+from steppo.models import TinyPolicy
+from steppo.models.adapters import LoRASettings
+from steppo.types import Completion, Sampling
+from tests.cli_helpers import evaluations, run
+from tests.engines.test_engines import assert_same, make_requests
+from tests.engines.test_engines import run as answers_of
+from tests.vllm_server import FakeVLLM, served, write_python
+
+Serve = Callable[..., VLLMEngine]
+
+
+@pytest.fixture
+def policy(tiny_policy: TinyPolicy) -> TinyPolicy:
+    """Far from uniform, or stale weights would hardly show."""
+    with torch.no_grad():
+        tiny_policy.model.get_input_embeddings().weight.mul_(8)
+    return tiny_policy
+
+
+@pytest.fixture
+def fake(policy: TinyPolicy, tmp_path: Path) -> FakeVLLM:
+    policy.export(tmp_path / "model", merge=True)
+    return FakeVLLM(tmp_path / "model")
+
+
+@contextmanager
+def engine_at(policy: TinyPolicy, *urls: str, **settings: float) -> Iterator[VLLMEngine]:
+    """An engine that has the policy's weights."""
+    with closing(VLLMEngine(urls=list(urls), max_model_len=512, **settings)) as engine:  # type: ignore[arg-type]
+        engine.bind(policy)
+        load(engine, policy)
+        yield engine
+
+
+@contextmanager
+def engine_of(policy: TinyPolicy, folder: Path, url: str, count: int = 1, *arguments: str) -> Iterator[VLLMEngine]:
+    """An engine that starts its servers."""
+    settings = {"python": str(write_python(folder, url)), "num_servers": count, "arguments": list(arguments)}
+    with closing(VLLMEngine(max_model_len=512, **settings)) as engine:  # type: ignore[arg-type]
+        engine.bind(policy)
+        load(engine, policy)
+        yield engine
+
+
+def load(engine: VLLMEngine, policy: TinyPolicy, version: int = 0) -> None:
+    engine.load_weights(policy.inference_weights(), version)
+
+
+def loaded_and_asked(engine: VLLMEngine, policy: TinyPolicy) -> dict[int, Completion]:
+    load(engine, policy, 1)
+    return answers_of(engine, make_requests(4))
+
+
+def learn(policy: TinyPolicy, much: float = 0.02) -> None:
+    """Other weights, the head's included."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in policy.trained_parameters():
+            parameter += much * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+
+
+def in_process(policy: TinyPolicy) -> HFEngine:
+    engine = HFEngine()
+    engine.bind(policy)
+    return engine
+
+
+def polled(engine: VLLMEngine, count: int) -> dict[int, Completion]:
+    answers: dict[int, Completion] = {}
+    while len(answers) < count:
+        answers |= {answer.request_id: answer for answer in engine.poll()}
+    return answers
+
+
+# ---- what it samples ----
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])
+def test_answers_are_those_of_the_engine_in_process(policy: TinyPolicy, fake: FakeVLLM, temperature: float) -> None:
+    """Before and after its weights change: ids with their stop token, log-probabilities, and why they end."""
+    policy.stop_ids = frozenset(range(40))
+    requests = make_requests(6, temperature, max_new_tokens=12)
+    with served(fake) as url, engine_at(policy, url) as engine:
+        for version in (1, 2):
+            got, wanted = answers_of(engine, requests), answers_of(in_process(policy), requests)
+            for number, answer in got.items():
+                assert_same(answer, wanted[number], atol=1e-5)
+            learn(policy)
+            load(engine, policy, version)
+    assert temperature == 0 or {answer.finish_reason for answer in wanted.values()} == {"stop", "length"}
+    assert any(stop == sorted(policy.stop_ids) for _, stop in fake.asked)
+    assert engine.counts() == {"lost_servers": 0, "reloaded_weights": 0}
+
+
+def test_answers_that_end_with_a_text(policy: TinyPolicy, fake: FakeVLLM) -> None:
+    [plain] = answers_of(in_process(policy), make_requests(1, 0.0)).values()
+    text = policy.tokenizer.decode(plain.action_ids[:3])
+    requests = [replace(request, sampling=Sampling(0.0, 8, (text[-2:],))) for request in make_requests(3, 0.0)]
+    wanted = answers_of(in_process(policy), requests)
+    with served(fake) as url, engine_at(policy, url) as engine:
+        for number, answer in answers_of(engine, requests).items():
+            assert_same(answer, wanted[number], atol=1e-5)
+    assert wanted[0].finish_reason == "text"
+
+
+def test_greedy_answers_to_a_policy_in_float64(policy: TinyPolicy, fake: FakeVLLM) -> None:
+    policy.double()
+    requests = make_requests(8, 0.0)
+    with served(fake) as url, engine_at(policy, url) as engine:
+        wanted = answers_of(in_process(policy), requests)
+        for number, answer in answers_of(engine, requests).items():
+            assert_same(answer, wanted[number], atol=1e-4)
+
+
+def test_a_policy_with_adapters_is_sent_merged(policy: TinyPolicy, fake: FakeVLLM) -> None:
+    policy.add_lora(LoRASettings(rank=2, alpha=8.0))
+    learn(policy, 0.2)
+    requests = make_requests(4, 0.0)
+    with served(fake) as url, engine_at(policy, url) as engine:
+        wanted = answers_of(in_process(policy), requests)
+        for number, answer in answers_of(engine, requests).items():
+            assert_same(answer, wanted[number], atol=1e-5)
+
+
+def test_what_is_written_is_a_model_of_transformers(policy: TinyPolicy, fake: FakeVLLM) -> None:
+    with served(fake) as url, engine_at(policy, url) as engine:
+        load(engine, policy, 1)
+        folder = Path(engine._folder.name)
+        [weights] = folder.glob("weights-*")  # the older are gone
+        written = AutoModelForCausalLM.from_pretrained(weights)
+    for name, parameter in policy.model.named_parameters():
+        torch.testing.assert_close(written.get_parameter(name), parameter, atol=0, rtol=0)
+    assert not folder.exists()
+
+
+def test_folders_of_the_dead_are_removed(
+    policy: TinyPolicy, fake: FakeVLLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    left = tmp_path / "steppo-vllm-left"
+    left.mkdir()
+    (left / "lock").touch()
+    with served(fake) as url, engine_at(policy, url) as first, engine_at(policy, url):
+        assert Path(first._folder.name).exists()
+    assert not left.exists()
+
+
+# ---- what it believes ----
+
+
+def test_caches_are_emptied_and_the_probe_fills_blocks(policy: TinyPolicy, fake: FakeVLLM) -> None:
+    with served(fake) as url, engine_at(policy, url) as engine:
+        fake.calls.clear()
+        load(engine, policy, 7)
+        assert fake.version.startswith("7.")
+    probe = "/inference/v1/generate"
+    change = ["/pause", "/start_weight_update", "/update_weights", "/finish_weight_update", "/resume"]
+    assert fake.calls == [probe, *change, probe]
+    assert {(len(prompt), tuple(stop)) for prompt, stop in fake.asked} == {(400, ())}
+
+
+@pytest.mark.parametrize("what", ["keeps_cache", "keeps_head"])
+def test_old_weights_are_found_and_sent_again(policy: TinyPolicy, fake: FakeVLLM, what: str) -> None:
+    with served(fake) as url, engine_at(policy, url) as engine:
+        setattr(fake, what, 1)
+        learn(policy)
+        with pytest.warns(UserWarning, match=r"off the learner's.*; the weights are sent again"):
+            load(engine, policy, 1)
+        assert engine.counts()["reloaded_weights"] == 1
+        requests = make_requests(4)
+        wanted = answers_of(in_process(policy), requests)
+        assert_same(answers_of(engine, requests)[3], wanted[3], atol=1e-5)
+
+
+@pytest.mark.parametrize("what", ["keeps_cache", "keeps_head", "tempered"])
+def test_a_server_that_stays_wrong_ends_the_run(policy: TinyPolicy, fake: FakeVLLM, what: str) -> None:
+    with served(fake) as url, engine_at(policy, url) as engine:
+        setattr(fake, what, False if what == "tempered" else 9)
+        learn(policy)
+        with warnings.catch_warnings(action="ignore"), pytest.raises(RunError) as caught:
+            load(engine, policy, 1)
+    text = str(caught.value)
+    assert f"the vLLM server {url} gives log-probabilities up to" in text
+    assert "more than 0.0001 (token " in text
+    assert "\n" not in text
+
+
+def test_a_process_that_keeps_its_head_is_started_again(policy: TinyPolicy, tmp_path: Path) -> None:
+    with served(fake := FakeVLLM()) as url, engine_of(policy, tmp_path, url) as engine:
+        fake.keeps_head = 9
+        learn(policy)
+        with pytest.warns(UserWarning, match="the weights are sent again|it is started again"):
+            load(engine, policy, 1)
+        assert fake.calls.count("/load") == 2
+        wanted = answers_of(in_process(policy), make_requests(4))
+        assert_same(answers_of(engine, make_requests(4))[3], wanted[3], atol=1e-5)
+
+
+def test_an_answer_of_other_weights_has_failed(policy: TinyPolicy, fake: FakeVLLM) -> None:
+    with served(fake) as url, engine_at(policy, url) as engine:
+        fake.version = "somebody's"
+        [answer] = answers_of(engine, make_requests(1)).values()
+    assert "answered with weights somebody's instead of 0.1" in answer.error
+
+
+# ---- what it survives ----
+
+
+def test_an_episode_stays_with_its_server(policy: TinyPolicy, fake: FakeVLLM, tmp_path: Path) -> None:
+    other = FakeVLLM(tmp_path / "model")
+    with served(fake) as first, served(other) as second, engine_at(policy, first, second) as engine:
+        for server in (fake, other):
+            server.asked.clear()
+        for seed in range(3):
+            answers_of(engine, make_requests(4, seed=seed))
+    lengths = [{len(prompt) for prompt, _ in server.asked} for server in (fake, other)]
+    assert sorted(lengths, key=min) == [{1, 7}, {4, 10}]
+
+
+def test_who_is_not_waited_for_is_not_asked(policy: TinyPolicy, fake: FakeVLLM) -> None:
+    with served(fake) as url, engine_at(policy, url) as engine:
+        fake.held.set()
+        fake.calls.clear()
+        for request in make_requests(2):
+            engine.submit(request)
+        while len(fake.calls) < 2:
+            time.sleep(0.01)
+        engine.release("1")
+        while not fake.dropped:
+            time.sleep(0.01)
+        fake.held.clear()
+        assert list(polled(engine, 1)) == [0]
+        assert engine.poll() == []
+
+
+def test_a_process_that_dies_costs_what_it_was_asked(policy: TinyPolicy, tmp_path: Path) -> None:
+    """The other one is asked meanwhile; it comes back with the newest weights."""
+    with served(fake := FakeVLLM()) as url, engine_of(policy, tmp_path, url, 2) as engine:
+        learn(policy)
+        load(engine, policy, 1)
+        fake.held.set()
+        fake.calls.clear()
+        requests = make_requests(4)
+        for request in requests:
+            engine.submit(request)
+        while len(fake.calls) < 4:
+            time.sleep(0.01)
+        victim = engine._servers[0]
+        assert victim._process is not None
+        victim._process.kill()
+        with pytest.warns(UserWarning, match="a server is lost: the vLLM server vllm-0 cannot be reached"):
+            answers = polled(engine, 2)
+        assert all("cannot be reached" in answer.error for answer in answers.values())
+        fake.held.clear()
+        assert not any(answer.error for answer in polled(engine, 2).values())
+        wanted = answers_of(in_process(policy), requests)
+        for number, answer in answers_of(engine, requests).items():
+            assert_same(answer, wanted[number], atol=1e-5)
+        while not victim.is_up:
+            engine.submit(requests[0])
+            polled(engine, 1)
+        assert engine.counts()["lost_servers"] == 1
+        processes = [server._process for server in engine._servers]
+    assert all(process is not None and process.poll() is not None for process in processes)
+
+
+def test_the_only_process_dies(policy: TinyPolicy, tmp_path: Path) -> None:
+    """What is asked then waits for the next one."""
+    with served(FakeVLLM()) as url, engine_of(policy, tmp_path, url) as engine:
+        assert engine._servers[0]._process is not None
+        engine._servers[0]._process.kill()
+        engine._servers[0]._process.wait()
+        with pytest.warns(UserWarning, match="a server is lost"):
+            first = answers_of(engine, make_requests(1))
+        assert first[0].error
+        assert not answers_of(engine, make_requests(2))[1].error
+
+
+def test_a_server_that_hangs_is_left_and_asked_again_later(
+    policy: TinyPolicy, fake: FakeVLLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("steppo.engines.vllm._AGAIN_S", 0.1)
+    other = FakeVLLM(tmp_path / "model")
+    with served(fake) as first, served(other) as second, engine_at(policy, first, second, timeout=1.0) as engine:
+        fake.held.set()
+        with pytest.warns(UserWarning, match="gave no answer to /inference/v1/generate within 1 s"):
+            answers = answers_of(engine, make_requests(4))
+        assert sorted(bool(answer.error) for answer in answers.values()) == [False, False, True, True]
+        assert not any(answer.error for answer in answers_of(engine, make_requests(4)).values())
+        fake.held.clear()
+        while not engine._servers[0].is_up:
+            answers_of(engine, make_requests(1))
+        load(engine, policy, 1)
+
+
+def test_a_server_that_is_gone_when_weights_change(
+    policy: TinyPolicy, fake: FakeVLLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("steppo.engines.vllm._AGAIN_S", 0.1)
+    with served(FakeVLLM(tmp_path / "model")) as other, ExitStack() as stack:
+        with served(fake) as url:
+            engine = stack.enter_context(engine_at(policy, url, other))
+        learn(policy)
+        with pytest.warns(UserWarning, match="a server is lost"):
+            answers = loaded_and_asked(engine, policy)
+        assert not any(answer.error for answer in answers.values())
+        with served(FakeVLLM(tmp_path / "model"), int(url.rpartition(":")[2])):
+            while not engine._servers[0].is_up:
+                answers_of(engine, make_requests(1))
+    with pytest.raises(RunError, match=rf"{url} cannot be reached.*docs/vllm.md"), engine_at(policy, url):
+        pass
+
+
+def test_a_process_that_does_not_start(policy: TinyPolicy, tmp_path: Path) -> None:
+    with (
+        served(FakeVLLM()) as url,
+        pytest.raises(RunError, match="vllm-0 did not start: SomeError: there is no memory for this"),
+        engine_of(policy, tmp_path, url, 1, "--fail"),
+    ):
+        pass
+
+
+# ---- settings ----
+
+
+def test_a_prompt_that_is_too_long(policy: TinyPolicy, fake: FakeVLLM) -> None:
+    with served(fake) as url, engine_at(policy, url) as engine, pytest.raises(ConfigError, match="raise max_model_len"):
+        engine.submit(make_requests(1, max_new_tokens=512)[0])
+
+
+def test_local_addresses(policy: TinyPolicy) -> None:
+    for url in ("http://localhost:8000", "http://127.0.0.2:1", "http://[::1]:8000"):
+        assert VLLMEngine(urls=[url]).urls == [url]
+    for url in ("http://10.0.0.1:8000", "http://gpu.example:8000", "http://0.0.0.0:1", "localhost:8000"):
+        with pytest.raises(ConfigError, match="not on this machine"):
+            VLLMEngine(urls=[url])
+
+
+def test_processes_of_a_run_share_urls(policy: TinyPolicy, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("steppo.engines.vllm.rank_and_world", lambda: (1, 2))
+    urls = [f"http://127.0.0.1:{port}" for port in (1, 2, 3)]
+    engine = VLLMEngine(urls=urls)
+    engine.bind(policy)
+    assert engine._names == urls[1:2]
+    with pytest.raises(ConfigError, match="2 processes need as many urls"):
+        VLLMEngine(urls=urls[:1]).bind(policy)
+
+
+def test_it_can_be_sent_to_a_process(policy: TinyPolicy) -> None:
+    assert pickle.loads(pickle.dumps(VLLMEngine(urls=["http://127.0.0.1:1"]))).urls == ["http://127.0.0.1:1"]
+
+
+def test_tolerances(policy: TinyPolicy, fake: FakeVLLM) -> None:
+    with served(fake) as url:
+        with engine_at(policy, url) as engine:
+            assert engine.logprob_tolerance == 1e-4
+        with engine_at(policy, url, tolerance=0.02) as engine:
+            assert engine.logprob_tolerance == 0.02
+        with engine_at(policy, url, dtype="bfloat16", tolerance=math.inf) as engine:  # type: ignore[arg-type]
+            assert engine.logprob_tolerance == math.inf
+
+
+# ---- a run ----
+
+
+def test_a_run_with_its_own_server(tmp_path: Path) -> None:
+    with served(fake := FakeVLLM()) as url:
+        engine = ["--data.source.engine=VLLMEngine", f"--data.source.engine.python={write_python(tmp_path, url)}"]
+        run(tmp_path, *engine, "--data.source.engine.max_model_len=512")
+    assert fake.calls.count("/load") == 1
+    assert len(evaluations(tmp_path)) == 3
+    curves = EventAccumulator(str(tmp_path)).Reload()
+    assert [point.value for point in curves.Scalars("rollout/lost_servers")] == [0, 0]
+    assert all(point.value < 1e-4 for point in curves.Scalars("train/logprob_mismatch"))
