@@ -65,6 +65,8 @@ class AgentSource(EpisodeSource):
         gateway: Where the server listens, and its limits.
     """
 
+    _played: queue.SimpleQueue[Episode | BaseException]  # by the `collect` under way
+
     def __init__(
         self,
         tasks: dict[str, str],
@@ -104,8 +106,7 @@ class AgentSource(EpisodeSource):
         self.settings = gateway
         self._gateway: Gateway | None = None
         self._pool: EnvPool | None = None
-        self._request_ids = itertools.count()
-        self._played: queue.SimpleQueue[Episode | BaseException] = queue.SimpleQueue()
+        self._request_ids = iter(range(2**62))  # which pickles
         self._is_playing = False
         self._counts = Counter(dict.fromkeys((*POOL_COUNTS, *COUNTS, "aborted_sessions", "unrewarded_sessions"), 0))
 
@@ -142,10 +143,11 @@ class AgentSource(EpisodeSource):
         self.engine.load_weights(weights, version)
 
     def counts(self) -> Counter[str]:
-        """What became of processes (``EnvPool.counts``), calls (``gateway.settings.COUNTS``) and sessions."""
+        """What became of processes (``EnvPool.counts``), calls (``gateway.settings.COUNTS``), sessions, and the engine's."""
         counts = self._counts.copy()
         counts.update(self._pool.counts if self._pool else {})
         counts.update(self._gateway.counts if self._gateway else {})
+        counts.update(self.engine.counts())
         return counts
 
     def close(self) -> None:

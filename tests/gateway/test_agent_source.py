@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -65,6 +66,13 @@ def play(source: AgentSource | EnvSource, count: int = 2, size: int = 1) -> list
     groups = groups_of(source.tasks("train")[:count], size)
     episodes = [episode for group in source.collect(groups, PLAN) for episode in group]
     return sorted(episodes, key=lambda episode: episode.order)
+
+
+def test_it_can_be_sent_to_a_producer(tmp_path: Path) -> None:
+    """As asynchronous training does, before it is bound."""
+    there = pickle.loads(pickle.dumps(AgentSource({"train": str(tmp_path)}, HFEngine(), command="sh agent.sh", max_steps=7)))
+    assert there.protocol()["agent"] == "sh agent.sh"
+    assert there.longest_episode == 7
 
 
 def test_an_agent_leaves_the_records_of_its_environment(make: Maker, sharp_policy: TinyPolicy) -> None:
