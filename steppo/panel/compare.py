@@ -19,6 +19,7 @@ _MAY_DIFFER = (
     "max_steps",
     "context",
     "parser",
+    "draws",
     "prompt_version",
     "max_prompt_tokens",
     "max_new_tokens",

@@ -61,6 +61,8 @@ class EnvSource(EpisodeSource):
         start_timeout: Seconds that the environment's ``start`` may take in a worker process.
         worker_memory_mib: A process that holds more MiB after a step is replaced and its episodes are played again up to
             there: for environments that leak. No limit unless given.
+        draws: Most answers that the policy gives at a step: while one does not parse it is asked again, at no cost. So it
+            acts by its own distribution over what does (``PolicyPlayer``). The last counts. Not where it is greedy.
     """
 
     def __init__(
@@ -81,12 +83,14 @@ class EnvSource(EpisodeSource):
         worker_memory_mib: int | None = None,
         start_timeout: float = 600.0,
         renderer: Renderer | None = None,
+        draws: int = 1,
     ) -> None:
         for name, value in (
             ("max_prompt_tokens", max_prompt_tokens),
             ("max_new_tokens", max_new_tokens),
             ("num_slots", num_slots),
             ("num_workers", num_workers),
+            ("draws", draws),
         ):
             if value < 1:
                 raise ConfigError(f"EnvSource: {name} must be at least 1, not {value}")
@@ -123,6 +127,7 @@ class EnvSource(EpisodeSource):
         self.env_timeout = env_timeout
         self.worker_memory_mib = worker_memory_mib
         self.start_timeout = start_timeout
+        self.draws = draws
         self._pool: EnvPool | None = None
         self._is_playing = False
         self._counts = Counter(dict.fromkeys(COUNTS, 0))
@@ -199,6 +204,7 @@ class EnvSource(EpisodeSource):
             "invalid_penalty": self.invalid_penalty,
             "context": type(self.context).__name__,
             "parser": type(self.parser).__name__,
+            "draws": self.draws,
             "prompt_version": prompt_version(self.context, self.parser, self.tools),
         }
 
@@ -264,7 +270,7 @@ class EnvSource(EpisodeSource):
         )
 
         def play(place: Place, seat: Seat) -> Coroutine[Any, Any, Episode]:
-            return play_episode(rules, place, seat, player or PolicyPlayer(seat), on_step)
+            return play_episode(rules, place, seat, player or PolicyPlayer(seat, self.draws, rules.is_refused), on_step)
 
         scheduler = Scheduler(self.pool, self.engine, self._request_ids, self.num_slots, self.env_ticks, play)
         unfinished: dict[int, list[Episode]] = {group.id: [] for group in groups}

@@ -5,6 +5,8 @@ from __future__ import annotations
 import random
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import replace
+from hashlib import blake2b
 from typing import Protocol
 
 import numpy as np
@@ -35,13 +37,33 @@ class Generates(Protocol):
 
 
 class PolicyPlayer(Player):
-    """Has an engine sample each action. It sees the prompt, nothing else."""
+    """Has an engine sample each action. It sees the prompt, nothing else.
 
-    def __init__(self, engine: Generates) -> None:
+    Asked again while its answer is refused, it acts by its own distribution over the answers that are not. That is learned
+    from as ever: a refused answer leaves the state as it is and costs nothing, so its advantage is 0, and the others'
+    advantages weigh the gradients of their own, plain log-probabilities.
+
+    Args:
+        engine: Samples.
+        draws: Most answers at a step; the last one counts, whatever it is.
+        is_refused: Whether an answer can be nothing on seeing this turn.
+    """
+
+    def __init__(
+        self, engine: Generates, draws: int = 1, is_refused: Callable[[Completion, Turn], bool] = lambda *seen: False
+    ) -> None:
         self._engine = engine
+        self._draws = draws
+        self._is_refused = is_refused
 
     async def act(self, request: Request, turn: Turn) -> Completion:
-        return await self._engine.generate(request)
+        completion = await self._engine.generate(request)
+        for number in range(1, self._draws if request.sampling.temperature else 1):
+            if completion.error or not self._is_refused(completion, turn):
+                break
+            seed = int.from_bytes(blake2b(f"{request.seed}|{number}".encode(), digest_size=8).digest(), "little")
+            completion = await self._engine.generate(replace(request, seed=seed))
+        return completion
 
 
 class ScriptedPlayer(Player):

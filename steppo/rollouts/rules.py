@@ -10,7 +10,7 @@ import numpy as np
 from steppo.envs.checks import checked_action, plain_text, shown
 from steppo.errors import WrongValue
 from steppo.rendering import ActionParser, ContextPolicy, ParsedAction
-from steppo.types import Sampling, Step, Turn
+from steppo.types import Completion, Sampling, Step, Turn
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,10 @@ class Rules:
             wrong = lowest if lowest < 0 else highest
             raise WrongValue(f"{call} gave the token id {wrong}, which is none of the model's {self.vocab_size}")
         return ids.astype(np.int32, copy=False)
+
+    def is_refused(self, completion: Completion, turn: Turn) -> bool:
+        """Whether nothing can be made of an answer."""
+        return self.parsed(self.context.renderer.decode_action(completion.action_ids), turn).action is None
 
     def parsed(self, text: str, turn: Turn) -> ParsedAction:
         """The action of an answer, or why there is none."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from steppo.models import TinyPolicy
 from steppo.rendering import HermesParser, Renderer
 from steppo.rollouts import PolicyPlayer, ScriptedPlayer, expert_action, random_action
 from steppo.types import Action, Completion, Request, Sampling, ToolCall, Turn
+from tests.cli_helpers import run
 
 PROMPT = np.asarray([5], dtype=np.int32)
 
@@ -72,3 +74,43 @@ def test_the_policy_is_asked_by_its_prompt() -> None:
     engine, request = Heard(), asked()
     assert asyncio.run(PolicyPlayer(engine).act(request, Turn("secret"))).action_ids is PROMPT
     assert engine.requests == [request]
+
+
+@pytest.mark.parametrize(
+    ("draws", "good", "temperature", "error", "asked_for"),
+    [
+        (9, 3, 1.0, "", 3),
+        (3, 3, 1.0, "", 3),
+        (2, 3, 1.0, "", 2),
+        (1, 3, 1.0, "", 1),
+        (9, 3, 0.0, "", 1),
+        (9, 3, 1.0, "!", 1),
+    ],
+)
+def test_the_policy_is_asked_again(draws: int, good: int, temperature: float, error: str, asked_for: int) -> None:
+    """While its answer is refused; each time with a seed of its own, and not where that changes nothing."""
+    heard: list[Request] = []
+
+    class Counts:
+        async def generate(self, request: Request) -> Completion:
+            heard.append(request)
+            return Completion(request.id, PROMPT * len(heard), np.zeros(1, np.float32), "stop", error)
+
+    request = Request(0, "", PROMPT, Sampling(temperature), 7)
+    player = PolicyPlayer(Counts(), draws, lambda completion, turn: completion.action_ids[0] < good * PROMPT[0])
+    assert asyncio.run(player.act(request, Turn("a room"))).action_ids == PROMPT * asked_for
+    assert len({one.seed for one in heard}) == len(heard) == asked_for
+    assert heard[0] is request
+
+
+def test_asked_again_it_says_at_last_what_can_be_done(tmp_path: Path) -> None:
+    """A policy that was hardly taught, with its plain probabilities."""
+    more = ["--warm_start.updates=25", "--trainer.max_epochs=1", "--evaluation.before_training=false"]
+    invalid = []
+    for draws in (1, 60):
+        cli = run(tmp_path / str(draws), *more, f"--data.source.draws={draws}")
+        steps = cli.datamodule.buffer.experience.steps.records
+        invalid.append(sum(not step.action_valid for step in steps) / len(steps))
+        assert cli.datamodule.buffer.logprob_mismatch() < 1e-4
+        assert cli.datamodule.source.protocol()["draws"] == draws
+    assert invalid[0] > 0.1 > invalid[1]
