@@ -87,7 +87,8 @@ def _merge_arguments(base: Mapping[str, Any], new: Mapping[Any, Any], owner: Any
     for key, value in new.items():
         name, place = str(key).removesuffix("+"), (*keys, key)
         if name not in known:
-            there_are = f"; there are {', '.join(known)} (CHANGELOG.md tells what was renamed)"
+            names = ", ".join(known)
+            there_are = f"; there are {names} (CHANGELOG.md tells what was renamed)" if known else ", which has none"
             near = did_you_mean(name, [*known, "class_path"], lambda found: ".".join((*keys, found)))
             of = f" of {owner.__name__}" if inspect.isclass(owner) else ""
             raise mistake(place, f" is no setting{of}{near or there_are}")

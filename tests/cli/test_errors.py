@@ -89,6 +89,10 @@ OPTIONS = {
         ["--data.source.top_p=0.9"],
         "--data.source.top_p is no setting of EnvSource; there are env, context, engine",
     ),
+    "key_of_a_class_without": (
+        ["--model.correction=NoCorrection", "--model.correction.level=step"],
+        "--model.correction.level is no setting of NoCorrection, which has none",
+    ),
     "optimizer_of_lightning": (["--optimizer=torch.optim.SGD"], "--optimizer is no setting; there are seed_everything"),
     # types
     "string_for_int": (["--trainer.max_epochs=many"], "--trainer.max_epochs must be int or null, not many"),
