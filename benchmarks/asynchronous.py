@@ -7,7 +7,7 @@
 Speed: an environment waits at each step, so long that a rollout takes about 0.5, 1 and 2 times the update. Seconds of an
 iteration, medians: synchronous with one and two threads, and with a producer of one thread that plays ahead by one
 iteration, the learner with one and two. ``possible``: the longer of rollout and update of the faster synchronous run, where
-that takes both. Whatever the policy says is a way to go, so that all runs play as many steps.
+that takes both. Whatever the policy says is a way to go, and it hardly learns, so that all runs do the same work.
 
 Kills: at random moments the learner, which goes on with ``--ckpt_path last``, or one of two producers is killed. Compared:
 what was in the pool before each kill is there in the end; each iteration has learned from the groups of its plan, each once;
@@ -138,6 +138,7 @@ def measure(folder: Path, iterations: int, wait_ms: float, threads: int, *args: 
     clock = folder / "clock.json"
     counted = [f"--trainer.max_epochs={iterations}", f"--num_threads={threads}", f"--data.source.env.wait_ms={wait_ms}"]
     counted += [f"--rollout.episodes_per_iteration={EPISODES}"]
+    counted += ["--data.update_epochs=4", "--model.policy_optimizer.lr=1e-9", "--model.critic_optimizer.lr=1e-9"]
     clocked = ["--trainer.callbacks=asynchronous.Clock", f"--trainer.callbacks.path={clock}"]
     run(folder, *counted, *clocked, *args)
     found = json.loads(clock.read_text())
