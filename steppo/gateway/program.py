@@ -61,19 +61,11 @@ class AgentProgram(Env):
     def _run_command(self, task: Task) -> Any:
         """Its last line, in JSON if it is; raises what it said last if it fails."""
         given = json.dumps({"id": task.id, **task.data})
-        ended = subprocess.run(
-            self.command,
-            input=given,
-            env={**os.environ, "STEPPO_TASK": given},
-            capture_output=True,
-            text=True,
-            errors="replace",
-        )
+        around, pipe = {**os.environ, "STEPPO_TASK": given}, subprocess.PIPE
+        ended = subprocess.run(self.command, input=given, env=around, stdout=pipe, stderr=pipe, text=True, errors="replace")
         if ended.returncode:
-            lines = (ended.stderr.strip() or ended.stdout.strip()).splitlines()
-            raise WrongValue(
-                f"{self.command[0]} ended with status {ended.returncode}: {in_short(lines[-1] if lines else '')}"
-            )
+            last = in_short(["", *(ended.stderr.strip() or ended.stdout.strip()).splitlines()][-1])
+            raise WrongValue(f"{self.command[0]} ended with status {ended.returncode}: {last}")
         lines = ended.stdout.strip().splitlines()
         try:
             return json.loads(lines[-1]) if lines else None
@@ -92,9 +84,8 @@ def outcome(output: Any) -> dict[str, Any]:
     try:
         reward = None if reward is None else float(reward)
     except (TypeError, ValueError):
-        raise WrongValue(
-            f"an agent must return its reward, True, False, both by name, or None, not {shown(output)}"
-        ) from None
+        wanted = "its reward, True, False, both by name, or None"
+        raise WrongValue(f"an agent must return {wanted}, not {shown(output)}") from None
     if success is not None and not isinstance(success, bool):
         raise WrongValue(f"an agent's success must be True, False or None, not {shown(success)}")
     return {"reward": reward, "success": success}

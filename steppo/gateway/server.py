@@ -73,15 +73,9 @@ class Gateway:
             raise ConfigError(f"the gateway cannot listen on {settings.host}:{settings.port}: {error.strerror}") from None
         # Heads and bodies go out apart, and a body would wait 40 ms for the head to be acknowledged. Connections inherit it.
         self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        config = uvicorn.Config(
-            self._app(),
-            access_log=False,
-            log_level="error",
-            lifespan="off",
-            timeout_graceful_shutdown=1,
-            timeout_keep_alive=300,
-        )
-        self._server = uvicorn.Server(config)
+        quiet: dict[str, Any] = {"access_log": False, "log_level": "error", "lifespan": "off"}
+        times: dict[str, Any] = {"timeout_graceful_shutdown": 1, "timeout_keep_alive": 300}
+        self._server = uvicorn.Server(uvicorn.Config(self._app(), **quiet, **times))
         self._thread = threading.Thread(target=self._serve, name="gateway", daemon=True)
         self._thread.start()  # what is asked before it answers waits in the socket
 
@@ -142,6 +136,7 @@ class Gateway:
     # ---- a call ----
 
     async def _complete(self, session: Session, call: Call, name: str) -> Answer:
+        self._throttle(session)  # here, where it is noted that this call has no answer: the next try is no repetition
         await self.asker.wait(self.settings.update_wait_s)
         under_way = sum(chain.is_busy for chain in session.chains)
         if len(session.taken) + under_way >= self.max_steps:
@@ -171,11 +166,12 @@ class Gateway:
         request = types.Request(0, _engine_session(session, chain), prompt_ids, sampling, seed)
         completion = await self.asker.generate(request)
         if completion.error or not len(completion.action_ids):
-            session.refusal = completion.error or "the engine gave an answer without a token"
-            raise Refused(503, f"the engine failed: {session.refusal}", "engine_error")
+            why = completion.error or "it gave an answer without a token"
+            raise Refused(503, f"the engine failed: {why}", "engine_error")
         action, is_read = self.voices.read(call, completion.action_ids)
         named = [(it.name, json.dumps(dict(it.arguments), ensure_ascii=False)) for it in action.tool_calls]
-        calls = tuple((f"call_{chain.steps}_{number}", *it) for number, it in enumerate(named))
+        mark = hashlib.blake2b(chain.agent_id.encode(), digest_size=4).hexdigest()  # agents may hand a dialogue over
+        calls = tuple((f"call_{mark}_{chain.steps}_{number}", *it) for number, it in enumerate(named))
         reason = "tool_calls" if calls else "length" if completion.finish_reason == "length" else "stop"
         id, counts = f"chatcmpl-{session.id}-{len(session.taken)}", (len(prompt_ids), len(completion.action_ids))
         answer = Answer(id, action.text, action.reasoning, calls, reason, *counts)
@@ -216,13 +212,8 @@ class Gateway:
 
     async def _chat(self, id: str, request: Request) -> Response:
         session = self._session(id, request)
-        try:
-            self._throttle(session)
-            made = self._made(session, request, await self._body(request))
-            answer = await self._wait(made, session, request)
-        except Refused as refused:
-            session.refusal = str(refused)
-            raise
+        made = self._made(session, request, await self._body(request))
+        answer = await self._wait(made, session, request)
         if answer is None:
             return Response(status_code=499)  # nobody reads it
         if made.stream:
@@ -299,10 +290,13 @@ class Gateway:
 
         async def refuse(request: Request, refused: Refused) -> Response:
             self.counts["gateway_refused"] += 1
+            if (session := self._sessions.get(f"{request.url.path}//".split("/")[2])) is not None:
+                session.refusal = str(refused)
             return JSONResponse(refused.body, refused.status, refused.headers)
 
         async def unknown(request: Request, error: HTTPException) -> Response:
-            return await refuse(request, Refused(error.status_code, str(error.detail), "not_found"))
+            what = f"{request.method} {request.url.path}: {error.detail}"
+            return await refuse(request, Refused(error.status_code, what, "not_found"))
 
         async def broken(request: Request, error: Exception) -> Response:
             return await refuse(request, Refused(500, said(error), "internal_error"))

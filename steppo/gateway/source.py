@@ -120,9 +120,8 @@ class AgentSource(EpisodeSource):
     def bind(self, policy: Policy) -> None:
         longest = self.max_prompt_tokens + self.max_new_tokens
         if longest > policy.max_positions:
-            raise ConfigError(
-                f"max_prompt_tokens + max_new_tokens = {longest} is more than the model's {policy.max_positions} positions"
-            )
+            have = f"is more than the model's {policy.max_positions} positions"
+            raise ConfigError(f"max_prompt_tokens + max_new_tokens = {longest} {have}")
         self.engine.bind(policy)
         self._open(policy, self.max_prompt_tokens)
 
@@ -246,7 +245,11 @@ class AgentSource(EpisodeSource):
         worth = json.loads(reply.turn.text) if reply.turn else {"reward": None, "success": None}
         error = reply.error
         if not session.taken:
-            asked = f"the last was refused: {session.refusal}" if session.refusal else "it must ask OPENAI_BASE_URL"
+            asked = (
+                f"the last was refused: {session.refusal}"
+                if session.refusal
+                else "it must ask OPENAI_BASE_URL, as it is for this task"
+            )
             reason = StopReason.ABORTED
             error = "; ".join(filter(None, ["the agent made no call that was answered", asked, error]))
         elif session.is_full:

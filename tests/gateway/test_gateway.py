@@ -391,19 +391,22 @@ def test_another_policy_is_refused_or_overridden(policy: TinyPolicy) -> None:
 
 
 def test_while_there_is_no_engine_calls_wait_then_are_told_when_to_come_again(policy: TinyPolicy) -> None:
-    bench = Bench(policy, ScriptedEngine(policy), update_wait_s=0.3)
-    try:
-        session = bench.open()
-        status, answer, headers = bench.chat(session)
-        assert (status, answer["error"]["code"], headers["retry-after"]) == (429, "updating", "1")
-        with ThreadPoolExecutor(1) as threads:
-            waits = threads.submit(bench.chat, session)
-            wait_until(lambda: len(session.made) == 2 or waits.done() or session.made)
-            with bench.asking():
-                assert waits.result()[0] in (200, 429)
-                assert bench.chat(session, x_stainless_retry_count="1")[0] == 200
-    finally:
-        bench.gateway.close()
+    for waits_s, retries in ((30.0, 0), (0.0, 3)):  # the call waits; it is refused, and the client's own retry succeeds
+        bench = Bench(policy, ScriptedEngine(policy), update_wait_s=waits_s)
+        try:
+            session = bench.open()
+            if retries:
+                status, answer, headers = bench.chat(session)
+                assert (status, answer["error"]["code"], headers["retry-after"]) == (429, "updating", "1")
+            create = bench.client(session, max_retries=retries).chat.completions.create
+            with ThreadPoolExecutor(1) as threads:
+                called = threads.submit(create, model="policy", messages=[{"role": "user", "content": "Now?"}])
+                wait_until(lambda: len(session.made) == 1 + bool(retries))  # noqa: B023
+                with bench.asking():
+                    assert called.result().choices[0].message.content
+            assert len(session.steps(True)) == 1
+        finally:
+            bench.gateway.close()
 
 
 def test_limits(policy: TinyPolicy) -> None:
@@ -418,10 +421,49 @@ def test_limits(policy: TinyPolicy) -> None:
             over = bench.chat(session, [{"role": "user", "content": "x " * 950}])
             assert (over[0], over[1]["error"]["code"]) == (400, "context_length_exceeded")
             assert session.overflowed
-            statuses = [bench.chat(session)[0] for _ in range(12)]
-            assert set(statuses) == {200, 429}
+            answers = [bench.chat(session) for _ in range(12)]
+            assert {status for status, *_ in answers} == {200, 429}
+            assert {headers.get("retry-after") for status, _, headers in answers if status == 429} == {"1"}
     finally:
         bench.gateway.close()
+
+
+def test_a_call_that_came_too_soon_is_made_when_it_is_tried_again(policy: TinyPolicy) -> None:
+    bench = Bench(policy, ScriptedEngine(policy), max_calls_per_s=5.0)
+    try:
+        session = bench.open()
+        with bench.asking():
+            create = bench.client(session, max_retries=9).chat.completions.create
+            ids = [create(model="policy", messages=HELLO).id for _ in range(13)]  # whose bodies are all the same
+            assert bench.gateway.counts["gateway_refused"]
+        assert len(set(ids)) == len(session.steps(True)) == 13
+    finally:
+        bench.gateway.close()
+
+
+def test_the_gateway_is_on_loopback_and_says_no_key(bench: Bench, capfd: pytest.CaptureFixture[str]) -> None:
+    session = bench.open()
+    bench.gateway._made = lambda *request: 1 / 0  # type: ignore[method-assign]
+    with bench.asking():
+        status, answer, _ = bench.chat(session)
+    assert (status, answer["error"]["code"]) == (500, "internal_error")
+    assert bench.gateway.address.startswith("http://127.0.0.1:")
+    said = capfd.readouterr()
+    for key in (session.key, session.reward_key):
+        assert key not in said.out + said.err + str(answer) + repr(session)
+
+
+def test_calls_of_two_agents_in_one_dialogue_have_names_of_their_own(bench: Bench) -> None:
+    engine, session = bench.engine, bench.open()
+    assert isinstance(engine, ScriptedEngine)
+    engine.say = lambda request: CALL
+    with bench.asking():
+        create = bench.client(session).chat.completions.create
+        message = create(model="policy", messages=HELLO, tools=[TOOL]).choices[0].message
+        found = {"role": "tool", "tool_call_id": message.tool_calls[0].id, "content": "here"}
+        other = [{"role": "system", "content": "You are another."}, *HELLO, message, found]
+        handed = create(model="policy", messages=other, tools=[TOOL]).choices[0].message
+    assert message.tool_calls[0].id != handed.tool_calls[0].id
 
 
 def test_no_more_than_max_steps(bench: Bench) -> None:
@@ -442,6 +484,8 @@ def test_what_no_route_or_template_takes_is_said_in_openais_shape(bench: Bench) 
         bad = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": 3}}}]
         assert bench.chat(session, tools=bad)[0] == 400
     assert not session.chains
+    assert bench.post(f"/sessions/{session.id}/v1/responses", {}, session.key)[0] == 404
+    assert session.refusal == f"POST /sessions/{session.id}/v1/responses: Not Found"  # what an empty trace's error will say
 
 
 def test_an_engine_that_fails_costs_its_calls(bench: Bench) -> None:
