@@ -61,8 +61,8 @@ class AgentProgram(Env):
     def _run_command(self, task: Task) -> Any:
         """Its last line, in JSON if it is; raises what it said last if it fails."""
         given = json.dumps({"id": task.id, **task.data})
-        around, pipe = {**os.environ, "STEPPO_TASK": given}, subprocess.PIPE
-        ended = subprocess.run(self.command, input=given, env=around, stdout=pipe, stderr=pipe, text=True, errors="replace")
+        around = {**os.environ, "STEPPO_TASK": given}
+        ended = subprocess.run(self.command, input=given, env=around, capture_output=True, text=True, errors="replace")
         if ended.returncode:
             last = in_short(["", *(ended.stderr.strip() or ended.stdout.strip()).splitlines()][-1])
             raise WrongValue(f"{self.command[0]} ended with status {ended.returncode}: {last}")

@@ -26,6 +26,7 @@ from steppo.gateway.settings import COUNTS, MAIN, GatewaySettings
 from steppo.models import TinyPolicy
 from steppo.rendering import ActionParser, HermesParser, Renderer
 from steppo.rollouts import EpisodeSource
+from steppo.rollouts.base import require_positions
 from steppo.rollouts.place import Place
 from steppo.types import Action, Completion, Episode, Group, Request, RolloutConfig, StopReason, Task, groups_of
 
@@ -118,10 +119,7 @@ class AgentSource(EpisodeSource):
         return checked_tasks(self.files[split], read_tasks(self.files[split]))
 
     def bind(self, policy: Policy) -> None:
-        longest = self.max_prompt_tokens + self.max_new_tokens
-        if longest > policy.max_positions:
-            have = f"is more than the model's {policy.max_positions} positions"
-            raise ConfigError(f"max_prompt_tokens + max_new_tokens = {longest} {have}")
+        require_positions(policy, self.max_prompt_tokens, self.max_new_tokens)
         self.engine.bind(policy)
         self._open(policy, self.max_prompt_tokens)
 

@@ -21,6 +21,14 @@ if TYPE_CHECKING:
 Rounds = Callable[[int], tuple[Sequence[Group], RolloutConfig] | None]
 
 
+def require_positions(policy: Policy, max_prompt_tokens: int, max_new_tokens: int) -> None:
+    """Raises ``ConfigError`` if the model cannot read so much."""
+    longest = max_prompt_tokens + max_new_tokens
+    if longest > policy.max_positions:
+        most = f"the model's {policy.max_positions} positions"
+        raise ConfigError(f"max_prompt_tokens + max_new_tokens = {longest} is more than {most}")
+
+
 class EpisodeSource(ABC):
     """Gives whole groups of episodes.
 

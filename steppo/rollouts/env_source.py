@@ -17,7 +17,7 @@ from steppo.envs.pool import COUNTS, EnvPool
 from steppo.errors import ConfigError, RunError, blamed_on
 from steppo.models import TinyPolicy
 from steppo.rendering import ActionParser, CommandParser, ContextPolicy, HermesParser, Renderer
-from steppo.rollouts.base import EpisodeSource
+from steppo.rollouts.base import EpisodeSource, require_positions
 from steppo.rollouts.episode import OnStep, play_episode
 from steppo.rollouts.place import Place
 from steppo.rollouts.players import Player, PolicyPlayer
@@ -156,11 +156,7 @@ class EnvSource(EpisodeSource):
             self.env.prepare(tasks, progress)
 
     def bind(self, policy: Policy) -> None:
-        longest = self.max_prompt_tokens + self.max_new_tokens
-        if longest > policy.max_positions:
-            raise ConfigError(
-                f"max_prompt_tokens + max_new_tokens = {longest} is more than the model's {policy.max_positions} positions"
-            )
+        require_positions(policy, self.max_prompt_tokens, self.max_new_tokens)
         self._vocab_size = policy.vocab_size
         self.bind_tokenizer(policy.tokenizer, policy.stop_ids)
         self.engine.bind(policy)
