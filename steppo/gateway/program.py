@@ -10,6 +10,7 @@ import os
 import shlex
 import subprocess
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -105,10 +106,9 @@ def read_tasks(path: str) -> list[Task]:
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
-        try:
+        entry = None
+        with suppress(ValueError):
             entry = json.loads(line)
-        except ValueError:
-            entry = None
         if not isinstance(entry, dict) or not isinstance(entry.get("id"), str):
             raise ConfigError(f'{path}, line {number}: a task is a JSON object with an "id" that is a text')
         tasks.append(Task(entry.pop("id"), entry))

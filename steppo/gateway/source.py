@@ -173,9 +173,8 @@ class AgentSource(EpisodeSource):
     def collect(self, groups: Sequence[Group], config: RolloutConfig) -> Iterator[list[Episode]]:
         if self._is_playing or self._gateway is None:
             raise RunError("AgentSource plays one call of collect at a time, once it is bound")
-        if self._pool is None:
-            count = self.num_parallel
-            self._pool = EnvPool(self.program, count, count, self.agent_timeout, start_timeout_s=self.start_timeout)
+        count, seconds = self.num_parallel, (self.agent_timeout, None, self.start_timeout)
+        self._pool = self._pool or EnvPool(self.program, count, count, *seconds)
         unfinished: dict[int, list[Episode]] = {group.id: [] for group in groups}
         sizes = {group.id: group.size for group in groups}
         places = [Place(config, group, sample) for group in groups for sample in range(group.size)]
