@@ -273,8 +273,9 @@ class Gateway:
 
     async def _models(self, id: str, request: Request) -> Response:
         self._session(id, request)
-        model = {"id": MODEL, "object": "model", "created": 0, "owned_by": "steppo"}
-        return JSONResponse({"object": "list", "data": [model]})
+        return JSONResponse(
+            {"object": "list", "data": [{"id": MODEL, "object": "model", "created": 0, "owned_by": "steppo"}]}
+        )
 
     async def _reward(self, id: str, request: Request) -> Response:
         session = self._session(id, request, for_reward=True)
