@@ -273,9 +273,8 @@ class Gateway:
 
     async def _models(self, id: str, request: Request) -> Response:
         self._session(id, request)
-        return JSONResponse(
-            {"object": "list", "data": [{"id": MODEL, "object": "model", "created": 0, "owned_by": "steppo"}]}
-        )
+        model = {"id": MODEL, "object": "model", "created": 0, "owned_by": "steppo"}
+        return JSONResponse({"object": "list", "data": [model]})
 
     async def _reward(self, id: str, request: Request) -> Response:
         session = self._session(id, request, for_reward=True)

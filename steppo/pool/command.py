@@ -77,9 +77,8 @@ def _list(pool: DataPool, options: argparse.Namespace) -> None:
     for group in groups[-options.last if options.last > 0 else 0 :]:
         versions = "" if group.oldest_version is None else f"{group.oldest_version}-{group.newest_version}"
         mean = "" if group.mean_return is None else f"{group.mean_return:.3f}"
-        stored = "" if group.is_stored else "deleted"
-        row = (group.number, group.name, group.episodes, group.steps, mean, versions, group.state, group.iteration, stored)
-        rows.append(row)
+        told = (mean, versions, group.state, group.iteration, "" if group.is_stored else "deleted")
+        rows.append((group.number, group.name, group.episodes, group.steps, *told))
     _print_table(("number", "group", "episodes", "steps", "return", "versions", "state", "iteration", ""), rows)
     states = [group.state for group in groups]
     mib = sum(os.path.getsize(path) for path in (pool.path, f"{pool.path}-wal") if os.path.exists(path)) / 2**20
