@@ -39,9 +39,9 @@ class Generates(Protocol):
 class PolicyPlayer(Player):
     """Has an engine sample each action. It sees the prompt, nothing else.
 
-    Asked again while its answer is refused, it acts by its own distribution over the answers that are not. That is learned
-    from as ever: a refused answer leaves the state as it is and costs nothing, so its advantage is 0, and the others'
-    advantages weigh the gradients of their own, plain log-probabilities.
+    Asked again while its answer is refused, it acts by its own distribution over the answers that are not. What is learned
+    from is the plain log-probability of the last one. A refused answer leaves the state as it is and costs nothing, so it
+    would have advantage 0: this is the gradient where values are exact, and else it also moves how often answers are refused.
 
     Args:
         engine: Samples.
