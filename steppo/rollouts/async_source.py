@@ -20,7 +20,8 @@ from steppo.engines.thread import Surroundings
 from steppo.errors import ConfigError, RunError, require_at_least, said
 from steppo.pool import DataPool
 from steppo.rollouts.base import EpisodeSource, Rounds
-from steppo.rollouts.producer import MOST_GROUPS, Job, Outfit, Producers, PublishedWeights
+from steppo.rollouts.fleet import MOST_GROUPS, Fleet, Job, Outfit
+from steppo.rollouts.producer import LocalFleet
 from steppo.types import Episode, Group, RolloutConfig, Task
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ class AsyncSettings:
         pool: File of the groups; ``pool.sqlite`` in the run's folder unless given. It must be on a local disk.
         keep: Groups whose episodes stay there once they are learned. A replay needs all.
         replay: File of an earlier run, whose episodes are learned from. Nothing is played.
+        fleet: Where producers are: processes on this machine unless given.
     """
 
     max_staleness: int = 1
@@ -56,6 +58,7 @@ class AsyncSettings:
     pool: str | None = None
     keep: int = 256
     replay: str | None = None
+    fleet: Fleet | None = None
 
     def __post_init__(self) -> None:
         require_at_least(0, _NAME, max_staleness=self.max_staleness, keep=self.keep)
@@ -91,8 +94,7 @@ class AsyncSource(EpisodeSource):
         self._folder: Path | None = None
         self._scratch: tempfile.TemporaryDirectory | None = None
         self._pool: DataPool | None = None
-        self._weights: PublishedWeights | None = None
-        self._producers: Producers | None = None
+        self._fleet: Fleet | None = None  # once it is started
         self._jobs: dict[str, Job] = {}  # by the name of what they play: begun, and not yet collected
         self._begun = 0  # iterations
         self._versions: dict[int, int] = {}  # of the weights that the latest iterations began with
@@ -165,16 +167,14 @@ class AsyncSource(EpisodeSource):
             self._pool = self._opened()
         if self.settings.replay is not None:
             return
-        if self._weights is None:
-            self._weights = PublishedWeights(self._pool.path.with_name(f"{self._pool.path.name}-weights"))
-            self._weights.clear()  # of a run that was killed
-        self._weights.publish(iteration, version, weights)
-        if self._producers is None:
-            outfit = self._outfit(self._pool.path, self._weights)
-            self._producers = Producers(outfit, self.settings.num_producers, self._pool, self.settings.timeout)
-        self._producers.watch(waiting=False)
+        if self._fleet is None:
+            fleet = self.settings.fleet or LocalFleet()
+            fleet.start(self._outfit(), self.settings.num_producers, self._pool, self.settings.timeout)
+            self._fleet = fleet
+        self._fleet.publish(iteration, version, weights)
+        self._fleet.watch(waiting=False)
         for job in jobs:
-            self._producers.send(job)
+            self._fleet.send(job)
 
     def _opened(self) -> DataPool:
         if self.settings.replay is not None:
@@ -185,15 +185,12 @@ class AsyncSource(EpisodeSource):
             folder = Path(self._scratch.name)
         return DataPool(self.settings.pool or folder / "pool.sqlite", MOST_GROUPS, self.settings.keep)
 
-    def _outfit(self, pool: Path, weights: PublishedWeights) -> Outfit:
+    def _outfit(self) -> Outfit:
         policy = self._policy
         assert policy is not None, "bind comes before"
-        here, device = Surroundings.here(), torch.device(self.settings.device or policy.device)
-        surroundings = replace(
-            here,
-            num_threads=self.settings.num_threads or here.num_threads,
-            cuda_device=device.index or 0 if device.type == "cuda" else None,
-        )
+        device = torch.device(self.settings.device or policy.device)
+        surroundings = Surroundings.here()
+        surroundings = replace(surroundings, num_threads=self.settings.num_threads or surroundings.num_threads)
         return Outfit(
             self._pickled,
             policy.unbuilt(),
@@ -204,9 +201,7 @@ class AsyncSource(EpisodeSource):
             surroundings,
             torch.get_default_dtype(),
             torch.get_float32_matmul_precision(),
-            weights,
-            pool,
-        )
+        ).on(device)
 
     # ---- an iteration ----
 
@@ -223,8 +218,8 @@ class AsyncSource(EpisodeSource):
         staleness: Counter[int] = Counter()
         waited = 0.0
         missing = job.names
-        if self._producers is not None:
-            self._producers.watch(waiting=False)
+        if self._fleet is not None:
+            self._fleet.watch(waiting=False)
         while missing:
             for name, number in self._pool.find(missing).items():
                 episodes = self._pool.read(number)
@@ -241,11 +236,11 @@ class AsyncSource(EpisodeSource):
         self._measure(staleness, waited)
 
     def _wait(self, missing: Iterable[str]) -> None:
-        if self._producers is None:
+        if self._fleet is None:
             name = self.settings.replay
             raise ConfigError(f"{_NAME}: {name} has no {min(missing)}: it is of a shorter run, or of other groups")
-        self._producers.watch(waiting=True)
-        self._producers.wait()
+        self._fleet.watch(waiting=True)
+        self._fleet.wait()
 
     def _check(self, name: str, group: Group, episodes: Sequence[Episode], config: RolloutConfig) -> None:
         """Raises ``ConfigError`` if these are not what is planned: the pool is another run's."""
@@ -293,8 +288,8 @@ class AsyncSource(EpisodeSource):
         """What the sources counted, here and there, and producers that were replaced."""
         counts = self.source.counts()
         counts.update(self._counts)
-        if self._producers is not None:
-            counts.update(self._producers.counts())
+        if self._fleet is not None:
+            counts.update(self._fleet.counts())
         return counts
 
     def state_dict(self) -> dict[str, Any]:
@@ -305,12 +300,10 @@ class AsyncSource(EpisodeSource):
         self.source.load_state_dict({name: value for name, value in state.items() if name != "versions"})
 
     def close(self) -> None:
-        if self._producers is not None:
-            self._counts.update(self._producers.counts())
-            self._producers.close()
-            self._producers = None
-        if self._weights is not None:
-            self._weights.clear()
+        if self._fleet is not None:
+            self._counts.update(self._fleet.counts())
+            self._fleet.close()
+            self._fleet = None
         if self._pool is not None:
             self._pool.close()
             self._pool = None
