@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from steppo.distributed import rank_and_world
+from steppo.distributed import dealt_once, made_once, rank_and_world
 from steppo.engines.thread import Surroundings
 from steppo.errors import ConfigError, RunError, require_at_least, said
 from steppo.pool import DataPool
@@ -138,8 +138,6 @@ class AsyncSource(EpisodeSource):
         self.source.load_weights(weights, version)
 
     def bind(self, policy: Policy) -> None:
-        if rank_and_world()[1] > 1:
-            raise ConfigError(f"{_NAME}: the learner is one process so far: set trainer.devices to 1, or leave it out")
         self.source.bind(policy)
         self._policy = policy
 
@@ -161,8 +159,11 @@ class AsyncSource(EpisodeSource):
                 jobs.append(Job(number, tuple(groups), config))
                 self._jobs[config.name] = jobs[-1]
                 self._begun = number + 1
-        if not self._jobs:
-            return
+        if self._jobs:
+            held = list(weights)  # all ranks go through them, where they are sharded
+            made_once(lambda: self._begin(jobs, iteration, version, held))
+
+    def _begin(self, jobs: Sequence[Job], iteration: int, version: int, weights: Sequence[tuple[str, Tensor]]) -> None:
         if self._pool is None:
             self._pool = self._opened()
         if self.settings.replay is not None:
@@ -207,14 +208,26 @@ class AsyncSource(EpisodeSource):
 
     def collect(self, groups: Sequence[Group], config: RolloutConfig) -> Iterator[list[Episode]]:
         job = self._jobs.get(config.name)
-        if job is None or self._pool is None:
+        if job is None:
             yield from self.source.collect(groups, config)
             return
-        if tuple(groups) != job.groups:
+        rank, world = rank_and_world()
+        if tuple(groups) != job.groups[rank::world]:
             raise RunError(
                 f"{_NAME}: {config.name} plays other tasks than were planned: what the sampler chooses must follow from "
                 "position and seed alone"
             )
+        if world == 1:
+            yield from self._collected(job, config)
+        else:
+            make = lambda: [(part, self._figures) for part in _evenly(self._collected(job, config), world)]  # noqa: E731
+            mine, self._figures = dealt_once(make)
+            yield from mine
+        del self._jobs[config.name]
+
+    def _collected(self, job: Job, config: RolloutConfig) -> Iterator[list[Episode]]:
+        """All groups of a job, as they come."""
+        assert self._pool is not None, "it is open since the job was begun"
         staleness: Counter[int] = Counter()
         waited = 0.0
         missing = job.names
@@ -232,7 +245,6 @@ class AsyncSource(EpisodeSource):
                 waited += time.monotonic() - start
         if self.settings.replay is None:
             self._pool.claim_named(job.iteration, job.names)
-        del self._jobs[config.name]
         self._measure(staleness, waited)
 
     def _wait(self, missing: Iterable[str]) -> None:
@@ -311,3 +323,18 @@ class AsyncSource(EpisodeSource):
             with suppress(OSError):
                 self._scratch.cleanup()
         self.source.close()
+
+
+def _evenly(groups: Iterable[list[Episode]], world: int) -> list[list[list[Episode]]]:
+    """Whole groups for each rank, about as many tokens each: the longest first, to whom has fewest."""
+    parts: list[list[list[Episode]]] = [[] for _ in range(world)]
+    held = [0] * world
+    for group in sorted(groups, key=lambda group: (-_tokens(group), group[0].order)):
+        rank = min(range(world), key=lambda rank: (held[rank], len(parts[rank])))
+        parts[rank].append(group)
+        held[rank] += _tokens(group)
+    return parts
+
+
+def _tokens(group: Iterable[Episode]) -> int:
+    return sum(step.prompt_ids.size + step.action_ids.size for episode in group for step in episode.steps)
