@@ -421,6 +421,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=asynchronous.ROOT / "benchmarks" / "results" / "ray_fleet.json")
     args = parser.parse_args()
 
+    os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # read when Ray is imported: its nodes are on loopback
     import ray
     import torch
     from measuring import about

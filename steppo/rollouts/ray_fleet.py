@@ -30,8 +30,6 @@ from steppo.rollouts.fleet import DEATHS, MOST_GROUPS, Fleet, Job, Outfit, Produ
 _CLOSE_S = 2.0  # for environments to close
 _LOOK_S = 0.05
 _PLACED_S = 30.0  # in which an actor that has room has begun
-# Else Ray kills an actor's children when it ends, among them the guard that would end theirs.
-_SURROUNDINGS = {"env_vars": {"RAY_kill_child_processes_on_worker_exit": "0"}}
 
 
 class _Actor:
@@ -142,12 +140,15 @@ class RayFleet(Fleet):
         self.weights_folder = weights_folder
 
     def start(self, outfit: Outfit, count: int, pool: DataPool, timeout: float) -> None:
+        address = self.address or os.environ.get("RAY_ADDRESS")
+        if not address:  # read when Ray is imported: then a cluster of this machine alone listens on loopback, also on Linux
+            os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
         import ray
 
         self._ray = ray
         self._is_ours = not ray.is_initialized()
         if self._is_ours:
-            self._join()
+            self._join(address)
         self._require_room()
         self._path, self._timeout = pool.path, timeout
         run = hashlib.sha256(f"{platform.node()} {pool.path.absolute()}".encode()).hexdigest()[:16]
@@ -222,9 +223,8 @@ class RayFleet(Fleet):
 
     # ---- the cluster ----
 
-    def _join(self) -> None:
-        address = self.address or os.environ.get("RAY_ADDRESS")
-        alone = {} if address else {"_node_ip_address": "127.0.0.1", "include_dashboard": False}
+    def _join(self, address: str | None) -> None:
+        alone = {} if address else {"include_dashboard": False}
         before = signal.getsignal(signal.SIGTERM)
         try:
             if address and "://" in address:
@@ -251,7 +251,9 @@ class RayFleet(Fleet):
         """A new actor, wherever there is room, now or later."""
         others = {name: much for name, much in self.wanted.items() if name not in ("CPU", "GPU")}
         wanted = {"num_cpus": self.wanted["CPU"], "num_gpus": self.wanted["GPU"], "resources": others}
-        made = self._ray.remote(_Actor).options(**wanted, scheduling_strategy="SPREAD", runtime_env=_SURROUNDINGS)
+        # Else Ray kills an actor's children when it ends, among them the guard that would end theirs.
+        variables = {"RAY_kill_child_processes_on_worker_exit": "0", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+        made = self._ray.remote(_Actor).options(**wanted, scheduling_strategy="SPREAD", runtime_env={"env_vars": variables})
         actor = made.remote(self._outfit)
         return _Place(actor, actor.play.remote(None, None), deaths)
 
