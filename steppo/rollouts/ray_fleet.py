@@ -191,7 +191,8 @@ class RayFleet(Fleet):
         late, wanted = sum(seconds > _PLACED_S for seconds in starting), f"each wants {_words(self.wanted)}"
         if late > self._late:
             free = _words(self._ray.available_resources())
-            warnings.warn(f"RayFleet: {late} actors wait for room: {wanted}, free in the cluster: {free}", stacklevel=2)
+            words = f"{late} actors have not begun within {_PLACED_S:g} s: {wanted}, free in the cluster: {free}"
+            warnings.warn(f"RayFleet: {words}", stacklevel=2)
         self._late = late
         if waiting and len(starting) == len(self._places) and min(*starting, now - self._asked) > self._timeout:
             raise RunError(f"RayFleet: no actor has begun within {self._timeout:g} s: {wanted}")
