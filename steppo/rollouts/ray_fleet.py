@@ -244,14 +244,12 @@ class RayFleet(Fleet):
         machines = [machine["Resources"] for machine in self._ray.nodes() if machine["Alive"]]
         if not any(all(has.get(name, 0) >= much for name, much in self.wanted.items()) for has in machines):
             there = "; ".join(sorted({_words(has) for has in machines}))
-            raise ConfigError(
-                f"RayFleet: an actor wants {_words(self.wanted)}, and no machine of the cluster has that: {there}"
-            )
+            raise ConfigError(f"RayFleet: an actor wants {_words(self.wanted)}, no machine of the cluster has that: {there}")
 
     def _placed(self, deaths: int = 0) -> _Place:
         """A new actor, wherever there is room, now or later."""
-        others = {name: much for name, much in self.wanted.items() if name not in ("CPU", "GPU")}
-        wanted = {"num_cpus": self.wanted["CPU"], "num_gpus": self.wanted["GPU"], "resources": others}
+        others = dict(self.wanted)
+        wanted = {"num_cpus": others.pop("CPU"), "num_gpus": others.pop("GPU"), "resources": others}
         # Else Ray kills an actor's children when it ends, among them the guard that would end theirs.
         variables = {"RAY_kill_child_processes_on_worker_exit": "0", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
         made = self._ray.remote(_Actor).options(**wanted, scheduling_strategy="SPREAD", runtime_env={"env_vars": variables})

@@ -25,7 +25,7 @@ from steppo.errors import ConfigError, RunError, SteppoError
 from steppo.models import TinyPolicy
 from steppo.pool import DataPool
 from steppo.rendering import StateContext
-from steppo.rollouts import AsyncSettings, AsyncSource, EnvSource, Fleet, LocalFleet, producer
+from steppo.rollouts import AsyncSettings, AsyncSource, EnvSource, Fleet, LocalFleet, async_source, producer
 from steppo.types import Episode, RolloutConfig, Step, StopReason, groups_of
 from tests.breaking_source import BreakingSource
 from tests.cli_helpers import TOY, evaluations, places, run, same, weights
@@ -360,3 +360,17 @@ def test_other_tasks_than_planned_are_an_error(planned: Callable[..., AsyncSourc
     source.publish(0, 0, tiny_policy.inference_weights())
     with pytest.raises(RunError, match="plays other tasks than were planned"):
         next(source.collect(GROUPS_OF[0][1:], PLAN))
+
+
+def test_ranks_get_whole_groups_of_even_length() -> None:
+    groups = []
+    for number, tokens in enumerate([3, 9, 0, 4, 6, 0, 2]):
+        ids = np.zeros(tokens, dtype=np.int32)
+        steps = (replace(STEP, prompt_ids=ids),) if tokens else ()
+        groups.append([Episode(f"{number}", number, number, "task", steps, ENDED)])
+    parts = async_source._evenly(groups, 3)
+    dealt = [[episode.order for group in part for episode in group] for part in parts]
+    assert sorted(order for orders in dealt for order in orders) == list(range(7))
+    assert [sum(len(step.prompt_ids) for (e,) in part for step in e.steps) for part in parts] == [9, 8, 7]
+    assert all(dealt)
+    assert dealt == [[e.order for (e,) in part] for part in async_source._evenly(groups[::-1], 3)]
