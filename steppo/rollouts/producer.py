@@ -41,7 +41,7 @@ def serve(connection: Connection, pickled: bytes) -> None:
     jobs: queue.SimpleQueue[Job] = queue.SimpleQueue()
     threading.Thread(target=_listen, args=(connection, jobs), daemon=True).start()
     try:
-        _produce(*pickle.loads(pickled), jobs, connection)
+        _produce(jobs, connection, *pickle.loads(pickled))
     except Exception as error:  # whatever it is, it is the learner's to judge
         with suppress(OSError):
             connection.send(error if isinstance(error, SteppoError) else located(error))
@@ -63,7 +63,7 @@ def _listen(connection: Connection, jobs: queue.SimpleQueue[Job]) -> None:
 
 
 def _produce(
-    outfit: Outfit, weights: PublishedWeights, path: Path, jobs: queue.SimpleQueue[Job], connection: Connection
+    jobs: queue.SimpleQueue[Job], connection: Connection, outfit: Outfit, weights: PublishedWeights, path: Path
 ) -> None:
     with closing(Producer(outfit)) as producer, closing(DataPool(path, MOST_GROUPS)) as pool:
         while True:
