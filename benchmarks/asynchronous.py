@@ -236,11 +236,6 @@ def there(pool: Path) -> dict[str, tuple[Any, ...]]:
 
 
 def kills(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    import torch
-
-    from steppo.checkpoints import iteration_checkpoints
-    from steppo.pool import DataPool
-
     rng = random.Random(args.seed)
     settings = {"max_staleness": args.staleness, "num_producers": 2, "keep": 10**6}
     size = ["--rollout.episodes_per_iteration=16", "--data.num_minibatches=2", "--data.source.num_workers=1"]
@@ -277,12 +272,18 @@ def kills(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         if learner.returncode != -9:
             raise SystemExit(log.read_text()[-3000:])
         resume = ["--ckpt_path=last"]
-    run(
-        folder / "again",
-        *options,
-        f"--data.asynchronous.replay={pool}",
-        ahead[0],
-    )
+    return {"kills": done, "lost_groups": len(lost), **checks(folder, [*options, ahead[0]], args)}
+
+
+def checks(folder: Path, options: Sequence[str], args: argparse.Namespace) -> dict[str, Any]:
+    """What was learned by the run in this folder, and whether its record gives the same weights, without those who play."""
+    import torch
+
+    from steppo.checkpoints import iteration_checkpoints
+    from steppo.pool import DataPool
+
+    pool = folder / "run" / "version_0" / "pool.sqlite"
+    run(folder / "again", *options, f"--data.asynchronous.replay={pool}")
     ends = [iteration_checkpoints(place / "run" / "version_0" / "checkpoints")[-1] for place in (folder, folder / "again")]
     killed, again = (torch.load(path, weights_only=True) for path in ends)
     per_iteration = killed["steppo"]["counters"]["updates"] / args.kill_iterations
@@ -292,10 +293,8 @@ def kills(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         learned = [(info.iteration, info.name) for info in infos if info.iteration is not None]
         ages = [int(info.name.split("/")[1]) - (info.oldest_version or 0) / per_iteration for info in infos]
     return {
-        "kills": done,
         "iterations": args.kill_iterations,
         "episodes": sum(info.episodes for info in infos),
-        "lost_groups": len(lost),
         "learned_as_planned": sorted(learned) == sorted(plan),
         "largest_staleness": max(ages),
         "max_staleness": args.staleness,

@@ -131,9 +131,8 @@ class StepDataModule(pl.LightningDataModule):
         return groups_of(drawn, group_size)[rank::world]
 
     def groups_at(self, cursor: int, num_tasks: int, group_size: int) -> list[Group]:
-        """What ``next_groups`` gives when the sampler is there."""
-        rank, world = rank_and_world()
-        return groups_of(self.sampler.drawn(self.tasks(), cursor, num_tasks, run_seed()), group_size)[rank::world]
+        """What ``next_groups`` gives when the sampler is there, to all ranks together."""
+        return groups_of(self.sampler.drawn(self.tasks(), cursor, num_tasks, run_seed()), group_size)
 
     def tokenizer_texts(self) -> list[str]:
         """Texts of the training environment: of its first tasks, which is enough for a tokenizer."""

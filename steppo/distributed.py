@@ -60,6 +60,24 @@ def made_once(make: Callable[[], T]) -> T:
     return box[0]
 
 
+def dealt_once(make: Callable[[], Sequence[T]]) -> T:
+    """This rank's of the parts that rank 0 makes, one for each; its mistake is everyone's. All ranks must ask."""
+    rank, world = rank_and_world()
+    if world == 1:
+        return make()[0]
+    parts: list[Any] = []
+    if rank == 0:
+        try:
+            parts = list(make())
+        except SteppoError as error:
+            parts = [error] * world
+    box: list[Any] = [None]
+    dist.scatter_object_list(box, parts or None, 0)
+    if isinstance(box[0], SteppoError):
+        raise box[0]
+    return box[0]
+
+
 def require_equal(parts: Mapping[str, Any]) -> None:
     """Compares what must be equal on all ranks. All must ask.
 

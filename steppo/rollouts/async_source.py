@@ -15,12 +15,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from steppo.distributed import rank_and_world
+from steppo.distributed import dealt_once, made_once, rank_and_world
 from steppo.engines.thread import Surroundings
 from steppo.errors import ConfigError, RunError, require_at_least, said
 from steppo.pool import DataPool
 from steppo.rollouts.base import EpisodeSource, Rounds
-from steppo.rollouts.producer import MOST_GROUPS, Job, Outfit, Producers, PublishedWeights
+from steppo.rollouts.fleet import MOST_GROUPS, Fleet, Job, Outfit
+from steppo.rollouts.producer import LocalFleet
 from steppo.types import Episode, Group, RolloutConfig, Task
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ class AsyncSettings:
         pool: File of the groups; ``pool.sqlite`` in the run's folder unless given. It must be on a local disk.
         keep: Groups whose episodes stay there once they are learned. A replay needs all.
         replay: File of an earlier run, whose episodes are learned from. Nothing is played.
+        fleet: Where producers are: processes on this machine unless given.
     """
 
     max_staleness: int = 1
@@ -56,6 +58,7 @@ class AsyncSettings:
     pool: str | None = None
     keep: int = 256
     replay: str | None = None
+    fleet: Fleet | None = None
 
     def __post_init__(self) -> None:
         require_at_least(0, _NAME, max_staleness=self.max_staleness, keep=self.keep)
@@ -91,8 +94,7 @@ class AsyncSource(EpisodeSource):
         self._folder: Path | None = None
         self._scratch: tempfile.TemporaryDirectory | None = None
         self._pool: DataPool | None = None
-        self._weights: PublishedWeights | None = None
-        self._producers: Producers | None = None
+        self._fleet: Fleet | None = None  # once it is started
         self._jobs: dict[str, Job] = {}  # by the name of what they play: begun, and not yet collected
         self._begun = 0  # iterations
         self._versions: dict[int, int] = {}  # of the weights that the latest iterations began with
@@ -136,8 +138,6 @@ class AsyncSource(EpisodeSource):
         self.source.load_weights(weights, version)
 
     def bind(self, policy: Policy) -> None:
-        if rank_and_world()[1] > 1:
-            raise ConfigError(f"{_NAME}: the learner is one process so far: set trainer.devices to 1, or leave it out")
         self.source.bind(policy)
         self._policy = policy
 
@@ -159,22 +159,23 @@ class AsyncSource(EpisodeSource):
                 jobs.append(Job(number, tuple(groups), config))
                 self._jobs[config.name] = jobs[-1]
                 self._begun = number + 1
-        if not self._jobs:
-            return
+        if self._jobs:
+            held = list(weights)  # all ranks go through them, where they are sharded
+            made_once(lambda: self._begin(jobs, iteration, version, held))
+
+    def _begin(self, jobs: Sequence[Job], iteration: int, version: int, weights: Sequence[tuple[str, Tensor]]) -> None:
         if self._pool is None:
             self._pool = self._opened()
         if self.settings.replay is not None:
             return
-        if self._weights is None:
-            self._weights = PublishedWeights(self._pool.path.with_name(f"{self._pool.path.name}-weights"))
-            self._weights.clear()  # of a run that was killed
-        self._weights.publish(iteration, version, weights)
-        if self._producers is None:
-            outfit = self._outfit(self._pool.path, self._weights)
-            self._producers = Producers(outfit, self.settings.num_producers, self._pool, self.settings.timeout)
-        self._producers.watch(waiting=False)
+        if self._fleet is None:
+            fleet = self.settings.fleet or LocalFleet()
+            fleet.start(self._outfit(), self.settings.num_producers, self._pool, self.settings.timeout)
+            self._fleet = fleet
+        self._fleet.publish(iteration, version, weights)
+        self._fleet.watch(waiting=False)
         for job in jobs:
-            self._producers.send(job)
+            self._fleet.send(job)
 
     def _opened(self) -> DataPool:
         if self.settings.replay is not None:
@@ -185,15 +186,12 @@ class AsyncSource(EpisodeSource):
             folder = Path(self._scratch.name)
         return DataPool(self.settings.pool or folder / "pool.sqlite", MOST_GROUPS, self.settings.keep)
 
-    def _outfit(self, pool: Path, weights: PublishedWeights) -> Outfit:
+    def _outfit(self) -> Outfit:
         policy = self._policy
         assert policy is not None, "bind comes before"
-        here, device = Surroundings.here(), torch.device(self.settings.device or policy.device)
-        surroundings = replace(
-            here,
-            num_threads=self.settings.num_threads or here.num_threads,
-            cuda_device=device.index or 0 if device.type == "cuda" else None,
-        )
+        device = torch.device(self.settings.device or policy.device)
+        surroundings = Surroundings.here()
+        surroundings = replace(surroundings, num_threads=self.settings.num_threads or surroundings.num_threads)
         return Outfit(
             self._pickled,
             policy.unbuilt(),
@@ -204,27 +202,37 @@ class AsyncSource(EpisodeSource):
             surroundings,
             torch.get_default_dtype(),
             torch.get_float32_matmul_precision(),
-            weights,
-            pool,
-        )
+        ).on(device)
 
     # ---- an iteration ----
 
     def collect(self, groups: Sequence[Group], config: RolloutConfig) -> Iterator[list[Episode]]:
         job = self._jobs.get(config.name)
-        if job is None or self._pool is None:
+        if job is None:
             yield from self.source.collect(groups, config)
             return
-        if tuple(groups) != job.groups:
+        rank, world = rank_and_world()
+        if tuple(groups) != job.groups[rank::world]:
             raise RunError(
                 f"{_NAME}: {config.name} plays other tasks than were planned: what the sampler chooses must follow from "
                 "position and seed alone"
             )
+        if world == 1:
+            yield from self._collected(job, config)
+        else:
+            make = lambda: [(part, self._figures) for part in _evenly(self._collected(job, config), world)]  # noqa: E731
+            mine, self._figures = dealt_once(make)
+            yield from mine
+        del self._jobs[config.name]
+
+    def _collected(self, job: Job, config: RolloutConfig) -> Iterator[list[Episode]]:
+        """All groups of a job, as they come."""
+        assert self._pool is not None, "it is open since the job was begun"
         staleness: Counter[int] = Counter()
         waited = 0.0
         missing = job.names
-        if self._producers is not None:
-            self._producers.watch(waiting=False)
+        if self._fleet is not None:
+            self._fleet.watch(waiting=False)
         while missing:
             for name, number in self._pool.find(missing).items():
                 episodes = self._pool.read(number)
@@ -237,15 +245,14 @@ class AsyncSource(EpisodeSource):
                 waited += time.monotonic() - start
         if self.settings.replay is None:
             self._pool.claim_named(job.iteration, job.names)
-        del self._jobs[config.name]
         self._measure(staleness, waited)
 
     def _wait(self, missing: Iterable[str]) -> None:
-        if self._producers is None:
+        if self._fleet is None:
             name = self.settings.replay
             raise ConfigError(f"{_NAME}: {name} has no {min(missing)}: it is of a shorter run, or of other groups")
-        self._producers.watch(waiting=True)
-        self._producers.wait()
+        self._fleet.watch(waiting=True)
+        self._fleet.wait()
 
     def _check(self, name: str, group: Group, episodes: Sequence[Episode], config: RolloutConfig) -> None:
         """Raises ``ConfigError`` if these are not what is planned: the pool is another run's."""
@@ -293,8 +300,8 @@ class AsyncSource(EpisodeSource):
         """What the sources counted, here and there, and producers that were replaced."""
         counts = self.source.counts()
         counts.update(self._counts)
-        if self._producers is not None:
-            counts.update(self._producers.counts())
+        if self._fleet is not None:
+            counts.update(self._fleet.counts())
         return counts
 
     def state_dict(self) -> dict[str, Any]:
@@ -305,12 +312,10 @@ class AsyncSource(EpisodeSource):
         self.source.load_state_dict({name: value for name, value in state.items() if name != "versions"})
 
     def close(self) -> None:
-        if self._producers is not None:
-            self._counts.update(self._producers.counts())
-            self._producers.close()
-            self._producers = None
-        if self._weights is not None:
-            self._weights.clear()
+        if self._fleet is not None:
+            self._counts.update(self._fleet.counts())
+            self._fleet.close()
+            self._fleet = None
         if self._pool is not None:
             self._pool.close()
             self._pool = None
@@ -318,3 +323,18 @@ class AsyncSource(EpisodeSource):
             with suppress(OSError):
                 self._scratch.cleanup()
         self.source.close()
+
+
+def _evenly(groups: Iterable[list[Episode]], world: int) -> list[list[list[Episode]]]:
+    """Whole groups for each rank, about as many tokens each: the longest first, to whom has fewest."""
+    parts: list[list[list[Episode]]] = [[] for _ in range(world)]
+    held = [0] * world
+    for group in sorted(groups, key=lambda group: (-_tokens(group), group[0].order)):
+        rank = min(range(world), key=lambda rank: (held[rank], len(parts[rank])))
+        parts[rank].append(group)
+        held[rank] += _tokens(group)
+    return parts
+
+
+def _tokens(group: Iterable[Episode]) -> int:
+    return sum(step.prompt_ids.size + step.action_ids.size for episode in group for step in episode.steps)

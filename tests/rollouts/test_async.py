@@ -25,7 +25,7 @@ from steppo.errors import ConfigError, RunError, SteppoError
 from steppo.models import TinyPolicy
 from steppo.pool import DataPool
 from steppo.rendering import StateContext
-from steppo.rollouts import AsyncSettings, AsyncSource, EnvSource, async_source, producer
+from steppo.rollouts import AsyncSettings, AsyncSource, EnvSource, Fleet, LocalFleet, async_source, producer
 from steppo.types import Episode, RolloutConfig, Step, StopReason, groups_of
 from tests.breaking_source import BreakingSource
 from tests.cli_helpers import TOY, evaluations, places, run, same, weights
@@ -140,7 +140,7 @@ def test_episodes_can_be_played_again_from_the_record(stale: tuple[SteppoCLI, Pa
 def test_a_run_is_learned_again_from_the_record(
     stale: tuple[SteppoCLI, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(async_source, "Producers", None)  # nobody plays
+    monkeypatch.setattr(LocalFleet, "start", None)  # nobody plays
     run(tmp_path, *OPTIONS, "--trainer.precision=64-true", *ahead(replay=stale[1] / "pool.sqlite"))
     assert same(weights(tmp_path), weights(stale[1]))
 
@@ -239,7 +239,7 @@ def test_what_a_source_refuses_ends_the_run(play: Play) -> None:
 def test_producers_end_with_their_source(play: Any) -> None:
     play("crash")
     (source,) = play.sources
-    pids = [one.process.pid for one in source._producers._producers]
+    pids = [one.process.pid for one in source._fleet._processes]
     source.close()
     deadline = time.monotonic() + 10
     while alive := [pid for pid in pids if Path(f"/proc/{pid}").exists()]:
@@ -250,32 +250,33 @@ def test_producers_end_with_their_source(play: Any) -> None:
 # ---- the plan ----
 
 
-class Recorded:
+class Recorded(Fleet):
     """In place of producers: keeps what it is told, and plays nothing."""
 
-    def __init__(self, outfit: Any, count: int, pool: DataPool, timeout: float) -> None:
+    def start(self, outfit: Any, count: int, pool: DataPool, timeout: float) -> None:
         self.jobs: list[tuple[int, int]] = []
 
+    def publish(self, iteration: int, version: int, weights: Any) -> None:
+        self.newest = version
+
     def send(self, job: Any) -> None:
-        self.jobs.append((job.iteration, len(job.groups)))
+        self.jobs.append((job.iteration, self.newest))
 
     def watch(self, waiting: bool) -> None:
         pass
 
-    close = counts = lambda self: {}
+    wait = close = counts = lambda self: {}
 
 
 @pytest.fixture
-def planned(
-    tmp_path: Path, tiny_policy: TinyPolicy, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[Callable[..., AsyncSource]]:
+def planned(tmp_path: Path, tiny_policy: TinyPolicy) -> Iterator[Callable[..., AsyncSource]]:
     """A source whose producers are ``Recorded``, with its plan of six iterations."""
-    monkeypatch.setattr(async_source, "Producers", Recorded)
     sources: list[AsyncSource] = []
 
     def make(max_staleness: int) -> AsyncSource:
         env = EnvSource(CorridorEnv(), StateContext(instructions=""), HFEngine(), max_prompt_tokens=400, max_new_tokens=4)
-        source = AsyncSource(env, AsyncSettings(max_staleness=max_staleness, pool=str(tmp_path / "pool.sqlite")))
+        settings = {"max_staleness": max_staleness, "pool": str(tmp_path / "pool.sqlite"), "fleet": Recorded()}
+        source = AsyncSource(env, AsyncSettings(**settings))
         source.bind(tiny_policy)
         source.plan(lambda n: (GROUPS_OF[0], replace(PLAN, name=f"train/{n}")) if n < 6 else None, None)
         sources.append(source)
@@ -293,9 +294,10 @@ def test_no_iteration_is_begun_before_its_weights(
     source = planned(max_staleness)
     for iteration in range(2, 8):  # also a run that goes on
         source.publish(iteration, 4 * iteration, tiny_policy.inference_weights())
-        producers: Any = source._producers
-        begun = [number for number, _ in producers.jobs]
+        fleet: Any = source._fleet
+        begun = [number for number, _ in fleet.jobs]
         assert begun == [number for number in range(2, 6) if number <= iteration + max_staleness]
+        assert all(number <= version // 4 + max_staleness for number, version in fleet.jobs)
 
 
 def put(path: Path, name: str, version: int = 0, **fields: Any) -> None:
@@ -358,3 +360,17 @@ def test_other_tasks_than_planned_are_an_error(planned: Callable[..., AsyncSourc
     source.publish(0, 0, tiny_policy.inference_weights())
     with pytest.raises(RunError, match="plays other tasks than were planned"):
         next(source.collect(GROUPS_OF[0][1:], PLAN))
+
+
+def test_ranks_get_whole_groups_of_even_length() -> None:
+    groups = []
+    for number, tokens in enumerate([3, 9, 0, 4, 6, 0, 2]):
+        ids = np.zeros(tokens, dtype=np.int32)
+        steps = (replace(STEP, prompt_ids=ids),) if tokens else ()
+        groups.append([Episode(f"{number}", number, number, "task", steps, ENDED)])
+    parts = async_source._evenly(groups, 3)
+    dealt = [[episode.order for group in part for episode in group] for part in parts]
+    assert sorted(order for orders in dealt for order in orders) == list(range(7))
+    assert [sum(len(step.prompt_ids) for (e,) in part for step in e.steps) for part in parts] == [9, 8, 7]
+    assert all(dealt)
+    assert dealt == [[e.order for (e,) in part] for part in async_source._evenly(groups[::-1], 3)]
