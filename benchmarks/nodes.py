@@ -34,7 +34,7 @@ sys.path.insert(0, str(ROOT))  # tests/ is not installed
 from steppo.checkpoints import iteration_path, read  # noqa: E402
 from tests.cli_helpers import TOY, checkpoint, evaluations, places  # noqa: E402
 
-EPOCHS, KILL_AFTER = 4, 2
+EPOCHS, KILL_AFTER = 4, 1
 COMMON = ["--data.num_minibatches=3", f"--trainer.max_epochs={EPOCHS}", "--model.critic=steppo.models.SeparateCritic"]
 COMMON += ["--model.objective.kl=loss", "--trainer.callbacks+=tests.test_ddp.SaveFirstGradient", "--num_threads=1"]
 COMMON += [
@@ -60,7 +60,7 @@ def start(command: list[str], log: Path) -> subprocess.Popen[bytes]:
 
 def finish(processes: list[subprocess.Popen[bytes]], logs: list[Path]) -> None:
     for process, log in zip(processes, logs, strict=True):
-        if process.wait(timeout=600):
+        if process.wait(timeout=1800):
             raise SystemExit(f"status {process.returncode}:\n{log.read_text()[-4000:]}")
 
 

@@ -34,7 +34,8 @@ def slurm_calls(tmp_path: Path) -> list[list[str]]:
         "SLURM_JOB_ID": "7",
         "SLURM_JOB_NODELIST": "n[0-3]",
     }
-    subprocess.run(["bash", str(SLURM)], cwd=ROOT, env=environment, check=True, timeout=60)
+    # Its pipe is open until what runs in the background has ended.
+    subprocess.run(["bash", str(SLURM)], cwd=ROOT, env=environment, check=True, capture_output=True, timeout=60)
     return [line.rstrip("\t").split("\t") for line in log.read_text().splitlines()]
 
 

@@ -81,13 +81,13 @@ def test_rank_0_finds_what_is_gone_on_with(tmp_path: Path) -> None:
         ]
 
     refused = nodes((here, there))
-    errors = [node.communicate(timeout=120)[1] for node in refused]
+    errors = [node.communicate(timeout=280)[1] for node in refused]
     assert [node.returncode for node in refused] == [2, 2]
     for error in errors:
         assert f"process 1 does not see {first.relative_to(here)}, from which process 0 goes on" in error
         assert "Traceback" not in error
     done = nodes((here, here))
-    errors = [node.communicate(timeout=120)[1] for node in done]
+    errors = [node.communicate(timeout=280)[1] for node in done]
     assert [node.returncode for node in done] == [0, 0], errors
     assert [path.name for path in (here / "runs").iterdir()] == ["version_0"]
     assert checkpoint(here / "runs" / "version_0").name == "iteration-000002.ckpt"
