@@ -54,6 +54,7 @@ def train(folder: Path, options: list[str]) -> list[str]:
 
 def start(command: list[str], log: Path) -> subprocess.Popen[bytes]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # else no agent that is started later can join
     with log.open("ab") as file:
         return subprocess.Popen([sys.executable, *command], cwd=ROOT, env=environment, stdout=file, stderr=file)
 
@@ -73,9 +74,12 @@ class Nodes:
             port = free.getsockname()[1]
         here = ["--nnodes", "2", "--nproc-per-node", "1", "--max-restarts", "3", "--local-addr", "127.0.0.1"]
         meet = ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}", "--rdzv-id", "toy"]
-        self.command = ["-m", "torch.distributed.run", *here, *meet, *train(folder, [*options, "--ckpt_path=last"])]
+        same = train(folder, [*options, "--ckpt_path=last"])
+        # On one machine both take themselves for the host of the store.
+        hosts = [["--rdzv-conf", f"is_host={number == 0}"] for number in range(2)]
+        self.commands = [["-m", "torch.distributed.run", *here, *meet, *host, *same] for host in hosts]
         self.logs = [folder.with_name(f"{folder.name}-node{number}.log") for number in range(2)]
-        self.agents = [start(self.command, log) for log in self.logs]
+        self.agents = [start(command, log) for command, log in zip(self.commands, self.logs, strict=True)]
 
     def kill_second(self) -> None:
         """As a machine that goes down: agent and processes at once."""
@@ -85,7 +89,7 @@ class Nodes:
         agent.wait()
 
     def start_second(self) -> None:
-        self.agents[1] = start(self.command, self.logs[1])
+        self.agents[1] = start(self.commands[1], self.logs[1])
 
     def finish(self) -> None:
         finish(self.agents, self.logs)

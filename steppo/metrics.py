@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from steppo.distributed import gather, gather_to_first, made_once
+from steppo.distributed import gather
 from steppo.types import Episode, StopReason
 
 _SUMS = ("episodes", "verdicts", "successes", "returns", "steps", "invalid", "prompt_tokens", "action_tokens")
@@ -119,16 +119,10 @@ def info_figures(episodes: Iterable[Episode], known: bool = True) -> tuple[dict[
         success rate and interval (as those of all episodes: ``None`` unless ``known``) and mean return.
     """
     healthy = [episode for episode in episodes if not episode.stop_reason.failed]
-    everyone = gather_to_first([(e.order, e.success is True, e.episode_return, info) for e in healthy if (info := e.info)])
-    return made_once(lambda: _info_figures([told for part in everyone for told in part], known))
-
-
-def _info_figures(
-    everyone: list[tuple[int, bool, float, dict[str, Any]]], known: bool
-) -> tuple[dict[str, float], dict[str, dict[str, Any]]]:
+    mine = [(e.order, e.success is True, e.episode_return, info) for e in healthy if (info := e.info)]
     numbers: dict[str, list[float]] = defaultdict(list)
     labels: dict[str, dict[str, list[tuple[bool, float]]]] = defaultdict(lambda: defaultdict(list))
-    for _, success, total, info in sorted(everyone, key=lambda told: told[0]):
+    for _, success, total, info in sorted((told for part in gather(mine) for told in part), key=lambda told: told[0]):
         for name, value in info.items():
             if isinstance(value, str):
                 labels[name][value].append((success, total))

@@ -14,8 +14,8 @@ import lightning.pytorch as pl
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from steppo.distributed import gather, made_once
-from steppo.errors import ConfigError, RunError
+from steppo.distributed import made_once, require_equal
+from steppo.errors import ConfigError
 
 CHECKPOINTS = "checkpoints"
 _LOCK = ".lock"
@@ -46,7 +46,8 @@ class RunTrainer(pl.Trainer):
             self.strategy.setup_environment()  # from here on ranks can talk; Lightning finds it done
             ckpt_path, self.begins_from = made_once(lambda: (ckpt_path, self.begins_from))
             if ckpt_path is not None:
-                _require_shared(Path(ckpt_path))
+                size = Path(ckpt_path).stat().st_size if Path(ckpt_path).is_file() else None
+                require_equal({f"checkpoint {ckpt_path} on its disk": size})
         return super()._run(model, ckpt_path, *args, **kwargs)
 
     def save_checkpoint(self, filepath: Any, weights_only: bool | None = None, storage_options: Any = None) -> None:
@@ -71,17 +72,6 @@ class RunTrainer(pl.Trainer):
             root = Path(self.default_root_dir) / "runs"
             self.numbered = root / f"version_{max((number for number, _ in numbered_folders(root)), default=-1) + 1}"
         return str(self.numbered)
-
-
-def _require_shared(path: Path) -> None:
-    """Raises ``RunError`` on every rank if one does not see the file that rank 0 sees."""
-    first, *others = gather(path.stat().st_size if path.is_file() else None)
-    for rank, size in enumerate(others, 1):
-        if size != first:
-            raise RunError(
-                f"process {rank} {'has another' if size else 'does not see'} {path}, from which process 0 goes on: runs "
-                "must lie on a disk that all machines share"
-            )
 
 
 def run_folder(trainer: pl.Trainer) -> Path | None:

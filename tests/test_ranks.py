@@ -84,7 +84,7 @@ def test_rank_0_finds_what_is_gone_on_with(tmp_path: Path) -> None:
     errors = [node.communicate(timeout=280)[1] for node in refused]
     assert [node.returncode for node in refused] == [2, 2]
     for error in errors:
-        assert f"process 1 does not see {first.relative_to(here)}, from which process 0 goes on" in error
+        assert f"process 1 has other checkpoint {first.relative_to(here)} on its disk than process 0" in error
         assert "Traceback" not in error
     done = nodes((here, here))
     errors = [node.communicate(timeout=280)[1] for node in done]

@@ -17,8 +17,7 @@ def beginning(ckpt_path: str, config: Namespace, fit: bool) -> tuple[Path | None
     """The checkpoint that ``ckpt_path`` means, and the run folder to go on in: ``None`` for a new one.
 
     A ``fit`` goes on in a checkpoint's folder if it is the newest there and the configured logger can add to it. Its
-    ``last`` is the newest run: if that was stopped before its first checkpoint, there is a folder and no checkpoint. The
-    same where the config names the run's folder: a command that is started again and again needs no other first one.
+    ``last`` is the newest run: if that was stopped before its first checkpoint, there is a folder and no checkpoint.
     """
     folders = _run_folders(config)
     path = Path(ckpt_path)
@@ -26,15 +25,11 @@ def beginning(ckpt_path: str, config: Namespace, fit: bool) -> tuple[Path | None
         runs = [folder / CHECKPOINTS for folder in folders if (folder / CHECKPOINTS).is_dir()]
         if fit and runs and not iteration_checkpoints(runs[0]):
             return None, runs[0].parent
-        named = logger_arguments(config)
-        if fit and not runs and named is not None and named.version is not None:
+        if fit and folders and not folders[0].exists():  # the config names it: a command that is to be repeated begins it
             return None, folders[0]
         found = [path for run in runs for path in reversed(iteration_checkpoints(run))]
         if not found:
-            raise ConfigError(
-                "there is no checkpoint to continue from: none in the run folders of trainer.logger (a fit whose "
-                "trainer.logger.version is given begins there)"
-            )
+            raise ConfigError("there is no checkpoint to continue from: none in the run folders of trainer.logger")
         path = found[0]
     folder = path.resolve().parent.parent
     newest = iteration_checkpoints(folder / CHECKPOINTS)[-1:] == [path.resolve()]

@@ -177,10 +177,10 @@ def test_however_episodes_fall_to_ranks_the_figures_are_the_same(
         return [item]
 
     expected = info_figures(EPISODES)
-    monkeypatch.setattr("steppo.metrics.gather_to_first", sent)
+    monkeypatch.setattr("steppo.metrics.gather", sent)
     for rank in (0, 1):
         info_figures([episode for episode, of in zip(EPISODES[:4], ranks, strict=True) if of == rank])
-    monkeypatch.setattr("steppo.metrics.gather_to_first", lambda item: parts)
+    monkeypatch.setattr("steppo.metrics.gather", lambda item: parts)
     assert info_figures([]) == expected
 
 
