@@ -157,9 +157,11 @@ def main() -> None:
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), help="DDP, FSDP2 or both.")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/nodes.json", help="Where the results go.")
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        rows = [compare(name, Path(folder)) for name in options.ways]
-    options.out.write_text(json.dumps({**measuring.about(), "threads": 1, "rows": rows}, indent=1) + "\n")
+    rows = []
+    for name in options.ways:
+        with tempfile.TemporaryDirectory() as folder:
+            rows.append(compare(name, Path(folder)))
+        options.out.write_text(json.dumps({**measuring.about(), "threads": 1, "rows": rows}, indent=1) + "\n")
     heads = ["", "gradients off by", "weights off by", "weights after a kill", "kill to next checkpoint, s"]
     cells = [
         [
