@@ -15,7 +15,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from steppo import results
 from steppo.datamodule import run_seed
-from steppo.distributed import gather, rank_and_world
+from steppo.distributed import gather, made_once, rank_and_world
 from steppo.errors import ConfigError, RunError
 from steppo.learner.credit import check_orders
 from steppo.listeners import Evaluation, Listener, announce
@@ -160,7 +160,7 @@ class EvaluationCallback(Listener):
             figures |= {"success_rate": 0.0, "success_low": low, "success_high": high}
         means, by_label = info_figures(episodes, known)
         outcomes = results.outcomes_of(episodes, self.samples)
-        golden = results.by_golden_steps(outcomes, known)
+        golden, excess = made_once(lambda: (results.by_golden_steps(outcomes, known), results.excess_steps(outcomes)))
         record = {
             **({"player": self.player} if self.player != "policy" else {}),
             "iteration": module.counters.iterations,
@@ -179,7 +179,7 @@ class EvaluationCallback(Listener):
             "seconds": max(gather(time.perf_counter() - start)),
             **({"info": means} if means else {}),
             **({"by_label": by_label} if by_label else {}),
-            **({"excess_steps": results.excess_steps(outcomes), "by_golden_steps": golden} if golden else {}),
+            **({"excess_steps": excess, "by_golden_steps": golden} if golden else {}),
         }
         if record["errors"]:
             record["most_common_error"] = common_failure(episodes)

@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor
 import steppo
 from steppo.batch import Segment
 from steppo.datamodule import run_seed
-from steppo.distributed import gather, load_trained_state, rank_and_world, trained_state
+from steppo.distributed import gather_to_first, load_trained_state, made_once, rank_and_world, trained_state
 from steppo.errors import ConfigError, RunError
 from steppo.learner.credit import why_nothing
 from steppo.learner.sft import SFTLearner
@@ -174,7 +174,11 @@ class WarmStartCallback(pl.Callback):
             for group in source.collect(groups, config, player):
                 mine += [_advised(episode, player.advice.pop(episode.id, [])) for episode in group]
                 advance(len(mine))
-        played = sorted((episode for share in gather(mine) for episode in share), key=lambda episode: episode.order)
+        shares = gather_to_first(mine)
+        played = sorted((episode for share in shares for episode in share), key=lambda episode: episode.order)
+        return made_once(lambda: self._shown(played, source))
+
+    def _shown(self, played: Sequence[Episode], source: EnvSource) -> list[Segment]:
         steps = [step for e in played if _ended_early(e) or not e.stop_reason.failed for step in e.steps]
         self._say_what_is_missing(type(source.env).__name__, played, bool(steps))
         self._check_lengths(steps, source)

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._utils import _flatten_dense_tensors, _take_tensors, _unflatten_dense_tensors
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -16,6 +17,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from steppo.errors import RunError, SteppoError
 
 T = TypeVar("T")
+_BUCKET_BYTES = 25 * 2**20  # of gradients at once, as DDP's
 
 
 def rank_and_world() -> tuple[int, int]:
@@ -31,6 +33,35 @@ def gather(item: T) -> list[T]:
     items: list[T] = [item] * world
     dist.all_gather_object(items, item)
     return items
+
+
+def gather_columns(columns: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
+    """Everyone's columns, in the order of ranks: an exchange of their lengths, and one of all bytes.
+
+    Args:
+        columns: By name, 1-D and on the CPU; of any length, but of the same names and dtypes on all ranks.
+    """
+    _, world = rank_and_world()
+    if world == 1:
+        return [dict(columns)]
+    sizes = torch.tensor([len(column) * column.element_size() for column in columns.values()])
+    sizes_R = _all_gather(sizes)
+    whole = torch.cat([column.contiguous().view(torch.uint8) for column in columns.values()])
+    padding = max(int(other.sum()) for other in sizes_R) - len(whole)
+    found = []
+    for part, of_columns in zip(_all_gather(nn.functional.pad(whole, (0, padding))), sizes_R, strict=True):
+        pieces = part[: int(of_columns.sum())].split(of_columns.tolist())
+        pairs = zip(columns.items(), pieces, strict=True)
+        found.append({name: piece.clone().view(column.dtype) for (name, column), piece in pairs})  # aligned anew
+    return found
+
+
+def _all_gather(tensor: Tensor) -> list[Tensor]:
+    """Everyone's tensor of one shape, on the CPU."""
+    sent = tensor.to("cuda" if dist.get_backend() == dist.Backend.NCCL else "cpu")
+    parts = [torch.empty_like(sent) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, sent)
+    return [part.cpu() for part in parts]
 
 
 def gather_to_first(item: T) -> list[T]:
@@ -100,22 +131,28 @@ def require_equal(parts: Mapping[str, Any]) -> None:
 def average_gradients(parameters: Sequence[nn.Parameter]) -> None:
     """Averages gradients over ranks, once per update. Each rank may have made any number of backward passes, also none.
 
-    Those of sharded weights were averaged in the backward pass.
+    They go in flat buckets, one after the other, so that little memory is needed. Those of sharded weights were averaged in
+    the backward pass.
     """
     _, world = rank_and_world()
-    if world == 1:
-        return
     parameters = [parameter for parameter in parameters if not isinstance(parameter, DTensor)]
-    has_gradient = gather([parameter.grad is not None for parameter in parameters])
-    work = []
-    for parameter, *anyone in zip(parameters, *has_gradient, strict=True):
-        if any(anyone):
+    if world == 1 or not parameters:
+        return
+    mine = [parameter.grad is not None for parameter in parameters]
+    anyone = torch.tensor(mine, dtype=torch.uint8, device=parameters[0].device)
+    dist.all_reduce(anyone, dist.ReduceOp.MAX)
+    gradients = []
+    for parameter, is_learned in zip(parameters, anyone.tolist(), strict=True):
+        if is_learned:
             if parameter.grad is None:
                 parameter.grad = parameter.new_zeros(parameter.shape)
-            parameter.grad /= world
-            work.append(dist.all_reduce(parameter.grad, async_op=True))
-    for handle in work:
-        handle.wait()
+            gradients.append(parameter.grad)
+    for bucket in _take_tensors(gradients, _BUCKET_BYTES):
+        flat = _flatten_dense_tensors(bucket)
+        flat /= world
+        dist.all_reduce(flat)
+        for gradient, averaged in zip(bucket, _unflatten_dense_tensors(flat, bucket), strict=True):
+            gradient.copy_(averaged)
 
 
 def shard(module: nn.Module, blocks: Sequence[str], device_type: str) -> None:

@@ -13,7 +13,7 @@ from rich.table import Column
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from steppo.distributed import gather
+from steppo.distributed import gather_to_first
 from steppo.errors import ConfigError
 from steppo.metrics import wilson_interval
 from steppo.panels import read_json, write_text
@@ -37,7 +37,7 @@ class Table(NamedTuple):
 
 
 def outcomes_of(episodes: Iterable[Episode], samples: int) -> list[Outcome]:
-    """How each episode of an evaluation went, over all ranks, of which all must ask, in the panel's order.
+    """How each episode of an evaluation went, in the panel's order: of all ranks, which must ask, and on rank 0 only.
 
     Args:
         episodes: This rank's.
@@ -59,7 +59,8 @@ def outcomes_of(episodes: Iterable[Episode], samples: int) -> list[Outcome]:
         )
         for episode in episodes
     ]
-    return [outcome for _, outcome in sorted((one for part in gather(mine) for one in part), key=lambda one: one[0])]
+    everyone = sorted((one for part in gather_to_first(mine) for one in part), key=lambda one: one[0])
+    return [outcome for _, outcome in everyone]
 
 
 def is_healthy(outcome: Outcome) -> bool:

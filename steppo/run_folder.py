@@ -14,6 +14,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
+from steppo.distributed import made_once, require_equal
 from steppo.errors import ConfigError
 
 CHECKPOINTS = "checkpoints"
@@ -37,6 +38,17 @@ class RunTrainer(pl.Trainer):
     begins_from: Path | None = None
     is_scripted: bool = False
     can_be_continued: bool = False
+
+    def _run(self, model: Any, ckpt_path: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """As Lightning's, with the checkpoint that rank 0 found: the others do not look for themselves."""
+        if self.world_size > 1:
+            self.strategy.connect(model)
+            self.strategy.setup_environment()  # from here on ranks can talk; Lightning finds it done
+            ckpt_path, self.begins_from = made_once(lambda: (ckpt_path, self.begins_from))
+            if ckpt_path is not None:
+                size = Path(ckpt_path).stat().st_size if Path(ckpt_path).is_file() else None
+                require_equal({f"checkpoint {ckpt_path} on its disk": size})
+        return super()._run(model, ckpt_path, *args, **kwargs)
 
     def save_checkpoint(self, filepath: Any, weights_only: bool | None = None, storage_options: Any = None) -> None:
         """As Lightning's, once there is a state to go on from: where SLURM finds no file, a requeued job begins anew."""

@@ -101,7 +101,8 @@ def on_ranks(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Any]]:
 
         with monkeypatch.context() as patched, ThreadPoolExecutor(world) as threads:
             for module in ("buffer", "datamodule", "learner.credit", "learner.learner", "learner.steps", "learner.update"):
-                for name, fake in (("gather", gather), ("rank_and_world", lambda: (here.rank, world))):
+                collectives = {"gather": gather, "gather_columns": gather, "rank_and_world": lambda: (here.rank, world)}
+                for name, fake in collectives.items():
                     patched.setattr(f"steppo.{module}.{name}", fake, raising=False)
             return list(threads.map(start, range(world)))
 

@@ -195,10 +195,10 @@ def test_outcomes_are_in_the_panels_order(monkeypatch: pytest.MonkeyPatch) -> No
     episodes = [make_episode(order, [1, 1]) for order in (5, 0, 3)]
     found = outcomes_of(episodes, samples=2)
     parts: list[Any] = []
-    monkeypatch.setattr("steppo.results.gather", lambda item: [*parts, parts.append(item)][:-1])
+    monkeypatch.setattr("steppo.results.gather_to_first", lambda item: [*parts, parts.append(item)][:-1])
     for share in (episodes[:1], episodes[1:]):
         outcomes_of(share, samples=2)
-    monkeypatch.setattr("steppo.results.gather", lambda item: parts)
+    monkeypatch.setattr("steppo.results.gather_to_first", lambda item: parts)
     assert outcomes_of([], samples=2) == found
     assert [row["sample"] for row in found] == [0, 1, 1]
     assert [row["task"] for row in found] == [episodes[place].task_id for place in (1, 2, 0)]

@@ -171,7 +171,8 @@ class SteppoCLI(LightningCLI):
             raise ConfigError(f"evaluation.player {player} is for validate and test: fit evaluates what it trains")
         if player != "policy" and self._ckpt_path is not None:
             raise ConfigError(f"evaluation.player {player} asks no policy: leave --ckpt_path out, or the player")
-        if self._ckpt_path is not None:
+        is_told = self._ckpt_path == "last" and cast(Any, rank_zero_only).rank != 0  # what rank 0 finds: RunTrainer
+        if self._ckpt_path is not None and not is_told:
             path, folder = self._checkpoint, self._folder = beginning(self._ckpt_path, config, self.subcommand == "fit")
             if path is not None:
                 read(path, mmap=True)  # before games are made and models are built

@@ -25,6 +25,8 @@ def beginning(ckpt_path: str, config: Namespace, fit: bool) -> tuple[Path | None
         runs = [folder / CHECKPOINTS for folder in folders if (folder / CHECKPOINTS).is_dir()]
         if fit and runs and not iteration_checkpoints(runs[0]):
             return None, runs[0].parent
+        if fit and folders and not folders[0].exists():  # the config names it: a command that is to be repeated begins it
+            return None, folders[0]
         found = [path for run in runs for path in reversed(iteration_checkpoints(run))]
         if not found:
             raise ConfigError("there is no checkpoint to continue from: none in the run folders of trainer.logger")

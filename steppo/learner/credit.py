@@ -6,7 +6,6 @@ import hashlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +13,7 @@ from torch import Tensor
 from steppo.advantages import Advantage
 from steppo.advantages.base import time_order, tokens_in_order
 from steppo.batch import Credit, CreditBatch
-from steppo.distributed import gather, rank_and_world
+from steppo.distributed import gather, gather_columns, rank_and_world
 from steppo.errors import ConfigError, RunError
 from steppo.learner.scoring import Scores
 from steppo.learner.steps import StepTable
@@ -61,8 +60,10 @@ def assign_credit(steps: StepTable, scores: Scores, advantage: Advantage, kl_coe
         RunError: There is not one step on any rank.
         ConfigError: The scheme gave credit of the wrong kind or shape.
     """
-    parts = gather(_local_part(steps, scores, kl_coef, advantage.needs_observations))
-    joined = {name: torch.cat([part[name] for part in parts]) for name in parts[0] if name != "texts"}
+    parts = gather_columns(_columns(steps, scores, kl_coef))
+    joined = {name: _wide(torch.cat([part[name] for part in parts])) for name in parts[0]}
+    parts_of_texts = gather([step.observation for step in steps.records]) if advantage.needs_observations else []
+    texts = [text for part in parts_of_texts for text in part]
     if joined["order_N"].numel() == 0:
         raise RunError(f"the iteration gave no step to learn from: {why_nothing(steps.episodes)}")
     rank, _ = rank_and_world()
@@ -72,7 +73,6 @@ def assign_credit(steps: StepTable, scores: Scores, advantage: Advantage, kl_coe
     sort_A = tokens_in_order(joined["length_N"], sort_N)
     columns = {name: column[sort_N] for name, column in joined.items() if name.endswith("_N")}
     tokens = {name: column[sort_A] for name, column in joined.items() if name.endswith("_A")}
-    texts = [text for part in parts for text in part["texts"]]
     _, episode_N, count_E = torch.unique_consecutive(columns["order_N"], return_inverse=True, return_counts=True)
     first_E = count_E.cumsum(0) - count_E
     agent_N = _numbered(columns["agent_N"])
@@ -80,19 +80,25 @@ def assign_credit(steps: StepTable, scores: Scores, advantage: Advantage, kl_coe
     index_N, is_last_N = _places(chain_N)
     final_reward_E = columns["final_reward_N"][first_E]
     final_reward_N = torch.where(is_last_N, final_reward_E[episode_N], 0.0)
-    task_reward_N = columns["task_reward_N"] + final_reward_N
+    reward_N, length_N = columns["reward_N"], columns["length_N"]
+    reward_A = _on_last_tokens(reward_N, length_N)
+    task_reward_N = reward_N + final_reward_N
+    if "penalty_A" in tokens:
+        reward_A -= tokens["penalty_A"]
+        step_of_A = torch.repeat_interleave(torch.arange(len(length_N)), length_N)
+        reward_N = torch.zeros_like(reward_N).index_add(0, step_of_A, reward_A)
 
     batch = CreditBatch(
-        reward_N=columns["reward_N"] + final_reward_N,
-        reward_A=tokens["reward_A"] + _on_last_tokens(final_reward_N, columns["length_N"]),
+        reward_N=reward_N + final_reward_N,
+        reward_A=reward_A + _on_last_tokens(final_reward_N, length_N),
         task_reward_N=task_reward_N,
-        task_reward_A=_on_last_tokens(task_reward_N, columns["length_N"]),
+        task_reward_A=_on_last_tokens(task_reward_N, length_N),
         episode_N=episode_N,
         chain_N=chain_N,
         agent_N=agent_N,
         group_E=columns["group_N"][first_E],
         index_N=index_N,
-        length_N=columns["length_N"],
+        length_N=length_N,
         terminated_E=columns["terminated_N"][first_E],
         bootstrap_E=columns["bootstrap_N"][first_E],
         last_chain_E=chain_N[first_E + count_E - 1],
@@ -128,6 +134,10 @@ def check_orders(episodes: Sequence[Episode]) -> None:
     Raises:
         RunError: Two have the same order.
     """
+    orders = torch.tensor([episode.order for episode in episodes], dtype=torch.int64)
+    everyone = torch.cat([part["order"] for part in gather_columns({"order": orders})])
+    if len(everyone.unique()) == len(everyone):
+        return
     known: dict[int, str] = {}
     for order, name in (pair for part in gather([(e.order, e.id) for e in episodes]) for pair in part):
         if order in known:
@@ -161,37 +171,32 @@ def _check(credit: Credit, batch: CreditBatch, advantage: Advantage) -> None:
             raise ConfigError(f"{name} gave {column} of shape {tuple(found.shape)}, not {(length,)}")
 
 
-def _local_part(steps: StepTable, scores: Scores, kl_coef: float, with_texts: bool) -> dict[str, Any]:
-    dtype = torch.float64  # in float32 a perfect critic's advantages would be rounding noise, whitened to unit size
-    length_N = torch.from_numpy(steps.lengths_N)
-    reward_N = task_reward_N = torch.tensor([step.reward for step in steps.records], dtype=dtype)
-    reward_A = _on_last_tokens(task_reward_N, length_N)
-    if kl_coef and scores.ref_logprobs_A is not None:
-        reward_A -= kl_coef * (scores.old_logprobs_A.to(dtype) - scores.ref_logprobs_A.to(dtype))
-        reward_N = torch.zeros_like(reward_N).index_add(0, steps.step_of_A, reward_A)
+def _columns(steps: StepTable, scores: Scores, kl_coef: float) -> dict[str, Tensor]:
+    """What credit needs of this rank's steps, and of their tokens only what cannot be told from the steps."""
     episode_of = {episode.order: episode for episode in steps.episodes}
     episodes = [episode_of[order] for order in steps.order_N.tolist()]
     agents = {name: _text_key(name) for name in {step.agent_id for step in steps.records}}
-    part = {
+    columns = {
         "order_N": torch.from_numpy(steps.order_N),
         "group_N": torch.from_numpy(steps.group_N),
         "index_N": torch.tensor([step.index for step in steps.records], dtype=torch.int64),
-        "length_N": length_N,
-        "reward_N": reward_N,
-        "reward_A": reward_A,
-        "task_reward_N": task_reward_N,
+        "length_N": torch.from_numpy(steps.lengths_N),
+        "reward_N": torch.tensor([step.reward for step in steps.records], dtype=torch.float64),
         "agent_N": torch.tensor([agents[step.agent_id] for step in steps.records], dtype=torch.int64),
-        "final_reward_N": torch.tensor([episode.final_reward for episode in episodes], dtype=dtype),
+        "final_reward_N": torch.tensor([episode.final_reward for episode in episodes], dtype=torch.float64),
         "terminated_N": torch.tensor([e.stop_reason == StopReason.TERMINATED for e in episodes], dtype=torch.bool),
-        "bootstrap_N": scores.bootstrap_N.to(dtype),
+        "bootstrap_N": scores.bootstrap_N,
         "anchor_N": torch.tensor([_text_key(_state(s), agents[s.agent_id]) for s in steps.records], dtype=torch.int64),
-        "texts": [step.observation for step in steps.records] if with_texts else [],
     }
-    if scores.value_N is not None:
-        part["value_N"] = scores.value_N.to(dtype)
-    if scores.value_A is not None:
-        part["value_A"] = scores.value_A.to(dtype)
-    return part
+    if kl_coef and scores.ref_logprobs_A is not None:
+        columns["penalty_A"] = kl_coef * (scores.old_logprobs_A.double() - scores.ref_logprobs_A.double())
+    values = {"value_N": scores.value_N, "value_A": scores.value_A}
+    return columns | {name: value for name, value in values.items() if value is not None}
+
+
+def _wide(column: Tensor) -> Tensor:
+    """Floats as float64: in float32 a perfect critic's advantages would be rounding noise, whitened to unit size."""
+    return column.double() if column.is_floating_point() else column
 
 
 def _state(step: Step) -> str:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from steppo.batch import Segment
-from steppo.distributed import gather, rank_and_world
+from steppo.distributed import gather_columns, rank_and_world
 from steppo.minibatches import StepColumns
 from steppo.types import Episode, Step
 
@@ -57,9 +57,10 @@ class StepTable:
 
     def over_ranks(self) -> tuple[StepColumns, np.ndarray]:
         """The steps of all ranks in logical order, and the places of this rank's among them [N]. All ranks must ask."""
-        parts = gather((self.order_N, self.group_N, self.lengths_N))
-        order_N, group_N, length_N = (np.concatenate(column) for column in zip(*parts, strict=True))
-        rank_N = np.repeat(np.arange(len(parts)), [len(part[0]) for part in parts])
+        mine = {"order": self.order_N, "group": self.group_N, "length": self.lengths_N}
+        parts = gather_columns({name: torch.from_numpy(column) for name, column in mine.items()})
+        order_N, group_N, length_N = (torch.cat([part[name] for part in parts]).numpy() for name in mine)
+        rank_N = np.repeat(np.arange(len(parts)), [len(part["order"]) for part in parts])
         sort_N = np.argsort(order_N, kind="stable")  # an episode is one rank's, and its steps are in their order there
         mine_N = np.flatnonzero(rank_N[sort_N] == rank_and_world()[0])
         return StepColumns(order_N[sort_N], group_N[sort_N], length_N[sort_N]), mine_N

@@ -149,6 +149,21 @@ def test_where_no_run_is_nothing_goes_on(runs: Runs, fit: bool, tmp_path: Path) 
         beginning("last", made(runs, tmp_path, "none"), fit)
 
 
+def test_a_fit_begins_in_the_folder_that_its_config_names(tmp_path: Path) -> None:
+    """So that the command which goes on is also the first one; but not in the place of an older run."""
+    config = made([[0, 1]], tmp_path, "numbered")
+    config.trainer.logger.init_args.version = "mine"
+    assert beginning("last", config, fit=True) == (None, tmp_path / "runs" / "mine")
+    with pytest.raises(ConfigError, match="there is no checkpoint to continue from"):
+        beginning("last", config, fit=False)
+    (tmp_path / "runs" / "mine" / "checkpoints").mkdir(parents=True)
+    iteration_path(tmp_path / "runs" / "mine" / "checkpoints", 2).touch()
+    assert beginning("last", config, fit=True) == (
+        iteration_path(tmp_path / "runs" / "mine" / "checkpoints", 2),
+        tmp_path / "runs" / "mine",
+    )
+
+
 Runs = list[list[int] | None]
 
 
