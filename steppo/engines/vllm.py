@@ -111,6 +111,7 @@ class VLLMEngine(Engine):
             raise ConfigError("VLLMEngine needs httpx: pip install 'steppo[vllm]'")
         self.python = python
         self.urls = urls or []
+        self.is_shared = bool(urls)
         self.num_servers = num_servers
         self.max_model_len = max_model_len
         self.dtype = dtype

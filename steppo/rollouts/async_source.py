@@ -83,6 +83,11 @@ class AsyncSource(EpisodeSource):
     plays_ahead = True
 
     def __init__(self, source: EpisodeSource, settings: AsyncSettings = AsyncSettings()) -> None:
+        if source.engine is not None and source.engine.is_shared:
+            raise ConfigError(
+                f"{_NAME}: learner and producers would change the weights of the same servers: have each start its own "
+                "(VLLMEngine: python, in place of urls)"
+            )
         self.source = source
         self.settings = settings
         try:
@@ -160,7 +165,8 @@ class AsyncSource(EpisodeSource):
                 self._jobs[config.name] = jobs[-1]
                 self._begun = number + 1
         if self._jobs:
-            held = list(weights)  # all ranks go through them, where they are sharded
+            is_first = rank_and_world()[0] == 0  # where weights are sharded, all go through them, and one holds them
+            held = [named for named in weights if is_first]
             made_once(lambda: self._begin(jobs, iteration, version, held))
 
     def _begin(self, jobs: Sequence[Job], iteration: int, version: int, weights: Sequence[tuple[str, Tensor]]) -> None:

@@ -20,7 +20,7 @@ import torch
 
 from steppo.checkpoints import iteration_path, read
 from steppo.cli import SteppoCLI
-from steppo.engines import HFEngine
+from steppo.engines import HFEngine, VLLMEngine
 from steppo.errors import ConfigError, RunError, SteppoError
 from steppo.models import TinyPolicy
 from steppo.pool import DataPool
@@ -374,3 +374,10 @@ def test_ranks_get_whole_groups_of_even_length() -> None:
     assert [sum(len(step.prompt_ids) for (e,) in part for step in e.steps) for part in parts] == [9, 8, 7]
     assert all(dealt)
     assert dealt == [[e.order for (e,) in part] for part in async_source._evenly(groups[::-1], 3)]
+
+
+def test_servers_whose_weights_all_would_change_are_refused() -> None:
+    pytest.importorskip("httpx")
+    engine = VLLMEngine(urls=["http://127.0.0.1:8000"])
+    with pytest.raises(ConfigError, match="have each start its own"):
+        AsyncSource(EnvSource(CorridorEnv(), StateContext(), engine))
