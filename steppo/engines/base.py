@@ -37,12 +37,10 @@ class Engine(ABC):
     Attributes:
         logprob_tolerance: Largest difference to the learner's log-probabilities that is no cause for worry.
         join_share: While requests are under way, others join once so large a share of the episodes has something to ask.
-        is_shared: Another process with the same settings would change the same weights.
     """
 
     logprob_tolerance: float = 1e-4
     join_share: float = 0.0
-    is_shared: bool = False
 
     def bind(self, policy: Policy) -> None:
         """Takes the policy before the first request. Engines of other processes take only what they need to start."""

@@ -111,7 +111,6 @@ class VLLMEngine(Engine):
             raise ConfigError("VLLMEngine needs httpx: pip install 'steppo[vllm]'")
         self.python = python
         self.urls = urls or []
-        self.is_shared = bool(urls)
         self.num_servers = num_servers
         self.max_model_len = max_model_len
         self.dtype = dtype
@@ -126,6 +125,12 @@ class VLLMEngine(Engine):
         self._version = ""
         self._model = Path()  # the newest weights
         self._asked: dict[int, str] = {}  # requests under way -> session
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For another process, with servers of its own."""
+        if self.urls:
+            raise ConfigError("VLLMEngine: each process would change the weights of the same servers: give python, not urls")
+        return vars(self)
 
     # ---- for the thread that asks ----
 

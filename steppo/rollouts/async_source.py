@@ -83,11 +83,6 @@ class AsyncSource(EpisodeSource):
     plays_ahead = True
 
     def __init__(self, source: EpisodeSource, settings: AsyncSettings = AsyncSettings()) -> None:
-        if source.engine is not None and source.engine.is_shared:
-            raise ConfigError(
-                f"{_NAME}: learner and producers would change the weights of the same servers: have each start its own "
-                "(VLLMEngine: python, in place of urls)"
-            )
         self.source = source
         self.settings = settings
         try:

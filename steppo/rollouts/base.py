@@ -15,7 +15,6 @@ from steppo.types import Episode, Group, RolloutConfig, Task
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from steppo.engines import Engine
     from steppo.models.policy import Policy
     from steppo.rollouts.env_source import EnvSource
 
@@ -35,11 +34,9 @@ class EpisodeSource(ABC):
 
     Attributes:
         plays_ahead: It wants to hear what is planned, and of new weights.
-        engine: What samples for it, if that is one of ours.
     """
 
     plays_ahead: bool = False
-    engine: Engine | None = None
 
     @abstractmethod
     def tasks(self, split: str) -> list[Task]:

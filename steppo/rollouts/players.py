@@ -41,7 +41,7 @@ class PolicyPlayer(Player):
 
     Asked again while its answer is refused, it acts by its own distribution over the answers that are not. What is learned
     from is the plain log-probability of the last one. A refused answer leaves the state as it is and costs nothing, so it
-    would have advantage 0: this is the gradient where values are exact, and else it also moves how often answers are refused.
+    would have advantage 0: where values are exact this is the gradient, else it also moves how often answers are refused.
 
     Args:
         engine: Samples.

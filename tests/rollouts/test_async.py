@@ -379,5 +379,5 @@ def test_ranks_get_whole_groups_of_even_length() -> None:
 def test_servers_whose_weights_all_would_change_are_refused() -> None:
     pytest.importorskip("httpx")
     engine = VLLMEngine(urls=["http://127.0.0.1:8000"])
-    with pytest.raises(ConfigError, match="have each start its own"):
+    with pytest.raises(ConfigError, match="give python, not urls"):
         AsyncSource(EnvSource(CorridorEnv(), StateContext(), engine))
