@@ -46,7 +46,9 @@ def gather_columns(columns: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
         return [dict(columns)]
     sizes = torch.tensor([len(column) * column.element_size() for column in columns.values()])
     sizes_R = _all_gather(sizes)
-    whole = torch.cat([column.contiguous().view(torch.uint8) for column in columns.values()])
+    # Not `contiguous`: an empty one from numpy keeps its stride of 0.
+    dense = [column.clone(memory_format=torch.contiguous_format) for column in columns.values()]
+    whole = torch.cat([column.view(torch.uint8) for column in dense])
     padding = max(int(other.sum()) for other in sizes_R) - len(whole)
     found = []
     for part, of_columns in zip(_all_gather(nn.functional.pad(whole, (0, padding))), sizes_R, strict=True):

@@ -6,6 +6,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ def own_columns(rank: int) -> dict[str, Tensor]:
     """Of unequal lengths, none on rank 1 among them, and with widths that do not divide each other's places."""
     chance = torch.Generator().manual_seed(rank)
     return {
+        "none": torch.from_numpy(np.zeros(2 * rank, dtype=np.int64)[rank:]),  # as numpy has it, empty on rank 0
         "flag": torch.arange(3 * rank + 1) % 2 == 0,
         "order": torch.randint(-(2**62), 2**62, (2 * (1 - rank) + 1,), generator=chance),
         "value": torch.randn(5 - 5 * rank, generator=chance),
