@@ -14,7 +14,6 @@ Prints both tables, and writes ``benchmarks/results/scale_model.json``. A result
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import math
 import statistics
@@ -204,8 +203,7 @@ def cluster(
     flows = {
         "prompts and answers, a server": episodes * STEPS / actors * 6 * (CONTEXT + ACTION),  # ids as JSON
         "episodes to rank 0": episodes * EPISODE_BYTES,
-        "weights out of the learner's node": whole * min(1, nodes[1]),
-        "weights into a playing node": whole,
+        "weights into a node that plays": whole,
         "weights to files, a node": half * actors / playing_nodes,
         "weights and gradients, a rank": MODELS_LEARNED * 3 * whole * MINIBATCHES if ranks > 1 else 0.0,
     }
@@ -230,7 +228,7 @@ def laptop(ahead: int) -> Layout:
     found = simulate(run, 8)
     found["steps"] = now["  environments' steps, beside"]["calls"]
     flows = {"episodes to rank 0": 64 * episode_bytes(10, 180, 8, 0), "weights to files, a node": 4 * 0.3e6} if ahead else {}
-    name = "laptop, 2 cores, quickstart" + (", ahead by 1" if ahead else "")
+    name = "laptop, the quickstart" + (", ahead by 1" if ahead else "")
     return Layout(name, run, found, learn, flows)
 
 
@@ -260,7 +258,7 @@ def one_gpu(with_server: bool) -> Layout:
     flows = {"weights to files, a node": half} if with_server else {}
     if with_server:
         flows["prompts and answers, a server"] = groups * GROUP * STEPS * 6 * (CONTEXT + ACTION)
-    name = f"one GPU, {model.name}, {'a vLLM server' if with_server else 'HFEngine'}"
+    name = f"one GPU, 1.5 B, {'vLLM' if with_server else '`HFEngine`'}"
     return Layout(name, run, simulate(run, 4), learner, flows)
 
 
@@ -269,13 +267,14 @@ def layouts() -> list[Layout]:
         return []
     found = [laptop(0), laptop(1), one_gpu(False), one_gpu(True)]
     for play in (2, 3, 4):
-        found += [cluster(f"one node: {8 - play} GPUs learn, {play} play", (1, 0), (8 - play, play), 32)]
-    for nodes, play in itertools.product((8, 64), (2, 3, 4)):
-        places = nodes - nodes * play // 8, nodes * play // 8
-        name = f"{nodes} nodes: {places[0]} learn, {places[1]} play"
-        found += [cluster(name, places, (8 * places[0], 8 * places[1]), 32 * nodes)]
+        found += [cluster(f"one node, 4 B: {8 - play} GPUs learn, {play} play", (1, 0), (8 - play, play), 32)]
+    for nodes in (8, 64):
+        learn, play = nodes * 5 // 8, nodes * 3 // 8
+        found += [
+            cluster(f"{nodes} nodes, 4 B: {learn} learn, {play} play", (learn, play), (8 * learn, 8 * play), 32 * nodes)
+        ]
     for what, wait, computing in (("wait 2 s", 2.0, 0.01), ("compute 2 s", 0.0, 2.0)):
-        name = f"1,000 environments that {what}: 1 node learns, 2 play"
+        name = f"1,000 environments that {what}, 4 B: 1 node learns, 2 play"
         found += [cluster(name, (1, 2), (8, 16), 125, wait, computing, slots=63)]
     return found
 
@@ -290,30 +289,48 @@ def amount(size: float) -> str:
     return f"{size:.0f} B" if size else ""
 
 
-def tables(points: Sequence[Point], rows: Sequence[dict[str, Any]]) -> str:
+def rounded(number: float) -> str:
+    return f"{number:.0f}" if number >= 10 else f"{number:.2g}"
+
+
+def tables(families: dict[str, list[Point]], rows: Sequence[dict[str, Any]]) -> str:
     from measuring import markdown
 
+    points = [point for family in families.values() for point in family]
     lines = [
         [point.what, f"{point.predicted:.4g}", f"{point.measured:.4g}", point.unit, f"{point.error:+.0%}", point.basis]
         for point in points
     ]
-    heads = ["what", "predicted", "measured", "", "off by", "from"]
+    heads = ["point", "predicted", "measured", "", "off by", "from"]
     missed = [f"- {point.what}, {point.error:+.0%}: {point.doubt or '?'}" for point in points if abs(point.error) > 0.2]
-    text = [markdown(heads, lines), f"{len(points) - len(missed)} of {len(points)} within 20 %. The others:", *missed, ""]
-    heads = ["layout", "iterations/h", "steps/s", "learner waits", "actors wait", "bound by", "s of learner", "s of players"]
+    text = [markdown(heads, lines), ""]
+    lines = []
+    for name, family in families.items():
+        errors = sorted(point.error for point in family)
+        lines += [
+            [
+                name,
+                str(len(family)),
+                str(sum(abs(error) <= 0.2 for error in errors)),
+                f"{errors[0]:+.0%} to {errors[-1]:+.0%}",
+            ]
+        ]
+    text += [markdown(["what, from what", "points", "within 20 %", "off by"], lines), ""]
+    text += [f"{len(points) - len(missed)} of {len(points)} within 20 %. The others:", *missed, ""]
+    heads = ["size", "iterations/h", "steps/s", "seconds of the learner", "seconds of the players", "bound by", "who waits"]
     lines = []
     for row in rows:
-        shares = [f"{row[name]:.0%}" for name in ("learner_waits", "actors_wait")]
         parts = [
-            ", ".join(f"{name} {seconds:.3g}" for name, seconds in row[f"{who}_seconds"].items() if seconds >= 0.005)
+            ", ".join(f"{name} {rounded(seconds)}" for name, seconds in row[f"{who}_seconds"].items() if seconds >= 0.05)
             for who in ("learner", "playing")
         ]
         rates = [f"{row[name]:,.0f}" for name in ("iterations_per_hour", "steps_per_second")]
-        lines.append([row["layout"], *rates, *shares, row["bound_by"], *parts])
+        waits = f"learner {row['learner_waits']:.0%}, players {row['actors_wait']:.0%}".replace("%", " %")
+        lines.append([row["layout"], *rates, *parts, row["bound_by"], waits])
     text += [markdown(heads, lines), ""]
     names = list(dict.fromkeys(name for row in rows for name in row["bytes_per_second"]))
     lines = [[row["layout"], *(amount(row["bytes_per_second"].get(name, 0.0)) for name in names)] for row in rows]
-    text += [markdown(["bytes/s", *names], lines)]
+    text += [markdown(["bytes a second", *names], lines)]
     return "\n".join([*text, f"Not there yet: {', '.join(sorted(MISSING))}"] if MISSING else text)
 
 
@@ -349,16 +366,18 @@ def main() -> None:
     if args.measure or "pool" not in report:
         report = {"pool": measure_pool()}
         out.write_text(json.dumps(report))
-    points = [point for each in POINTS for point in each()]
+    families = {str(each.__doc__).rstrip("."): found for each in POINTS if (found := list(each()))}
     rows = [layout.row() for layout in layouts()]
-    print(tables(points, rows))
+    print(tables(families, rows))
     report = {
         **about(),
         "command": "python benchmarks/scale_model.py",
         "not_there": sorted(MISSING),
         "assumed": {name: dict(zip(("value", "unit", "source"), row, strict=True)) for name, row in ASSUMED.items()},
         "pool": report["pool"],
-        "points": [{**asdict(point), "error": point.error} for point in points],
+        "points": [
+            {"family": name, **asdict(point), "error": point.error} for name, family in families.items() for point in family
+        ],
         "layouts": rows,
     }
     out.write_text(json.dumps(report, indent=1) + "\n")

@@ -58,7 +58,7 @@ class Point:
 
 
 def asynchronous() -> Iterator[Point]:
-    """One thread learns, or two, while a producer plays: from the synchronous run of as many threads on two cores."""
+    """Playing ahead on two cores, from rollout and update of the synchronous run."""
     rows = result("asynchronous.json", "speed", "rows") or []
     for row, threads in itertools.product(rows, (1, 2)):
         name = f"{threads} thread{'s'[: threads - 1]}"
@@ -77,7 +77,7 @@ def asynchronous() -> Iterator[Point]:
 
 
 def second_worker() -> Iterator[Point]:
-    """Two processes on two cores, from one."""
+    """A second worker, from one."""
     for split, row in (result("multihop_qa.json", "splits") or {}).items():
         one, two = row["expert"]["steps_per_second"], row["steps_per_second_on_two"]
         yield Point(f"multi-hop QA, {split}: two workers", "steps/s", 2 * one, two, "multihop_qa.json: one")
@@ -114,7 +114,7 @@ def token_time(part: dict[str, Any]) -> Callable[[int, float], float]:
 
 
 def rollouts() -> Iterator[Point]:
-    """Dialogues of batches, from a tick of 600 tokens at 8 and 32 rows and the rate of a matrix product."""
+    """Rollouts, from ticks at a length of 600 and the matmul rate."""
     for file, names in (("rollout.json", ("tiny", "smollm2")), ("rollout_gpu.json", ("smollm2",))):
         for name in names:
             part = result(file, name)
@@ -147,7 +147,7 @@ def fitted(columns: Any, values: Any) -> Any:
 
 
 def updates() -> Iterator[Point]:
-    """Seconds of an update by tokens, pairs that attend, and a constant, from appended dialogues."""
+    """Updates of prompts written anew, from appended dialogues."""
     rows = [row for row in result("update.json", "rows") or [] if row["model"] == "tiny" and row["minibatches"] == "whole"]
     if not rows:
         return
@@ -168,7 +168,7 @@ def updates() -> Iterator[Point]:
 
 
 def quickstart() -> Iterator[Point]:
-    """Engine and worker take turns where ``env_ticks`` is 0: a tick waits for all environments."""
+    """The quickstart's rollout by the clock, from CPU seconds of its engine and its worker, which take turns."""
     now = result("iteration.json")
     for name in ("now", "before") if now else ():
         part = now[name]
@@ -184,7 +184,7 @@ def quickstart() -> Iterator[Point]:
 
 
 def waiting() -> Iterator[Point]:
-    """Environments that wait 1 to 200 ms, 16 slots, two episodes in each: from those that do not wait."""
+    """Environments that wait 1 to 200 ms in 16 slots, from those that do not."""
     rows = result("scheduling.json", "rows") or []
     answers = 2 * 13  # of an environment in a slot
     for row in rows:
@@ -211,7 +211,7 @@ def waiting() -> Iterator[Point]:
 
 
 def servers() -> Iterator[Point]:
-    """A batch of 8 from batches of 1 and 32, and a gateway with 200 sessions from one."""
+    """Batches of 8, from 1 and 32; a gateway's call among 200 sessions, from one session."""
     for name, rates in (result("vllm_engine.json", "speed", "tokens/s") or {}).items():
         tick = {int(batch): int(batch) / rate[0] for batch, rate in rates.items()}
         yield Point(
@@ -234,7 +234,7 @@ def servers() -> Iterator[Point]:
 
 
 def fleet() -> Iterator[Point]:
-    """Actors on two cores: from 1 and 2 of them what a step computes and what it waits, then 4 and 8."""
+    """4 and 8 Ray actors on two cores, from 1 and 2."""
     rows = result("ray_fleet.json", "speed", "rows") or []
     cores = 2.0
     for env in dict.fromkeys(row["env"] for row in rows):
@@ -261,7 +261,7 @@ def fleet() -> Iterator[Point]:
 
 
 def broadcasts() -> Iterator[Point]:
-    """Weights to actors: from the small model's 1 and 2, all others."""
+    """Weights to Ray actors, from the smaller model to 1 and 2."""
     rows = result("ray_fleet.json", "weights", "rows") or []
     small = min((row["payload"] for row in rows), default=0)
 
@@ -288,7 +288,7 @@ def broadcasts() -> Iterator[Point]:
 
 
 def exchanges() -> Iterator[Point]:
-    """Ranks on two cores: from two of them and the two smaller sizes, the larger one and four ranks."""
+    """Exchanges of 2 and 4 ranks on two cores, from 2 ranks' two smaller sizes."""
     rows = result("ranks.json", "rows") or []
     for what, size in (("columns", "steps"), ("gradients", "parameters")):
         of = [row for row in rows if row["what"] == what]
@@ -331,7 +331,7 @@ def pool_line(what: str) -> tuple[float, float]:
 
 
 def pool_by_size() -> Iterator[Point]:
-    """Episodes of another size through the pool."""
+    """Episodes through the pool, from shorter and longer ones."""
     for what in ("written", "read") if result("scale_model.json", "pool") else ():
         each, per_byte = pool_line(what)
         row = result("scale_model.json", "pool", "rows")[1]
