@@ -288,32 +288,24 @@ def broadcasts() -> Iterator[Point]:
 
 
 def exchanges() -> Iterator[Point]:
-    """Exchanges of 2 and 4 ranks on two cores, from 2 ranks' two smaller sizes."""
+    """CPU seconds of exchanges among 4 ranks, from those of 1 and 2"""
     rows = result("ranks.json", "rows") or []
     for what, size in (("columns", "steps"), ("gradients", "parameters")):
-        of = [row for row in rows if row["what"] == what]
-        two = sorted((row for row in of if row["ranks"] == 2), key=lambda row: row[size])
-        known = two[:2]
-        if len(known) < 2:
-            continue
-        # Beside bytes from others: calls, and what one rank does by itself.
-        alone = {row[size]: row["now"]["seconds"] for row in of if row["ranks"] == 1}
+        by = {(row["ranks"], row[size]): row["now"] for row in rows if row["what"] == what}
+        sizes = [of for ranks, of in by if ranks == 2]
+        alone = {of: by[1, of]["process_seconds"] for of in sizes}  # a rank's own work
         costs = fitted(
-            [[row["now"]["calls"], row["now"]["bytes"]] for row in known],
-            [row["now"]["seconds"] - alone.get(row[size], 0.0) for row in known],
+            [[by[2, of]["calls"], by[2, of]["bytes"]] for of in sizes],
+            [by[2, of]["process_seconds"] - alone[of] for of in sizes],
         )
-        for row in of:
-            if row["ranks"] == 1 or row in known:
-                continue
-            own = alone.get(row[size], 0.0) + float(np.dot(costs, [row["now"]["calls"], row["now"]["bytes"]]))
+        for of in sizes:
             yield Point(
-                f"{what} of {row.get('model') or format(row[size], ',')}{' steps' if what == 'columns' else ''}, "
-                f"{row['ranks']} ranks",
-                "s",
-                own * max(1.0, row["ranks"] / 2),
-                row["now"]["seconds"],
-                "ranks.json: one rank, and two ranks' two smaller sizes; two cores",
-                "milliseconds, in which the system's scheduler decides; more ranks than cores",
+                f"4 ranks exchange {what} of {of:,} {size}",
+                "ms",
+                1e3 * (alone[of] + float(np.dot(costs, [by[4, of]["calls"], by[4, of]["bytes"]]))),
+                1e3 * by[4, of]["process_seconds"],
+                "ranks.json: 1 and 2 ranks",
+                "a call has more steps among four than among two; milliseconds, on cores that others used",
             )
 
 
