@@ -124,7 +124,9 @@ def env_source(env: Any) -> Any:
     from steppo.rollouts import EnvSource
 
     context = StateContext(instructions="Look for the coin.")
-    return EnvSource(env, context, HFEngine(), max_prompt_tokens=400, max_new_tokens=4, num_slots=1)
+    return EnvSource(
+        env, context, HFEngine(), max_prompt_tokens=400, max_new_tokens=4, num_slots=1, parser=asynchronous.AnyWay()
+    )
 
 
 def tiny_policy(dtype: str) -> Any:
@@ -452,4 +454,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    import ray_fleet  # by whose name actors find its environment
+
+    ray_fleet.main()
