@@ -163,7 +163,7 @@ def updates() -> Iterator[Point]:
                 float(predicted),
                 row["tree"]["process_seconds"],
                 "update.json: appended dialogues",
-                "some hundred tokens: the constant, from larger updates, is most of it",
+                "small ones, of which a constant is most; some were measured on cores that others used, too",
             )
 
 
