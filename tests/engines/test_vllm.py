@@ -369,7 +369,9 @@ def test_processes_of_a_run_share_urls(policy: TinyPolicy, monkeypatch: pytest.M
 
 
 def test_it_can_be_sent_to_a_process(policy: TinyPolicy) -> None:
-    assert pickle.loads(pickle.dumps(VLLMEngine(urls=["http://127.0.0.1:1"]))).urls == ["http://127.0.0.1:1"]
+    assert pickle.loads(pickle.dumps(VLLMEngine(python="python3", num_servers=3))).num_servers == 3
+    with pytest.raises(ConfigError, match="give python, not urls"):  # whose weights each would change
+        pickle.dumps(VLLMEngine(urls=["http://127.0.0.1:1"]))
 
 
 def test_tolerances(policy: TinyPolicy, fake: FakeVLLM) -> None:
