@@ -41,13 +41,12 @@ class _Actor:
         vars(sys.modules["__main__"]).pop("__file__", None)  # workers of environments would import it, and all of Ray
 
     def play(self, job: Job | None, weights: Callable[[], Weights]) -> Iterator[Any]:
-        """Makes the policy if it has none. Of a job it says (``None``) that it begins, gives each group as soon as it is
-        whole, and what the source counts. An error is given, too: it is the learner's to judge."""
+        """Makes the policy if it has none. Of a job it gives each group as soon as it is whole, and what the source counts.
+        An error is given, too: it is the learner's to judge."""
         try:
             if self._producer is None:
                 self._producer = Producer(pickle.loads(self._outfit))
             if job is not None:
-                yield None
                 yield from self._producer.play(job, weights())
                 yield self._producer.source.counts()
         except Exception as error:
@@ -73,14 +72,6 @@ def _unpacked(iteration: int, version: int, packed: dict[str, Any]) -> Weights:
 
 
 @dataclass(eq=False)
-class _Share:
-    """Of a job; ``tries`` in a row to play it without a group."""
-
-    job: Job
-    tries: int = 0
-
-
-@dataclass(eq=False)
 class _Place:
     """An actor, or who comes after it.
 
@@ -88,7 +79,6 @@ class _Place:
         actor: Ray's handle.
         told: What it says, as a stream, until it has nothing to do.
         share: What it plays, if it is ready.
-        deaths: Of actors here, in a row, without a group.
         counts: Of its source.
         since: It was made, it began, or its last group came.
         why: It is to be replaced.
@@ -96,8 +86,7 @@ class _Place:
 
     actor: Any
     told: Any
-    deaths: int = 0
-    share: _Share | None = None
+    share: Job | None = None
     counts: Counter[str] = field(default_factory=Counter)
     since: float = field(default_factory=time.monotonic)
     why: str = ""
@@ -156,7 +145,8 @@ class RayFleet(Fleet):
         self._folder.clear()  # of a run that was killed
         self._outfit = ray.put(pickle.dumps(outfit.on(torch.device("cuda:0" if self.wanted["GPU"] else "cpu"))))
         self._weights: Any = None  # the newest, as a call that gives them
-        self._queue: deque[_Share] = deque()
+        self._queue: deque[Job] = deque()  # shares of jobs
+        self._deaths = 0  # of actors, since the last group came from any of them
         self._counts: Counter[str] = Counter()
         self._lock = threading.Lock()  # of counts and places
         self._places = [self._placed() for _ in range(count)]
@@ -178,7 +168,7 @@ class RayFleet(Fleet):
 
     def send(self, job: Job) -> None:
         shares = (job.share(number, len(self._places)) for number in range(len(self._places)))
-        self._queue.extend(_Share(share) for share in shares if share.groups)
+        self._queue.extend(share for share in shares if share.groups)
         self._work.set()
 
     def watch(self, waiting: bool) -> None:
@@ -246,7 +236,7 @@ class RayFleet(Fleet):
             there = "; ".join(sorted({_words(has) for has in machines}))
             raise ConfigError(f"RayFleet: an actor wants {_words(self.wanted)}, no machine of the cluster has that: {there}")
 
-    def _placed(self, deaths: int = 0) -> _Place:
+    def _placed(self) -> _Place:
         """A new actor, wherever there is room, now or later."""
         others = dict(self.wanted)
         wanted = {"num_cpus": others.pop("CPU"), "num_gpus": others.pop("GPU"), "resources": others}
@@ -254,7 +244,7 @@ class RayFleet(Fleet):
         variables = {"RAY_kill_child_processes_on_worker_exit": "0", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
         made = self._ray.remote(_Actor).options(**wanted, scheduling_strategy="SPREAD", runtime_env={"env_vars": variables})
         actor = made.remote(self._outfit)
-        return _Place(actor, actor.play.remote(None, None), deaths)
+        return _Place(actor, actor.play.remote(None, None))
 
     # ---- the thread ----
 
@@ -272,10 +262,10 @@ class RayFleet(Fleet):
         for place in self._places:
             while place.told is None and self._queue:
                 share = self._queue.popleft()
-                share.job = share.job.without(pool.find(share.job.names))
-                if share.job.groups:
+                share = share.without(pool.find(share.names))
+                if share.groups:
                     place.share, place.since = share, time.monotonic()
-                    place.told = place.actor.play.remote(share.job, self._weights)
+                    place.told = place.actor.play.remote(share, self._weights)
         busy = [place for place in self._places if place.told is not None]
         if not busy:
             self._work.wait()
@@ -303,21 +293,19 @@ class RayFleet(Fleet):
             place.why = told
         elif isinstance(told, Counter):
             place.counts = told
-        elif place.share is not None and told is None:
-            place.share.tries += 1
         elif place.share is not None:
             pool.put(*told)
-            place.deaths, place.share.tries, place.since = 0, 0, time.monotonic()
+            self._deaths, place.since = 0, time.monotonic()
             self._news.set()
 
     def _replace(self, place: _Place) -> None:
         self._ray.kill(place.actor)
-        share, deaths = place.share, place.deaths + 1
-        if DEATHS in (deaths, share.tries if share is not None else 0):
-            raise RunError(f"an actor played nothing and ended, {DEATHS} times in a row: {place.why}")
-        if share is not None:
-            self._queue.appendleft(share)
-        after = self._placed(deaths)
+        self._deaths += 1
+        if self._deaths == DEATHS * len(self._places):
+            raise RunError(f"{self._deaths} actors ended in a row, and none played a group: {place.why}")
+        if place.share is not None:
+            self._queue.appendleft(place.share)
+        after = self._placed()
         with self._lock:
             self._counts.update(place.counts + Counter(restarted_producers=1))
             self._places[self._places.index(place)] = after
