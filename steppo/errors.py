@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import math
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NoReturn
 
 
 class SteppoError(Exception):
@@ -18,6 +20,13 @@ class ConfigError(SteppoError):
 
 class RunError(SteppoError):
     """The run cannot go on: nothing finite to learn from, no healthy episode."""
+
+
+class OptionParser(argparse.ArgumentParser):
+    """Of a command of its own: mistakes are raised as ``ConfigError``."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}: {self.prog} --help")
 
 
 def require_at_least(least: int, owner: str | object, **settings: float | None) -> None:

@@ -9,8 +9,10 @@ import multiprocessing
 import os
 import signal
 import sqlite3
+import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -311,6 +313,20 @@ def test_many_begin_at_once(path: Path) -> None:
     wanted = {f"{number}-{place}" for number in range(4) for place in range(4)}
     assert set(names_of(pool.claim(0, 16))) == wanted
     pool.close()
+
+
+def test_all_who_make_the_file_at_once_can_open_it(tmp_path: Path) -> None:
+    """Two that are about to write the first page make SQLite refuse one, which must not end it."""
+    threads = 8
+    barrier = threading.Barrier(threads)
+
+    def make(path: Path) -> None:
+        barrier.wait()
+        DataPool(path).close()
+
+    with ThreadPoolExecutor(threads) as executor:
+        for attempt in range(60):
+            list(executor.map(make, [tmp_path / f"{attempt}.sqlite"] * threads))
 
 
 def test_killed_at_any_statement(path: Path) -> None:

@@ -6,7 +6,7 @@ import argparse
 import inspect
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 from jsonargparse import ArgumentParser, DefaultHelpFormatter
 from rich.console import Console
@@ -16,7 +16,7 @@ from steppo.cli import errors_in_one_line
 from steppo.cli.config_types import class_names, find_class
 from steppo.envs import Env
 from steppo.envs.given import checked_tasks, content_of, splits_of, version_of
-from steppo.errors import ConfigError, blamed_on
+from steppo.errors import ConfigError, OptionParser, blamed_on
 from steppo.panels import panel_sha256, sha256_of
 
 _MOST_NAMED = 5
@@ -26,16 +26,11 @@ class _Help(argparse.RawDescriptionHelpFormatter, DefaultHelpFormatter):
     """The description's lines as they are, and what the arguments say."""
 
 
-class _Options(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(message)
-
-
 @errors_in_one_line()
 def main(args: Sequence[str] | None = None) -> None:
     """Runs the command line (the process's own unless given)."""
     words = list(sys.argv[1:] if args is None else args)
-    parser = _Options(
+    parser = OptionParser(
         "python -m steppo.data",
         usage="python -m steppo.data ENV [--split NAME] [arguments of the environment]",
         description="Checks the data of an environment, makes what it needs on disk, and prints the number of tasks of\n"

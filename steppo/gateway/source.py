@@ -242,11 +242,7 @@ class AgentSource(EpisodeSource):
         worth = json.loads(reply.turn.text) if reply.turn else {"reward": None, "success": None}
         error = reply.error
         if not session.taken:
-            asked = (
-                f"the last was refused: {session.refusal}"
-                if session.refusal
-                else "it must ask OPENAI_BASE_URL, as it is for this task"
-            )
+            asked = f"the last was refused: {session.refusal}" if session.refusal else "it must ask OPENAI_BASE_URL as given"
             reason = StopReason.ABORTED
             error = "; ".join(filter(None, ["the agent made no call that was answered", asked, error]))
         elif session.is_full:

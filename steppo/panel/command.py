@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import NoReturn
 
 from rich.console import Console
 from rich.table import Column, Table
 
 from steppo import results
 from steppo.cli import build_parts, errors_in_one_line, own_options
-from steppo.errors import ConfigError
+from steppo.errors import ConfigError, OptionParser
 from steppo.panel.compare import Comparison, Difference, compare
 from steppo.panels import Panel, write_text
 
@@ -67,13 +65,8 @@ def _make(args: Sequence[str]) -> None:
     console.print(f"{options.out}: {len(tasks)} tasks of {split}, sha256 {panel.sha256}")
 
 
-class _Options(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(message)
-
-
 def _compare(args: Sequence[str]) -> None:
-    parser = _Options(
+    parser = OptionParser(
         "python -m steppo.panel compare",
         description="The difference b - a of two results on the same panel, with a paired 95 % interval: a bootstrap over "
         "tasks. Several samples of a task are averaged first.",

@@ -11,21 +11,16 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 
-from steppo.errors import ConfigError, SteppoError, in_short
+from steppo.errors import ConfigError, OptionParser, SteppoError, in_short
 from steppo.pool.records import SCHEMA
 from steppo.pool.store import DataPool, GroupInfo
 from steppo.types import Episode, Step
 
 STATES = ("waiting", "claimed", "learned", "stale")
-
-
-class _Options(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message}: {self.prog} --help")
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -40,7 +35,7 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Options(
+    parser = OptionParser(
         "python -m steppo.pool",
         description="Looks into a data pool: groups of episodes that wait for a learner, or that it has. Whoever plays or\n"
         "learns may go on meanwhile.",

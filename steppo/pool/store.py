@@ -8,7 +8,7 @@ import time
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -131,7 +131,14 @@ class DataPool:
             raise ConfigError(f"{self.path} is no pool of episodes")
         if (layout := self._value("PRAGMA user_version")) != _LAYOUT:
             raise ConfigError(f"{self.path} is of layout {layout}, and this steppo reads {_LAYOUT}: take a new file")
-        self._value("PRAGMA journal_mode = WAL")
+        until = time.monotonic() + _LOCK_SECONDS
+        while self._value("PRAGMA journal_mode") != "wal":
+            try:
+                self._db.execute("PRAGMA journal_mode = WAL")
+            except sqlite3.OperationalError as error:  # busy at once where another process is just here, too
+                if error.sqlite_errorname != "SQLITE_BUSY" or time.monotonic() >= until:
+                    raise
+                time.sleep(_POLL_SECONDS)
         self._db.execute("PRAGMA synchronous = FULL")  # a checkpoint must not outlive a claim where the power fails
 
     def close(self) -> None:
@@ -299,7 +306,7 @@ class DataPool:
             self._db.execute("BEGIN IMMEDIATE")
             yield self._db
 
-    def _value(self, query: str, *values: object) -> int:
+    def _value(self, query: str, *values: object) -> Any:
         with self._errors():
             return self._db.execute(query, values).fetchone()[0]
 
