@@ -15,7 +15,7 @@ from torch import Tensor
 from steppo.engines.base import Engine, failed
 from steppo.engines.cache import Place, RowCache, common
 from steppo.engines.sampling import draws, ended, logprob_tolerance, sample
-from steppo.errors import ConfigError
+from steppo.errors import ConfigError, require_at_least
 from steppo.models.policy import beyond_full_attention
 from steppo.packing.padded import by_width
 from steppo.types import Completion, Request
@@ -77,9 +77,7 @@ class HFEngine(Engine):
     _policy: Policy  # from ``bind``
 
     def __init__(self, max_batch_size: int = 64, cache_tokens: int = 2**16) -> None:
-        for name, value in (("max_batch_size", max_batch_size), ("cache_tokens", cache_tokens)):
-            if value < 1:
-                raise ConfigError(f"HFEngine: {name} must be at least 1, not {value}")
+        require_at_least(1, self, max_batch_size=max_batch_size, cache_tokens=cache_tokens)
         self.max_batch_size = max_batch_size
         self.cache_tokens = cache_tokens
         self.tokens_read = 0

@@ -10,7 +10,7 @@ from transformers import DynamicCache
 
 from steppo.engines.base import Engine, failed
 from steppo.engines.sampling import draws, ended, logprob_tolerance, sample
-from steppo.errors import ConfigError
+from steppo.errors import require_at_least
 from steppo.types import Completion, Request
 
 if TYPE_CHECKING:
@@ -30,8 +30,7 @@ class PlainEngine(Engine):
     _policy: Policy  # from ``bind``
 
     def __init__(self, max_batch_size: int = 64) -> None:
-        if max_batch_size < 1:
-            raise ConfigError(f"PlainEngine: max_batch_size must be at least 1, not {max_batch_size}")
+        require_at_least(1, self, max_batch_size=max_batch_size)
         self.max_batch_size = max_batch_size
         self._queue: list[Request] = []
 

@@ -20,7 +20,7 @@ import platformdirs
 
 from steppo.envs.base import TextGameEnv
 from steppo.envs.making import make_all
-from steppo.errors import ConfigError
+from steppo.errors import ConfigError, require_at_least
 from steppo.types import Task, Turn
 
 # textworld is imported where it is used: its interpreter must not share a process with torch.
@@ -161,10 +161,7 @@ class TextWorldEnv(TextGameEnv):
                 raise ConfigError(f"TextWorldEnv: {challenge}'s setting {name} must be one of {wanted}, not {value!r}")
         if not 0 <= min(num_train, num_valid, num_test) <= max(num_train, num_valid, num_test) <= _SEEDS_PER_SPLIT:
             raise ConfigError(f"TextWorldEnv: a split holds 0 to {_SEEDS_PER_SPLIT:,} games")
-        if num_generators is not None and num_generators < 1:
-            raise ConfigError(f"TextWorldEnv: num_generators must be at least 1, not {num_generators}")
-        if max_steps < 1:
-            raise ConfigError(f"TextWorldEnv: max_steps must be at least 1, not {max_steps}")
+        require_at_least(1, self, num_generators=num_generators, max_steps=max_steps)
         self.challenge = challenge
         self.settings = {**defaults, **(settings or {})}
         self.num_games = {"train": num_train, "valid": num_valid, "test": num_test}

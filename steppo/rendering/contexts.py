@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from steppo.errors import ConfigError
+from steppo.errors import require_at_least
 from steppo.rendering.parsers import ActionParser, CommandParser
 from steppo.rendering.renderer import Renderer
 from steppo.types import Message, Step, Turn
@@ -119,8 +119,7 @@ class WindowContext(ContextPolicy):
 
     def __init__(self, max_past_turns: int = 4, instructions: str = _TASK) -> None:
         super().__init__(instructions)
-        if max_past_turns < 0:
-            raise ConfigError(f"WindowContext: max_past_turns must be at least 0, not {max_past_turns}")
+        require_at_least(0, self, max_past_turns=max_past_turns)
         self.max_past_turns = max_past_turns
 
     def messages(self, turns: Sequence[Turn], steps: Sequence[Step]) -> list[Message | Step]:
@@ -140,8 +139,7 @@ class StateContext(ContextPolicy):
     def __init__(self, max_past_actions: int | None = None, instructions: str = _TASK, show_impossible: bool = True) -> None:
         super().__init__(instructions)
         self.show_impossible = show_impossible
-        if max_past_actions is not None and max_past_actions < 0:
-            raise ConfigError(f"StateContext: max_past_actions must be at least 0, not {max_past_actions}")
+        require_at_least(0, self, max_past_actions=max_past_actions)
         self.max_past_actions = max_past_actions
 
     def messages(self, turns: Sequence[Turn], steps: Sequence[Step]) -> list[Message]:

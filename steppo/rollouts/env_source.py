@@ -14,7 +14,7 @@ from steppo.envs import Env
 from steppo.envs.checks import MOST_REWARD
 from steppo.envs.given import checked_tasks, checked_tools, content_of, pickled, step_limit, version_of
 from steppo.envs.pool import COUNTS, EnvPool
-from steppo.errors import ConfigError, RunError, blamed_on
+from steppo.errors import ConfigError, RunError, blamed_on, require_at_least
 from steppo.models import TinyPolicy
 from steppo.rendering import ActionParser, CommandParser, ContextPolicy, HermesParser, Renderer
 from steppo.rollouts.base import EpisodeSource, require_positions
@@ -85,29 +85,19 @@ class EnvSource(EpisodeSource):
         renderer: Renderer | None = None,
         draws: int = 1,
     ) -> None:
-        for name, value in (
-            ("max_prompt_tokens", max_prompt_tokens),
-            ("max_new_tokens", max_new_tokens),
-            ("num_slots", num_slots),
-            ("num_workers", num_workers),
-            ("draws", draws),
-        ):
-            if value < 1:
-                raise ConfigError(f"EnvSource: {name} must be at least 1, not {value}")
-        if env_ticks < 0:
-            raise ConfigError(f"EnvSource: env_ticks must be at least 0, not {env_ticks}")
+        require_at_least(1, self, max_steps=max_steps, max_prompt_tokens=max_prompt_tokens, max_new_tokens=max_new_tokens)
+        require_at_least(
+            1, self, num_slots=num_slots, num_workers=num_workers, worker_memory_mib=worker_memory_mib, draws=draws
+        )
+        require_at_least(0, self, env_ticks=env_ticks)
         task_limit = step_limit(env)
         if max_steps is None and task_limit is None:
             raise ConfigError(f"EnvSource: {type(env).__name__} has no step limit, so max_steps must be given")
-        if max_steps is not None and max_steps < 1:
-            raise ConfigError(f"EnvSource: max_steps must be at least 1, not {max_steps}")
         for name, seconds in (("env_timeout", env_timeout), ("start_timeout", start_timeout)):
             if not seconds > 0:
                 raise ConfigError(f"EnvSource: {name} must be above 0 seconds, not {seconds}")
         if not 0 <= invalid_penalty <= MOST_REWARD:
             raise ConfigError(f"EnvSource: invalid_penalty must be from 0 to {MOST_REWARD:g}, not {invalid_penalty}")
-        if worker_memory_mib is not None and worker_memory_mib < 1:
-            raise ConfigError(f"EnvSource: worker_memory_mib must be at least 1, not {worker_memory_mib}")
         pickled(env)  # before models are built: workers get a copy
         self.env = env
         self.task_limit = task_limit
