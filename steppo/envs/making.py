@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import multiprocessing as mp
+import os
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +44,7 @@ def make_all(
     progress(0, len(jobs))
     with scratch as there, Guard() as guard, ProcessPoolExecutor(processes, mp.get_context("spawn")) as pool:
         try:
-            with guard.marking():
+            with guard.marking(), _one_order_of_sets():
                 futures = [pool.submit(make, *job, there) for job in jobs]
             for done, future in enumerate(as_completed(futures), start=1):
                 future.result()
@@ -51,3 +53,17 @@ def make_all(
             guard.kill()  # nobody waits for what is under way
             pool.shutdown(cancel_futures=True)
             raise
+
+
+@contextmanager
+def _one_order_of_sets() -> Iterator[None]:
+    """In all processes that are started meanwhile, so that what they make of a seed does not depend on its order."""
+    before = os.environ.get("PYTHONHASHSEED")
+    os.environ["PYTHONHASHSEED"] = "0"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["PYTHONHASHSEED"]
+        else:
+            os.environ["PYTHONHASHSEED"] = before

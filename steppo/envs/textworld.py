@@ -280,8 +280,7 @@ class TextWorldEnv(TextGameEnv):
 
         path = self._path(self._task)
         if not path.exists():  # played outside of a run that prepared its tasks
-            self._folder.mkdir(parents=True, exist_ok=True)
-            _make_game(*self._recipe(self._task), path, self._folder)
+            self.prepare([self._task], lambda done, total: None)
         wanted = textworld.EnvInfos(
             feedback=True,
             objective=True,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import multiprocessing as mp
+import os
 import re
 import shutil
 from collections.abc import Callable, Sequence
@@ -342,6 +343,24 @@ def test_a_lost_game_comes_back_the_same(
     again = play(copied, tasks)
     monkeypatch.setenv("PYTHONHASHSEED", "2")
     assert again == play(env, tasks)
+
+
+@pytest.mark.parametrize("prepared", [True, False])
+def test_a_cooking_game_follows_from_its_seed_alone(prepared: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """TextWorld makes another one in each process where sets have another order."""
+    contents = set()
+    for order in ("1", "2"):
+        monkeypatch.setenv("PYTHONHASHSEED", order)
+        env = TextWorldEnv("cooking", num_train=1, cache_dir=str(tmp_path / order), num_generators=1)
+        [task] = env.tasks("train")
+        if prepared:
+            env.prepare([task], lambda done, total: None)
+        with closing(EnvPool(env, 1, 1, timeout_s=60.0)) as pool:
+            pool.reset(0, task)
+            seen(pool.receive(0))
+        contents.add(env.content(task))
+        assert os.environ["PYTHONHASHSEED"] == order
+    assert len(contents) == 1
 
 
 def test_games_of_textworld_are_told_by_what_is_in_them(
