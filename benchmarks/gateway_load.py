@@ -3,7 +3,8 @@
     python benchmarks/gateway_load.py --sessions 200 --total 5000
 
 The engine answers at once, so the time of a call is the gateway's: HTTP, the prompt, chains, the record. Clients are in a
-process of their own; each session makes its calls one after the other, with a pause between them. Prints a table; writes
+process of their own; each session makes its calls one after the other, with a pause between them where others call, too: as
+many alone as at once, since a call costs more the longer its dialogue is. Prints a table; writes
 benchmarks/results/gateway_load.json.
 """
 
@@ -77,9 +78,10 @@ def main() -> None:
     results: dict[str, Any] = {}
     try:
         with rig.asking():
-            alone, spent = wave(rig, clients, 1, 20 * options.calls, 0.0, 0)
-            results["one session"] = figures(alone, spent)
-            many, spent = wave(rig, clients, options.sessions, options.calls, options.pause, 1)
+            waves = [wave(rig, clients, 1, options.calls, 0.0, number) for number in range(21)][1:]  # warm
+            alone = [seconds for found, _ in waves for seconds in found]
+            results["one at a time"] = figures(alone, sum(spent for _, spent in waves))
+            many, spent = wave(rig, clients, options.sessions, options.calls, options.pause, 100)
             results[f"{options.sessions} at once"] = figures(many, spent)
             resident = []
             for first in range(0, options.total, options.sessions):

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import itertools
 import json
-import math
 import statistics
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -58,47 +57,45 @@ class Point:
 
 
 def asynchronous() -> Iterator[Point]:
-    """Playing ahead on two cores, from rollout and update of the synchronous run."""
+    """Playing ahead on two cores, from rollouts and updates of the synchronous runs."""
     rows = result("asynchronous.json", "speed", "rows") or []
+    playing = min((row["ways"]["synchronous, 1 thread"]["rollout"] for row in rows), default=0.0)  # it waits for nothing
     for row, threads in itertools.product(rows, (1, 2)):
         name = f"{threads} thread{'s'[: threads - 1]}"
-        own = row["ways"][f"synchronous, {name}"]
-        playing = min(rows[0]["ways"]["synchronous, 1 thread"]["rollout"], own["rollout"])  # there it waits for nothing
-        waits = own["rollout"] - playing
-        run = Run(32, env_cpu=playing / 32, env_wait=waits / 32, learn=own["update"], threads=threads, ahead=1)
+        waits = row["ways"]["synchronous, 1 thread"]["rollout"] - playing  # a producer has one
+        learn = statistics.median(other["ways"][f"synchronous, {name}"]["update"] for other in rows)  # the same work in all
+        run = Run(32, env_cpu=playing / 32, env_wait=waits / 32, learn=learn, threads=threads, ahead=1)
         yield Point(
             f"ahead by 1, rollout {row['rollout_over_update']:.2f} of the update, {name}",
             "s",
             simulate(run, 10)["seconds"],
             row["ways"][f"asynchronous, {name}"]["seconds"],
-            "asynchronous.json: the synchronous run's rollout and update",
-            "three busy threads on two cores: torch's two wait for each other, as shares of cores do not",
+            "asynchronous.json: the synchronous runs' rollouts, median of their updates",
         )
 
 
 def second_worker() -> Iterator[Point]:
-    """A second worker, from one."""
+    """A second worker, from one; by the clock also from what a second is worth to another environment."""
     for split, row in (result("multihop_qa.json", "splits") or {}).items():
         one, two = row["expert"]["steps_per_second"], row["steps_per_second_on_two"]
         yield Point(f"multi-hop QA, {split}: two workers", "steps/s", 2 * one, two, "multihop_qa.json: one")
-    rates = result("webshop.json", "steps_per_s_in_workers")
-    if rates is None:
+    shop, papers = (result(f"{name}.json", "steps_per_s_in_workers") for name in ("webshop", "paper_search"))
+    if shop is None or papers is None:
         return
-    yield Point(
-        "WebShop: two workers, a second that the busiest computes",
-        "steps/s",
-        2 * rates["1"]["of_the_busiest"],
-        rates["2"]["of_the_busiest"],
-        "webshop.json: one",
-    )
-    yield Point(
-        "WebShop: two workers by the clock",
-        "steps/s",
-        2 * rates["1"]["by_the_clock"],
-        rates["2"]["by_the_clock"],
-        "webshop.json: one",
-        "a third process asks both, on the same two cores; what it computes was not measured",
-    )
+    one, two = (shop[workers]["of_the_busiest"] for workers in ("1", "2"))
+    yield Point("WebShop: two workers, a second that the busiest computes", "steps/s", 2 * one, two, "webshop.json: one")
+    clocked = {
+        "WebShop": [shop[workers]["by_the_clock"] for workers in ("1", "2")],
+        "paper search": [papers[workers]["steps_per_s"] for workers in ("1", "2")],
+    }
+    for (name, (one, two)), (other, (others_one, others_two)) in itertools.permutations(clocked.items(), 2):
+        yield Point(
+            f"{name}: two workers by the clock",
+            "steps/s",
+            one * others_two / others_one,
+            two,
+            f"one, and a second's worth to {other}: a third process asks them, on the same two cores",
+        )
 
 
 def token_time(part: dict[str, Any]) -> Callable[[int, float], float]:
@@ -148,23 +145,26 @@ def fitted(columns: Any, values: Any) -> Any:
 
 def updates() -> Iterator[Point]:
     """Updates of prompts written anew, from appended dialogues."""
-    rows = [row for row in result("update.json", "rows") or [] if row["model"] == "tiny" and row["minibatches"] == "whole"]
-    if not rows:
-        return
-    columns = np.array([[row["unique_tokens"], row["pairs"], 1.0] for row in rows])
-    seconds = np.array([row["tree"]["process_seconds"] for row in rows])
-    known = np.array([row["context"] == "append" for row in rows])
-    constants = fitted(columns[known], seconds[known])
-    for row, predicted in zip(rows, columns @ constants, strict=True):
-        if row["context"] != "append":
-            yield Point(
-                f"update, {row['context']} context, {row['group']} x {row['steps']} steps",
-                "s",
-                float(predicted),
-                row["tree"]["process_seconds"],
-                "update.json: appended dialogues",
-                "small ones, of which a constant is most; some were measured on cores that others used, too",
-            )
+    rows = [row for row in result("update.json", "rows") or [] if row["minibatches"] == "whole"]
+    for model in dict.fromkeys(row["model"] for row in rows if row["context"] == "append"):
+        of = [row for row in rows if row["model"] == model]
+        # Seconds of its products and of its attention at the rate of the matmuls beside each row, and of an update at all.
+        flop = np.array([[row["flop"] - row["attention_flop"], row["attention_flop"]] for row in of])
+        rates = np.array([[row["matmul_flop_per_second"]] for row in of])
+        columns = np.concatenate([flop / rates, np.ones_like(rates)], axis=1)
+        seconds = np.array([row["tree"]["process_seconds"] for row in of])
+        known = np.array([row["context"] == "append" for row in of])
+        costs = fitted(columns[known], seconds[known])
+        for row, predicted in zip(of, columns @ costs, strict=True):
+            if row["context"] != "append":
+                yield Point(
+                    f"update of {model}, {row['context']} context, {row['group']} x {row['steps']} steps",
+                    "s",
+                    float(predicted),
+                    row["tree"]["process_seconds"],
+                    "update.json: FLOP, the matmul rate beside it, costs of appended dialogues",
+                    "the rate is measured before and after it: others may use the cores more meanwhile",
+                )
 
 
 def quickstart() -> Iterator[Point]:
@@ -210,26 +210,16 @@ def waiting() -> Iterator[Point]:
         )
 
 
-def servers() -> Iterator[Point]:
-    """Batches of 8, from 1 and 32; a gateway's call among 200 sessions, from one session."""
-    for name, rates in (result("vllm_engine.json", "speed", "tokens/s") or {}).items():
-        tick = {int(batch): int(batch) / rate[0] for batch, rate in rates.items()}
-        yield Point(
-            f"{name}, SmolLM2-135M on a CPU, a batch of 8",
-            "tokens/s",
-            8 / (tick[1] + (tick[32] - tick[1]) * 7 / 31),
-            8 / tick[8],
-            "vllm_engine.json: batches of 1 and 32",
-            "one run each on cores that others used, too",
-        )
-    calls = result("gateway_load.json", "calls")
-    if calls:
+def gateway() -> Iterator[Point]:
+    """A gateway's call among 200 sessions, from sessions one at a time."""
+    alone, many = (result("gateway_load.json", "calls", name) for name in ("one at a time", "200 at once"))
+    if alone and many:
         yield Point(
             "gateway: CPU of a call, 200 sessions at once",
             "ms",
-            1e3 * calls["one session"]["cpu_s"],
-            1e3 * calls["200 at once"]["cpu_s"],
-            "gateway_load.json: one session",
+            1e3 * alone["cpu_s"],
+            1e3 * many["cpu_s"],
+            "gateway_load.json: one at a time",
         )
 
 
@@ -249,64 +239,55 @@ def fleet() -> Iterator[Point]:
         for count in sorted(by.keys() - {1, 2}):
             episodes = 16 * count
             run = Run(episodes, steps=8, env_cpu=computes, env_wait=waits, actors=count, cores=max(0.5, cores - others))
-            found = simulate(run, 1)
+            found = simulate(replace(run, apart=1 / rates[0]), 1)
             yield Point(
                 f"{count} actors, an environment that {env}",
                 "steps/s",
                 8 * episodes / found["seconds"],
                 by[count]["steps_per_second"],
                 "ray_fleet.json: steps/s and cores in use of 1 and 2 actors",
-                "other programs took the cores, and not the same share in each row",
             )
 
 
 def broadcasts() -> Iterator[Point]:
-    """Weights to Ray actors, from the smaller model to 1 and 2."""
+    """Weights to Ray actors, from a smaller model's to as many."""
     rows = result("ray_fleet.json", "weights", "rows") or []
-    small = min((row["payload"] for row in rows), default=0)
-
-    def parts(row: dict[str, Any]) -> list[float]:
-        """Bytes that cross the wire, and that actors copy, two at a time."""
-        return [row["wire"], row["payload"] * math.ceil(row["actors"] / 2)]
-
-    for way in dict.fromkeys(row["way"] for row in rows):
-        of = [row for row in rows if row["way"] == way]
-        known = [row for row in of if row["payload"] == small and row["actors"] <= 2]
-        publishing = statistics.mean(row["published"] / row["payload"] for row in known)
-        taken = [row["seconds"] - row["published"] for row in known]
-        costs = fitted([parts(row) for row in known], taken)
-        for row in of:
-            if row not in known:
-                yield Point(
-                    f"{row['model']} by {way} to {row['actors']}",
-                    "s",
-                    publishing * row["payload"] + float(np.dot(costs, parts(row))),
-                    row["seconds"],
-                    "ray_fleet.json: the smaller model, 1 and 2 actors",
-                    "both nodes and all actors share two cores, a memory and a disk",
-                )
+    for row in rows:
+        same = [other for other in rows if (other["way"], other["actors"]) == (row["way"], row["actors"])]
+        small = min(same, key=lambda other: other["payload"])
+        if row is not small:
+            yield Point(
+                f"{row['model']} by {row['way']} to {row['actors']}",
+                "s",
+                small["seconds"] * row["payload"] / small["payload"],
+                row["seconds"],
+                "ray_fleet.json: a smaller model's seconds for each byte",
+                "both nodes and all actors share two cores, a memory and a disk",
+            )
 
 
 def exchanges() -> Iterator[Point]:
-    """CPU seconds of exchanges among 4 ranks, from those of 1 and 2"""
-    rows = result("ranks.json", "rows") or []
-    for what, size in (("columns", "steps"), ("gradients", "parameters")):
-        by = {(row["ranks"], row[size]): row["now"] for row in rows if row["what"] == what}
-        sizes = [of for ranks, of in by if ranks == 2]
-        alone = {of: by[1, of]["process_seconds"] for of in sizes}  # a rank's own work
-        costs = fitted(
-            [[by[2, of]["calls"], by[2, of]["bytes"]] for of in sizes],
-            [by[2, of]["process_seconds"] - alone[of] for of in sizes],
+    """CPU seconds of exchanges among 4 ranks, from those of 1 and 2."""
+    found = result("ranks.json", "rows") or []
+    rows = {(row["ranks"], row["what"], row.get("steps") or row["parameters"]): row for row in found}
+
+    def parts(row: dict[str, Any]) -> list[float]:
+        """What a call costs for each rank, and what bytes cost."""
+        return [row["ranks"] * row["now"]["calls"], row["now"]["bytes"]]
+
+    of = [(what, size) for ranks, what, size in rows if ranks == 4]
+    alone = np.array([rows[1, *each]["now"]["process_seconds"] for each in of])  # a rank's own work
+    both = np.array([rows[2, *each]["now"]["process_seconds"] for each in of])
+    costs = fitted([parts(rows[2, *each]) for each in of], both - alone)
+    for (what, size), own in zip(of, alone, strict=True):
+        row = rows[4, what, size]
+        yield Point(
+            f"4 ranks exchange {what} of {size:,} {'steps' if what == 'columns' else 'parameters'}",
+            "ms",
+            1e3 * (own + float(np.dot(costs, parts(row)))),
+            1e3 * row["now"]["process_seconds"],
+            "ranks.json: 1 and 2 ranks, columns and gradients alike",
         )
-        for of in sizes:
-            yield Point(
-                f"4 ranks exchange {what} of {of:,} {size}",
-                "ms",
-                1e3 * (alone[of] + float(np.dot(costs, [by[4, of]["calls"], by[4, of]["bytes"]]))),
-                1e3 * by[4, of]["process_seconds"],
-                "ranks.json: 1 and 2 ranks",
-                "a call has more steps among four than among two; milliseconds, on cores that others used",
-            )
 
 
 def episode_bytes(steps: int, prompt: float, action: int, seen: int) -> float:
@@ -338,5 +319,5 @@ def pool_by_size() -> Iterator[Point]:
 
 POINTS = (
     *(asynchronous, fleet, broadcasts, exchanges),
-    *(second_worker, rollouts, updates, quickstart, waiting, servers, pool_by_size),
+    *(second_worker, rollouts, updates, quickstart, waiting, gateway, pool_by_size),
 )

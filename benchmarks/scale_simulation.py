@@ -100,11 +100,13 @@ class Run:
         env_cpu: That an environment computes in a step.
         env_wait: That it waits in a step.
         actors: That play.
+        apart: Within which they begin, one by one. Those that begin together would compute together, and wait together.
         slots: Of each: episodes at the same time.
         machines: On which actors are.
         cores: Of each machine.
         learn: The learner's in an iteration, at work.
-        threads: Of the learner, on the first machine's cores; 0: it has processors of its own.
+        threads: Of the learner, on the first machine's cores; 0: it has processors of its own. Several wait for each other:
+            on as many cores they and who plays there take turns.
         ahead: Iterations that actors may be ahead; 0: they and the learner take turns.
         put: Of an episode into the pool.
         get: Of an episode out of it, and to its rank.
@@ -121,6 +123,7 @@ class Run:
     env_cpu: float = 0.0
     env_wait: float = 0.0
     actors: int = 1
+    apart: float = 0.0
     slots: int = 1
     machines: int = 1
     cores: float = 2.0
@@ -138,7 +141,8 @@ def simulate(run: Run, iterations: int = 5, seed: int = 0) -> dict[str, float]:
     """Seconds of an iteration, medians without the first two, and of what they consist."""
     simulation, chance = Simulation(), np.random.default_rng(seed)
     alone = Station(lambda jobs: 1.0)
-    cores = [Station(lambda jobs: min(1.0, run.cores / jobs)) for _ in range(run.machines)]
+    at_once = 1.0 if run.threads > 1 else run.cores
+    cores = [Station(lambda jobs: min(1.0, at_once / jobs)) for _ in range(run.machines)]
     engines = [Station(lambda jobs: 1.0 / run.tick(jobs)) for _ in range(run.actors)]
     pool = Station(lambda jobs: 1.0 / jobs)  # one file: a writer at a time
     version, played = Gate(), [Gate() for _ in range(iterations)]
@@ -161,6 +165,7 @@ def simulate(run: Run, iterations: int = 5, seed: int = 0) -> dict[str, float]:
         simulation.open(over, over.level + 1)
 
     def actor(number: int) -> Process:
+        yield alone, run.apart * number / run.actors
         for iteration in range(iterations):
             before = simulation.now
             yield version, iteration - run.ahead
@@ -178,20 +183,13 @@ def simulate(run: Run, iterations: int = 5, seed: int = 0) -> dict[str, float]:
                 simulation.start(slot(number, queue, iteration, over))
             yield over, run.slots
 
-    def thread(over: Gate) -> Process:
-        yield (cores[0] if run.threads else alone), run.learn
-        simulation.open(over, over.level + 1)
-
     def learner() -> Process:
         for iteration in range(iterations):
             starts.append(simulation.now)
             yield played[iteration], run.groups
             waits.append(simulation.now - starts[-1])
             yield pool, run.get * run.groups * run.group_size
-            over = Gate()
-            for _ in range(max(1, run.threads)):
-                simulation.start(thread(over))
-            yield over, max(1, run.threads)
+            yield (cores[0] if run.threads else alone), run.learn
             yield alone, run.publish
             simulation.open(version, iteration + 1)
 
