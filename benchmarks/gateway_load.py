@@ -3,9 +3,9 @@
     python benchmarks/gateway_load.py --sessions 200 --total 5000
 
 The engine answers at once, so the time of a call is the gateway's: HTTP, the prompt, chains, the record. Clients are in a
-process of their own; each session makes its calls one after the other, with a pause between them where others call, too: as
-many alone as at once, since a call costs more the longer its dialogue is. Prints a table; writes
-benchmarks/results/gateway_load.json.
+process of their own. Each session makes its calls one after the other, as many alone as at once, since a call costs more the
+longer its dialogue is. Of many, each pauses between its calls. One at a time does not, so that the gateway never rests, or
+does, for so long that calls come as often. Prints a table; writes benchmarks/results/gateway_load.json.
 """
 
 from __future__ import annotations
@@ -78,9 +78,10 @@ def main() -> None:
     results: dict[str, Any] = {}
     try:
         with rig.asking():
-            waves = [wave(rig, clients, 1, options.calls, 0.0, number) for number in range(21)][1:]  # warm
-            alone = [seconds for found, _ in waves for seconds in found]
-            results["one at a time"] = figures(alone, sum(spent for _, spent in waves))
+            for name, pause in (("one at a time", 0.0), ("one at a time, with pauses", options.pause / options.sessions)):
+                waves = [wave(rig, clients, 1, options.calls, pause, number) for number in range(21)][1:]  # warm
+                alone = [seconds for found, _ in waves for seconds in found]
+                results[name] = figures(alone, sum(spent for _, spent in waves))
             many, spent = wave(rig, clients, options.sessions, options.calls, options.pause, 100)
             results[f"{options.sessions} at once"] = figures(many, spent)
             resident = []
