@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from measuring import about, markdown
-from scipy.stats import t
+from minibatches import interval
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 ROOT = Path(__file__).parent.parent
@@ -65,15 +65,10 @@ def run(folder: Path, seed: int, options: Sequence[str]) -> dict[str, Any]:
     return {"seed": seed, "success": success, "final": success[-1], "mean": statistics.fmean(success[1:]), **figures}
 
 
-def interval(values: Sequence[float]) -> tuple[float, float, float]:
-    """Mean and its 95 % interval over seeds; of one seed there is none."""
-    mean = statistics.fmean(values)
-    half = t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else float("nan")
-    return mean, mean - half, mean + half
-
-
 def shown(values: Sequence[float], form: str) -> str:
-    return "{} [{}, {}]".format(*(format(value, form) for value in interval(values)))
+    """With an interval over seeds; of one seed there is none."""
+    figures = interval(list(values)) if len(values) > 1 else (values[0],) * 3
+    return "{} [{}, {}]".format(*(format(value, form) for value in figures))
 
 
 def main() -> None:
