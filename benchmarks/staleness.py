@@ -66,9 +66,7 @@ def run(folder: Path, seed: int, options: Sequence[str]) -> dict[str, Any]:
 
 
 def shown(values: Sequence[float], form: str) -> str:
-    """With an interval over seeds; of one seed there is none."""
-    figures = interval(list(values)) if len(values) > 1 else (values[0],) * 3
-    return "{} [{}, {}]".format(*(format(value, form) for value in figures))
+    return "{} [{}, {}]".format(*(format(value, form) for value in interval(list(values))))
 
 
 def main() -> None:
