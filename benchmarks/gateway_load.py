@@ -97,7 +97,13 @@ def main() -> None:
     print(", ".join(f"{name} {value:.0f}" for name, value in memory.items()))
     load = os.getloadavg()[2]  # of all that the machine does: much more than 1 tells of others
     print(f"load average of the last 15 minutes: {load:.1f}")
-    RESULT.write_text(json.dumps(about() | {"load": load, "calls": results, "memory": memory}, indent=1) + "\n")
+    RESULT.write_text(
+        json.dumps(
+            about() | {"load": load, "calls_per_s": options.sessions / options.pause, "calls": results, "memory": memory},
+            indent=1,
+        )
+        + "\n"
+    )
 
 
 def figures(seconds: list[float], spent: float) -> dict[str, float]:
