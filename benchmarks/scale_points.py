@@ -254,18 +254,27 @@ def fleet() -> Iterator[Point]:
 
 
 def broadcasts() -> Iterator[Point]:
-    """Weights to Ray actors, from a smaller model's to as many."""
+    """The larger model's weights to Ray actors, from the smaller's and from other numbers of actors."""
     rows = result("ray_fleet.json", "weights", "rows") or []
+
+    def parts(row: dict[str, Any]) -> list[float]:
+        """Bytes once, and to each actor."""
+        return [row["payload"], row["payload"] * row["actors"]]
+
+    largest = max((row["payload"] for row in rows), default=0)
     for row in rows:
-        same = [other for other in rows if (other["way"], other["actors"]) == (row["way"], row["actors"])]
-        small = min(same, key=lambda other: other["payload"])
-        if row is not small:
+        if row["payload"] == largest:
+            others = [other for other in rows if other["way"] == row["way"] and other is not row]
+            published = statistics.mean(other["published"] / other["payload"] for other in others) * row["payload"]
+            fetching = fitted(
+                [parts(other) for other in others], [other["seconds"] - other["published"] for other in others]
+            )
             yield Point(
                 f"{row['model']} by {row['way']} to {row['actors']}",
                 "s",
-                small["seconds"] * row["payload"] / small["payload"],
+                published + float(np.dot(fetching, parts(row))),
                 row["seconds"],
-                "ray_fleet.json: a smaller model's seconds for each byte",
+                "ray_fleet.json: what all others by that way take to publish a byte and to fetch it",
                 "both nodes and all actors share two cores, a memory and a disk",
             )
 
