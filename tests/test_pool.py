@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -320,13 +321,14 @@ def test_all_who_make_the_file_at_once_can_open_it(tmp_path: Path) -> None:
     threads = 8
     barrier = threading.Barrier(threads)
 
-    def make(path: Path) -> None:
+    def make(path: Path) -> int:
         barrier.wait()
-        DataPool(path).close()
+        with closing(DataPool(path)) as pool:
+            return pool.waiting
 
     with ThreadPoolExecutor(threads) as executor:
         for attempt in range(60):
-            list(executor.map(make, [tmp_path / f"{attempt}.sqlite"] * threads))
+            assert list(executor.map(make, [tmp_path / f"{attempt}.sqlite"] * threads)) == [0] * threads
 
 
 def test_killed_at_any_statement(path: Path) -> None:
