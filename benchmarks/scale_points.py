@@ -256,10 +256,12 @@ def fleet() -> Iterator[Point]:
 def broadcasts() -> Iterator[Point]:
     """The larger model's weights to Ray actors, from the smaller's and from other numbers of actors."""
     rows = result("ray_fleet.json", "weights", "rows") or []
+    cores = 2
 
     def parts(row: dict[str, Any]) -> list[float]:
-        """Bytes once, and to each actor."""
-        return [row["payload"], row["payload"] * row["actors"]]
+        """Bytes to another node, once, and those that an actor copies, with as many actors at a time as there are cores."""
+        to_another_node = round(row["wire"] / row["payload"])
+        return [row["payload"] * to_another_node, row["payload"] * max(1.0, row["actors"] / cores)]
 
     largest = max((row["payload"] for row in rows), default=0)
     for row in rows:

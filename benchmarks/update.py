@@ -12,7 +12,8 @@ actions 8; ``append`` shows the whole dialogue, ``window`` its last 3 turns, ``s
 group begin alike, tasks have the first 200 tokens in common. ``whole``: all steps of the records in one update; ``steps``:
 four updates of random steps. Sides take turns, medians after two passes, of which the second gives peak memory above what
 was in use before (weights, gradients); where a pass takes longer than a minute the first is all (``repeats`` 0). Gradients
-must agree. A side is left out where it would compute more than ``--most`` tokens. ``tree``: branches by ``sdpa`` (on GPUs by torch's kernel for rows of any lengths); ``flex``: by ``flex_attention``.
+must agree. A side is left out where it would compute more than ``--most`` tokens. ``tree``: branches by ``sdpa`` (on GPUs by
+torch's kernel for rows of any lengths); ``flex``: by ``flex_attention``.
 
 ``limit`` is (6 x trunk parameters x unique tokens + 6, or 8 where logits are computed twice, x head parameters x action
 tokens + 12 x layers x width of the queries x pairs of unique tokens) FLOP over the matmul rate that this run measured on
