@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
-import copy
 import fcntl
 import os
 import queue
@@ -23,14 +22,14 @@ from urllib.parse import urlsplit
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from steppo.batch import Segment
 from steppo.distributed import rank_and_world
 from steppo.engines.base import Engine, failed
 from steppo.engines.sampling import logprob_tolerance
-from steppo.engines.vllm_server import WEIGHTS, Hangs, Launch, Refused, Server, ServerError
+from steppo.engines.vllm_server import Hangs, Launch, Refused, Server, ServerError
+from steppo.engines.vllm_weights import Weights
 from steppo.envs.guard import Guard
 from steppo.errors import ConfigError, RunError, require_at_least, said
 from steppo.packing import PaddedPacker
@@ -53,7 +52,7 @@ _PROBE_SAMPLING = Sampling(1.25, 16)
 class VLLMEngine(Engine):
     """Has vLLM servers on this machine sample: it starts them, or is told where they are.
 
-    They live in an environment of their own (``docs/vllm.md``). Weights go through a file, adapters merged. Before and after
+    They live in an environment of their own (``docs/vllm.md``). They are sent the weights, adapters merged. Before and after
     each change of weights a server answers a probe of several cache blocks, and the log-probabilities of what it generated
     are compared with the learner's own: caches or layers that kept old weights are found. Then the weights are sent again,
     then the server is started anew, then the run ends.
@@ -70,6 +69,10 @@ class VLLMEngine(Engine):
         dtype: That servers compute in; float32 if the learner does, else bfloat16.
         arguments: Of our own servers, as on vLLM's command line.
         environment: Variables for our own servers.
+        transfer: How weights reach them: through a ``file``, or by ``broadcast`` from memory to memory, from one GPU to
+            another by NCCL.
+        sleep: While nobody plays, servers give their GPU away, so that a learner can have it: their weights wait in the
+            machine's memory, their caches are dropped. Those at ``urls`` want ``--enable-sleep-mode``.
         tolerance: Largest difference of a log-probability to the learner's; 1e-4 in float32, else 0.1.
         timeout: Seconds that an answer may take; then its server hangs.
         start_timeout: Seconds that a server may take to start.
@@ -93,6 +96,8 @@ class VLLMEngine(Engine):
         dtype: Literal["float32", "bfloat16", "float16"] | None = None,
         arguments: list[str] | None = None,
         environment: dict[str, str] | None = None,
+        transfer: Literal["file", "broadcast"] = "file",
+        sleep: bool = False,
         tolerance: float | None = None,
         timeout: float = 600.0,
         start_timeout: float = 600.0,
@@ -116,14 +121,16 @@ class VLLMEngine(Engine):
         self.dtype = dtype
         self.arguments = arguments or []
         self.environment = environment or {}
+        self.transfer = transfer
+        self.sleep = sleep
         self.tolerance = tolerance
         self.timeout = timeout
         self.start_timeout = start_timeout
         self.reloads = self.losses = 0
         self._is_open = False
         self._loads = 0
-        self._version = ""
-        self._model = Path()  # the newest weights
+        self._rests = False
+        self._weights: Weights | None = None  # the newest
         self._asked: dict[int, str] = {}  # requests under way -> session
 
     def __getstate__(self) -> dict[str, Any]:
@@ -152,6 +159,8 @@ class VLLMEngine(Engine):
         longest = len(request.prompt_ids) + request.sampling.max_new_tokens
         if longest > self._longest:
             raise ConfigError(f"VLLMEngine: a prompt and its action may have {longest} tokens: raise max_model_len")
+        if self._rests:
+            self._wait(self._wake())
         self._asked[request.id] = request.session_id
         self._loop.call_soon_threadsafe(self._send, request)
 
@@ -190,13 +199,24 @@ class VLLMEngine(Engine):
         is_first = not self._is_open
         if is_first:
             self._open(dtype)
-        self._wait(self._rest())
+        self._wait(self._stop())
         self._loads += 1
-        self._version = f"{version}.{self._loads}"
-        old, self._model = self._model, self._write(weights, getattr(torch, dtype))
+        of, by = Path(self._folder.name), self.transfer == "broadcast"
+        new = Weights(self._policy, weights, f"{version}.{self._loads}", getattr(torch, dtype), of, by)
+        old, self._weights = self._weights, new
+        if not new.is_broadcast:
+            new.model()
+        if self.sleep and torch.cuda.is_initialized():
+            torch.cuda.empty_cache()  # the servers want it
         self._renew_all(is_first)
-        if old.name:
-            shutil.rmtree(old)
+        self._rests = False
+        new.settle()
+        if old is not None:
+            old.remove()
+
+    def rest(self) -> None:
+        if self.sleep and self._is_open and not self._rests:
+            self._wait(self._put_to_sleep())
 
     def counts(self) -> Counter[str]:
         return Counter({"lost_servers": self.losses, "reloaded_weights": self.reloads})
@@ -205,7 +225,7 @@ class VLLMEngine(Engine):
         self._asked = {}
         if not self._is_open:
             return
-        self._is_open, self._model = False, Path()
+        self._is_open, self._weights = False, None
         try:
             self._wait(self._end())
         finally:
@@ -229,7 +249,8 @@ class VLLMEngine(Engine):
         if self.python is not None:
             self._guard = Guard()
             limits = ["--max-model-len", self._longest, "--max-num-batched-tokens", max(4096, self._longest)]
-            arguments = [*map(str, limits), "--dtype", dtype, *self.arguments]
+            asleep = ["--enable-sleep-mode"] if self.sleep else []
+            arguments = [*map(str, limits), "--dtype", dtype, *asleep, *self.arguments]
             python, folder = os.path.expanduser(self.python), Path(self._folder.name)
             launch = Launch(python, arguments, self.environment, self.start_timeout, folder, self._guard)
         self._arrived: queue.SimpleQueue[Any] = queue.SimpleQueue()
@@ -254,26 +275,6 @@ class VLLMEngine(Engine):
         return future.result()
 
     # ---- weights ----
-
-    def _write(self, weights: Iterable[tuple[str, Tensor]], dtype: torch.dtype) -> Path:
-        """A folder that transformers, and so vLLM, reads: whole when it has its name. Gives its path."""
-        policy, folder = self._policy, Path(self._folder.name)
-        model = policy.merged()
-        if policy.adapters is not None:
-            weights = model.named_parameters()
-        base, part = folder / "base", folder / "part"
-        if not base.exists():
-            config = copy.deepcopy(model.config)
-            config.architectures = [type(model).__name__]
-            config.save_pretrained(base)
-            policy.tokenizer.save_pretrained(base)
-        shutil.copytree(base, part)
-        held = {name: weight.detach().to("cpu", dtype).contiguous() for name, weight in weights}
-        try:
-            save_file(held, part / WEIGHTS, metadata={"format": "pt"})
-        except Exception as error:
-            raise RunError(f"VLLMEngine: cannot write {part / WEIGHTS}: {said(error)}; TMPDIR names another disk") from error
-        return part.rename(folder / f"weights-{self._loads}")
 
     def _renew_all(self, is_first: bool) -> None:
         """Brings the weights to all servers, in the mildest way after which the probe is right."""
@@ -318,21 +319,27 @@ class VLLMEngine(Engine):
 
     async def _renew(self, server: Server, restart: bool) -> Completion | ServerError:
         """Gives a server the weights. Its answer to the probe then, or why there is none."""
+        weights = self._weights
+        assert weights is not None
         server.is_up = False
+        is_new = restart or not server.is_ready
+        if is_new:
+            server.leave()
         try:
-            if server.launch is not None and (restart or not server.is_ready):
-                await server.start(self._model, self._version)
+            if server.launch is not None and is_new:
+                await server.start(weights)
             else:
+                await server.wake()
                 await server.generate(self._probe, (), None)  # now its caches hold what may not be read again
-                await server.update(self._model, self._version)
-            answer = await server.generate(self._probe, (), self._version)
+                await server.update(weights, Path(self._folder.name))
+            answer = await server.generate(self._probe, (), weights.version)
         except (ServerError, OSError) as error:
             server.is_ready = False
             return error if isinstance(error, ServerError) else ServerError(f"{server.name}: {said(error)}")
         server.is_ready = True
         return answer
 
-    async def _rest(self) -> None:
+    async def _stop(self) -> None:
         """Ends what is under way."""
         tasks, self._tasks, self._waiting = list(self._tasks), {}, []
         for task in tasks:
@@ -340,8 +347,31 @@ class VLLMEngine(Engine):
         if tasks:
             await asyncio.wait(tasks)
 
+    async def _put_to_sleep(self) -> None:
+        self._rests = True
+        await self._stop()
+        for server in self._servers:
+            try:
+                if server.is_up:
+                    await server.sleep()
+            except ServerError as error:  # not brought back before somebody wants it: a learner has the GPU
+                server.is_up = server.is_ready = False
+                self.losses += 1
+                warnings.warn(f"a server is lost: {error}", stacklevel=2)
+
+    async def _wake(self) -> None:
+        self._rests = False
+        for server in self._servers:
+            try:
+                await server.wake()
+            except ServerError as error:
+                self._lose(server, error)
+            else:
+                if not server.is_up:
+                    self._begin(self._bring_back(server), None)
+
     async def _end(self) -> None:
-        await self._rest()
+        await self._stop()
         await _gathered(server.close() for server in self._servers)
 
     def _begin(self, work: Coroutine[Any, Any, None], session_id: str | None) -> None:
@@ -376,7 +406,8 @@ class VLLMEngine(Engine):
 
     async def _ask(self, server: Server, request: Request) -> None:
         try:
-            completion = await server.generate(request, self._stop_ids, self._version)
+            assert self._weights is not None
+            completion = await server.generate(request, self._stop_ids, self._weights.version)
         except Exception as error:
             completion = failed(request, error)
             is_lost = isinstance(error, Hangs) or not (isinstance(error, Refused) or await server.is_healthy())

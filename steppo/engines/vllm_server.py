@@ -7,15 +7,18 @@ import os
 import re
 import subprocess
 import threading
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
 from steppo.engines import in_vllm
+from steppo.engines.in_vllm.steppo_group import joined
+from steppo.engines.vllm_weights import Weights
 from steppo.envs.guard import Guard
 from steppo.errors import in_short, said
 from steppo.types import Completion, Request
@@ -23,7 +26,8 @@ from steppo.types import Completion, Request
 if TYPE_CHECKING:
     import httpx
 
-WEIGHTS = "model.safetensors"  # in a folder that transformers reads, too
+T = TypeVar("T")
+
 _CONNECT_S = 5.0
 _LOOK_S = 0.2
 # What a launcher of several processes told this one is not meant for a server.
@@ -33,7 +37,7 @@ _ARGUMENTS = (
     *("--generation-config", "vllm"),  # no sampling settings of the model's own
     *("--logprobs-mode", "processed_logprobs"),  # under the temperature
     *("--worker-extension-cls", "steppo_weights.Extension"),
-    *("--weight-transfer-config", '{"backend": "steppo_file"}'),
+    *("--weight-transfer-config", '{"backend": "steppo"}'),
     "--enable-prefix-caching",
     "--enable-scale-out",  # token ids in and out, each with the version of its weights
     "--no-enable-chunked-prefill",  # with seeds it ends vLLM 0.32
@@ -92,6 +96,7 @@ class Server:
     Attributes:
         is_ready: It runs, and can be given weights.
         is_up: It has the newest weights, and its answer to the probe was right.
+        is_asleep: Its weights lie in the machine's memory, and its caches nowhere.
     """
 
     def __init__(self, name: str, launch: Launch | None, timeout: float) -> None:
@@ -99,10 +104,12 @@ class Server:
 
         self.name = f"the vLLM server {name}"
         self.launch = launch
-        self.is_ready = self.is_up = False
+        self.is_ready = self.is_up = self.is_asleep = False
         self._mark = name
         self._timeout = timeout
         self._process: subprocess.Popen[bytes] | None = None
+        self._group: Any = None  # of this process and the server's
+        self._groups = 0
         self._ending = threading.Lock()
         socket = None if launch is None else str(launch.folder / f"{name}.sock")
         key = os.environ.get("VLLM_API_KEY")
@@ -115,11 +122,13 @@ class Server:
 
     # ---- the process ----
 
-    async def start(self, model: Path, version: str) -> None:
-        """Starts it, anew if need be, with the weights of a folder."""
+    async def start(self, weights: Weights) -> None:
+        """Starts it, anew if need be."""
         launch = self.launch
         assert launch is not None
         await asyncio.to_thread(self.kill)
+        model = await asyncio.to_thread(weights.model)
+        self.is_asleep = False
         socket, log = (launch.folder / f"{self._mark}.{kind}" for kind in ("sock", "log"))
         socket.unlink(missing_ok=True)
         command = [launch.python, *_ARGUMENTS, "--model", str(model), "--uds", str(socket), *launch.arguments]
@@ -136,7 +145,7 @@ class Server:
                 await asyncio.to_thread(self.kill)
                 raise ServerError(f"{self.name} did not start{late}: {_last_words(log)}")
             await asyncio.sleep(_LOOK_S)
-        await self._post("/update_weight_version", {"new_version": version})
+        await self._post("/update_weight_version", {"new_version": weights.version})
 
     def kill(self) -> None:
         """Ends it and all its processes."""
@@ -148,6 +157,7 @@ class Server:
 
     async def close(self) -> None:
         """Ends it, if it is our own."""
+        self.leave()
         await self._client.aclose()
         await asyncio.to_thread(self.kill)
 
@@ -197,13 +207,52 @@ class Server:
             reason = "text"
         return Completion(request.id, ids, logprobs, reason)
 
-    async def update(self, model: Path, version: str) -> None:
-        """Gives it the weights of a folder. What is under way is answered first, and its caches are emptied."""
+    async def update(self, weights: Weights, folder: Path) -> None:
+        """Gives it the weights. What is under way is answered first, and its caches are emptied.
+
+        Args:
+            weights: To be read or received by it.
+            folder: For a file by which both find each other.
+        """
         await self._post("/pause?mode=wait&clear_cache=true")
         await self._post("/start_weight_update")
-        await self._post("/update_weights", {"update_info": {"path": str(model / WEIGHTS)}})
-        await self._post("/finish_weight_update", {"weight_version": version})
+        if weights.is_broadcast:
+            await self._broadcast(weights, folder)
+        else:
+            await self._post("/update_weights", {"update_info": {"path": str(weights.file())}})
+        await self._post("/finish_weight_update", {"weight_version": weights.version})
         await self._post("/resume")
+
+    async def sleep(self) -> None:
+        """Gives its GPU away once what is under way is answered."""
+        await self._post("/sleep?level=1&mode=wait")
+        self.is_asleep = True
+
+    async def wake(self) -> None:
+        if self.is_asleep:
+            await self._post("/wake_up")
+            self.is_asleep = False
+
+    def leave(self) -> None:
+        """Ends the group, if there is one: who waits in it hears of it."""
+        group, self._group = self._group, None
+        if group is not None:
+            with suppress(RuntimeError):
+                group.abort()
+
+    async def _broadcast(self, weights: Weights, folder: Path) -> None:
+        try:
+            if self._group is None:
+                self._groups += 1
+                path = str(folder / f"{self._mark.replace('/', '-')}.{self._groups}.group")
+                size = 1 + (await self._client.get("/get_world_size")).json()["world_size"]
+                told = {"path": path, "size": size, "backend": weights.backend, "timeout": self._timeout}
+                join = _aside(lambda: joined(path, 0, size, weights.backend, self._timeout))
+                self._group, _ = await asyncio.gather(join, self._post("/init_weight_transfer_engine", {"init_info": told}))
+            group, update = self._group, {"update_info": weights.description()}
+            await asyncio.gather(_aside(lambda: weights.send(group)), self._post("/update_weights", update))
+        except RuntimeError as error:
+            raise ServerError(f"{self.name} received no weights: {in_short(said(error), 300)}") from error
 
     async def _post(self, path: str, body: Any = None) -> httpx.Response:
         import httpx
@@ -218,6 +267,21 @@ class Server:
             kind = Refused if response.is_client_error else ServerError
             raise kind(f"{self.name} said {response.status_code} to {path}: {in_short(response.text, 300)}")
         return response
+
+
+async def _aside(work: Callable[[], T]) -> T:
+    """What it gives, in a thread of its own, which nobody waits for once nobody waits here."""
+    future: Future[T] = Future()
+
+    def run() -> None:
+        future.set_running_or_notify_cancel()
+        try:
+            future.set_result(work())
+        except Exception as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return await asyncio.wrap_future(future)
 
 
 def _last_words(log: Path) -> str:
