@@ -7,8 +7,8 @@ Parts (all unless ``--parts`` names some):
 
 - ``updates``: the weights drift at random five times. After each: greedy ids against ``HFEngine``'s, log-probabilities of
   all ids against the learner's (also at temperatures 0.7 and 1), and seconds of ``load_weights``.
-- ``broadcast``: the same with weights from memory to memory (by gloo), and a server that is told to sleep before each of them
-  and before it is asked again; without a GPU it pauses and drops its caches, but frees nothing.
+- ``broadcast``: the same with weights from memory to memory (by gloo), and a server that is told to sleep before each of
+  them and before it is asked again; without a GPU it pauses and drops its caches, but frees nothing.
 - ``cache``: a change of weights that leaves the prefix cache as it was, once.
 - ``head``: a server that does not prepare its head anew.
 - ``speed``: tokens/s of actions of 32 tokens after prompts of 200, at batches of 1, 8 and 32, beside ``HFEngine``.

@@ -128,8 +128,7 @@ class FakeVLLM:
         elif path == "/init_weight_transfer_engine":
             from steppo.engines.in_vllm.steppo_group import joined
 
-            told = body["init_info"]
-            self._group = joined(told["path"], 1, told["size"], told["backend"], told["timeout"])
+            self._group = joined(1, **body["init_info"])
         elif path == "/update_weights":
             self._update(**body["update_info"])
         elif path in ("/sleep", "/wake_up"):

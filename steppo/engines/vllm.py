@@ -129,7 +129,6 @@ class VLLMEngine(Engine):
         self.reloads = self.losses = 0
         self._is_open = False
         self._loads = 0
-        self._rests = False
         self._weights: Weights | None = None  # the newest
         self._asked: dict[int, str] = {}  # requests under way -> session
 
@@ -159,8 +158,6 @@ class VLLMEngine(Engine):
         longest = len(request.prompt_ids) + request.sampling.max_new_tokens
         if longest > self._longest:
             raise ConfigError(f"VLLMEngine: a prompt and its action may have {longest} tokens: raise max_model_len")
-        if self._rests:
-            self._wait(self._wake())
         self._asked[request.id] = request.session_id
         self._loop.call_soon_threadsafe(self._send, request)
 
@@ -201,21 +198,20 @@ class VLLMEngine(Engine):
             self._open(dtype)
         self._wait(self._stop())
         self._loads += 1
-        of, by = Path(self._folder.name), self.transfer == "broadcast"
-        new = Weights(self._policy, weights, f"{version}.{self._loads}", getattr(torch, dtype), of, by)
+        name, by = f"{version}.{self._loads}", self.transfer == "broadcast"
+        new = Weights(self._policy, weights, name, getattr(torch, dtype), Path(self._folder.name), by)
         old, self._weights = self._weights, new
-        if not new.is_broadcast:
+        if not by:
             new.model()
         if self.sleep and torch.cuda.is_initialized():
             torch.cuda.empty_cache()  # the servers want it
         self._renew_all(is_first)
-        self._rests = False
         new.settle()
         if old is not None:
             old.remove()
 
     def rest(self) -> None:
-        if self.sleep and self._is_open and not self._rests:
+        if self.sleep and self._is_open:
             self._wait(self._put_to_sleep())
 
     def counts(self) -> Counter[str]:
@@ -322,16 +318,15 @@ class VLLMEngine(Engine):
         weights = self._weights
         assert weights is not None
         server.is_up = False
-        is_new = restart or not server.is_ready
-        if is_new:
+        if restart:
             server.leave()
         try:
-            if server.launch is not None and is_new:
+            if server.launch is not None and (restart or not server.is_ready):
                 await server.start(weights)
             else:
                 await server.wake()
                 await server.generate(self._probe, (), None)  # now its caches hold what may not be read again
-                await server.update(weights, Path(self._folder.name))
+                await server.update(weights)
             answer = await server.generate(self._probe, (), weights.version)
         except (ServerError, OSError) as error:
             server.is_ready = False
@@ -348,27 +343,11 @@ class VLLMEngine(Engine):
             await asyncio.wait(tasks)
 
     async def _put_to_sleep(self) -> None:
-        self._rests = True
-        await self._stop()
-        for server in self._servers:
+        for server in [server for server in self._servers if server.is_up]:
             try:
-                if server.is_up:
-                    await server.sleep()
-            except ServerError as error:  # not brought back before somebody wants it: a learner has the GPU
-                server.is_up = server.is_ready = False
-                self.losses += 1
-                warnings.warn(f"a server is lost: {error}", stacklevel=2)
-
-    async def _wake(self) -> None:
-        self._rests = False
-        for server in self._servers:
-            try:
-                await server.wake()
+                await server.sleep()
             except ServerError as error:
                 self._lose(server, error)
-            else:
-                if not server.is_up:
-                    self._begin(self._bring_back(server), None)
 
     async def _end(self) -> None:
         await self._stop()
@@ -407,10 +386,12 @@ class VLLMEngine(Engine):
     async def _ask(self, server: Server, request: Request) -> None:
         try:
             assert self._weights is not None
+            await server.wake()
             completion = await server.generate(request, self._stop_ids, self._weights.version)
         except Exception as error:
             completion = failed(request, error)
-            is_lost = isinstance(error, Hangs) or not (isinstance(error, Refused) or await server.is_healthy())
+            is_well = not server.is_asleep and (isinstance(error, Refused) or await server.is_healthy())
+            is_lost = isinstance(error, Hangs) or not is_well
             if is_lost and server.is_up:  # another request may have found out
                 self._lose(server, error)
         self._arrived.put(completion)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -109,7 +110,7 @@ class Server:
         self._timeout = timeout
         self._process: subprocess.Popen[bytes] | None = None
         self._group: Any = None  # of this process and the server's
-        self._groups = 0
+        self._turn = asyncio.Lock()
         self._ending = threading.Lock()
         socket = None if launch is None else str(launch.folder / f"{name}.sock")
         key = os.environ.get("VLLM_API_KEY")
@@ -149,6 +150,7 @@ class Server:
 
     def kill(self) -> None:
         """Ends it and all its processes."""
+        self.leave()
         with self._ending:  # who was cancelled here may still be at it
             if self._process is not None and self.launch is not None:
                 self.launch.guard.kill(self._mark, [self._process.pid])
@@ -157,7 +159,6 @@ class Server:
 
     async def close(self) -> None:
         """Ends it, if it is our own."""
-        self.leave()
         await self._client.aclose()
         await asyncio.to_thread(self.kill)
 
@@ -207,17 +208,12 @@ class Server:
             reason = "text"
         return Completion(request.id, ids, logprobs, reason)
 
-    async def update(self, weights: Weights, folder: Path) -> None:
-        """Gives it the weights. What is under way is answered first, and its caches are emptied.
-
-        Args:
-            weights: To be read or received by it.
-            folder: For a file by which both find each other.
-        """
+    async def update(self, weights: Weights) -> None:
+        """Gives it the weights. What is under way is answered first, and its caches are emptied."""
         await self._post("/pause?mode=wait&clear_cache=true")
         await self._post("/start_weight_update")
         if weights.is_broadcast:
-            await self._broadcast(weights, folder)
+            await self._broadcast(weights)
         else:
             await self._post("/update_weights", {"update_info": {"path": str(weights.file())}})
         await self._post("/finish_weight_update", {"weight_version": weights.version})
@@ -225,13 +221,17 @@ class Server:
 
     async def sleep(self) -> None:
         """Gives its GPU away once what is under way is answered."""
-        await self._post("/sleep?level=1&mode=wait")
-        self.is_asleep = True
+        async with self._turn:
+            if not self.is_asleep:
+                await self._post("/sleep?level=1&mode=wait")
+                self.is_asleep = True
 
     async def wake(self) -> None:
-        if self.is_asleep:
-            await self._post("/wake_up")
-            self.is_asleep = False
+        """Takes it back."""
+        async with self._turn:
+            if self.is_asleep:
+                await self._post("/wake_up")
+                self.is_asleep = False
 
     def leave(self) -> None:
         """Ends the group, if there is one: who waits in it hears of it."""
@@ -240,18 +240,19 @@ class Server:
             with suppress(RuntimeError):
                 group.abort()
 
-    async def _broadcast(self, weights: Weights, folder: Path) -> None:
+    async def _broadcast(self, weights: Weights) -> None:
         try:
             if self._group is None:
-                self._groups += 1
-                path = str(folder / f"{self._mark.replace('/', '-')}.{self._groups}.group")
                 size = 1 + (await self._client.get("/get_world_size")).json()["world_size"]
-                told = {"path": path, "size": size, "backend": weights.backend, "timeout": self._timeout}
-                join = _aside(lambda: joined(path, 0, size, weights.backend, self._timeout))
-                self._group, _ = await asyncio.gather(join, self._post("/init_weight_transfer_engine", {"init_info": told}))
-            group, update = self._group, {"update_info": weights.description()}
-            await asyncio.gather(_aside(lambda: weights.send(group)), self._post("/update_weights", update))
-        except RuntimeError as error:
+                info = {"path": weights.meeting(), "size": size, "backend": weights.backend, "timeout": self._timeout}
+                join = _aside(lambda: joined(rank=0, **info))
+                self._group, _ = await asyncio.gather(join, self._post("/init_weight_transfer_engine", {"init_info": info}))
+            send = _aside(partial(weights.send, self._group))
+            await asyncio.gather(send, self._post("/update_weights", {"update_info": weights.description()}))
+        except Exception as error:
+            self.leave()
+            if isinstance(error, ServerError):
+                raise
             raise ServerError(f"{self.name} received no weights: {in_short(said(error), 300)}") from error
 
     async def _post(self, path: str, body: Any = None) -> httpx.Response:

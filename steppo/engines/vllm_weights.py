@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import shutil
 import threading
 from collections.abc import Iterable
@@ -50,6 +51,7 @@ class Weights:
         self._folder = folder
         self._path: Path | None = None
         self._writing = threading.Lock()
+        self._meetings = itertools.count()
         model = policy.merged()
         self._config, self._class = model.config, type(model).__name__
         if policy.adapters is not None:
@@ -71,6 +73,10 @@ class Weights:
     def file(self) -> Path:
         """All weights, by the names of the model's own files."""
         return self.model() / _FILE
+
+    def meeting(self) -> str:
+        """A file by which a learner and a server find each other, once."""
+        return str(self._folder / f"group-{self.version}.{next(self._meetings)}")
 
     def description(self) -> dict[str, list[Any]]:
         """What ``send`` sends, in its order."""

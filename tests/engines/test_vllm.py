@@ -241,11 +241,14 @@ def test_servers_sleep_until_they_are_asked(policy: TinyPolicy, fake: FakeVLLM) 
             assert not fake.is_asleep
 
 
-@pytest.mark.parametrize("path", ["/sleep", "/wake_up"])
-@pytest.mark.parametrize("is_loaded", [True, False])
+@pytest.mark.parametrize(
+    ("path", "is_loaded", "num_lost"),
+    [("/sleep", True, 0), ("/sleep", False, 0), ("/wake_up", True, 0), ("/wake_up", False, 4)],
+)
 def test_a_server_that_is_lost_meanwhile(
-    policy: TinyPolicy, fake: FakeVLLM, path: str, is_loaded: bool, monkeypatch: pytest.MonkeyPatch
+    policy: TinyPolicy, fake: FakeVLLM, path: str, is_loaded: bool, num_lost: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """It is brought back, and costs what it was asked while it slept."""
     monkeypatch.setattr("steppo.engines.vllm._AGAIN_S", 0.1)
     with served(fake) as url, engine_at(policy, url, sleep=True) as engine:
         fake.fails = path
@@ -255,9 +258,12 @@ def test_a_server_that_is_lost_meanwhile(
                 load(engine, policy, 1)
             for request in make_requests(4):
                 engine.submit(request)
+            lost = polled(engine, num_lost)
         assert f"said 500 to {path}" in str(said[0].message)
+        assert all(answer.error for answer in lost.values())
         fake.fails = ""
-        assert not any(answer.error for answer in polled(engine, 4).values())
+        answers = polled(engine, 4) if not num_lost else answers_of(engine, make_requests(4))
+        assert not any(answer.error for answer in answers.values())
         assert engine.counts()["lost_servers"] == 1
 
 

@@ -13,12 +13,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 
-def joined(path: str, rank: int, size: int, backend: str, timeout: float) -> Any:
+def joined(rank: int, path: str, size: int, backend: str, timeout: float) -> Any:
     """The group, as soon as all have joined.
 
     Args:
-        path: Of a file that all see and nobody used before.
         rank: The learner has 0.
+        path: Of a file that all see and nobody used before.
         size: Of the group.
         backend: ``nccl`` from GPU to GPU, ``gloo`` from CPU to CPU.
         timeout: Seconds that may pass until all have joined; also for a tensor.

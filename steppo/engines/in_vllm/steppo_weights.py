@@ -8,7 +8,7 @@ else of steppo.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +57,7 @@ class Engine(WeightTransferEngine[GroupInfo, UpdateInfo]):
         """Joins the learner, which is rank 0."""
         mine = self.parallel_config
         rank = 1 + mine.data_parallel_index * mine.world_size + mine.rank
-        self._group = joined(init_info.path, rank, init_info.size, init_info.backend, init_info.timeout)
+        self._group = joined(rank, **asdict(init_info))
         self._receives_on = self.device if init_info.backend == "nccl" else torch.device("cpu")
 
     def start_weight_update(self) -> None:
