@@ -160,16 +160,16 @@ def updates(policy: Policy, python: str, broadcasts: bool) -> dict[str, Any]:
 def cache(policy: Policy, python: str) -> dict[str, Any]:
     """The first change of weights forgets to empty the caches."""
     with engine_with(policy, python) as engine:
-        post, forgotten = Server._post, []
+        call, forgotten = Server._call, []
 
-        async def forgetful(self: Server, path: str, body: Any = None) -> Any:
+        async def forgetful(self: Server, path: str, *others: Any) -> Any:
             if path.startswith("/pause") and not forgotten:
                 forgotten.append(path)
                 path = path.replace("clear_cache=true", "clear_cache=false")
-            return await post(self, path, body)
+            return await call(self, path, *others)
 
         drift(policy, 1)
-        with mock.patch.object(Server, "_post", forgetful):
+        with mock.patch.object(Server, "_call", forgetful):
             seconds, said = load(engine, policy, 1)
         asked = requests(policy, 4, 150, 16, 1.0)
         return {"seconds": seconds, "said": said, "off the learner": off_learner(policy, asked, answers(engine, asked))}

@@ -9,7 +9,7 @@ import subprocess
 import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -146,7 +146,7 @@ class Server:
                 await asyncio.to_thread(self.kill)
                 raise ServerError(f"{self.name} did not start{late}: {_last_words(log)}")
             await asyncio.sleep(_LOOK_S)
-        await self._post("/update_weight_version", {"new_version": weights.version})
+        await self._call("/update_weight_version", {"new_version": weights.version})
 
     def kill(self) -> None:
         """Ends it and all its processes."""
@@ -191,7 +191,7 @@ class Server:
         texts = list(request.sampling.stop)
         sampling |= {"stop": texts, "detokenize": bool(texts), "skip_special_tokens": False}
         asked = {"token_ids": request.prompt_ids.tolist(), "sampling_params": sampling}
-        answer = await self._post("/inference/v1/generate", asked)
+        answer = await self._call("/inference/v1/generate", asked)
         try:
             choice = answer.json()["choices"][0]
             ids = np.asarray(choice["token_ids"], dtype=np.int32)
@@ -210,27 +210,27 @@ class Server:
 
     async def update(self, weights: Weights) -> None:
         """Gives it the weights. What is under way is answered first, and its caches are emptied."""
-        await self._post("/pause?mode=wait&clear_cache=true")
-        await self._post("/start_weight_update")
+        await self._call("/pause?mode=wait&clear_cache=true")
+        await self._call("/start_weight_update")
         if weights.is_broadcast:
             await self._broadcast(weights)
         else:
-            await self._post("/update_weights", {"update_info": {"path": str(weights.file())}})
-        await self._post("/finish_weight_update", {"weight_version": weights.version})
-        await self._post("/resume")
+            await self._call("/update_weights", {"update_info": {"path": str(weights.file())}})
+        await self._call("/finish_weight_update", {"weight_version": weights.version})
+        await self._call("/resume")
 
     async def sleep(self) -> None:
         """Gives its GPU away once what is under way is answered."""
         async with self._turn:
             if not self.is_asleep:
-                await self._post("/sleep?level=1&mode=wait")
+                await self._call("/sleep?level=1&mode=wait")
                 self.is_asleep = True
 
     async def wake(self) -> None:
         """Takes it back."""
         async with self._turn:
             if self.is_asleep:
-                await self._post("/wake_up")
+                await self._call("/wake_up")
                 self.is_asleep = False
 
     def leave(self) -> None:
@@ -241,25 +241,22 @@ class Server:
                 group.abort()
 
     async def _broadcast(self, weights: Weights) -> None:
-        try:
+        with ExitStack() as unless_done:
+            unless_done.callback(self.leave)
             if self._group is None:
-                size = 1 + (await self._client.get("/get_world_size")).json()["world_size"]
+                size = 1 + (await self._call("/get_world_size", method="GET")).json()["world_size"]
                 info = {"path": weights.meeting(), "size": size, "backend": weights.backend, "timeout": self._timeout}
                 join = _aside(lambda: joined(rank=0, **info))
-                self._group, _ = await asyncio.gather(join, self._post("/init_weight_transfer_engine", {"init_info": info}))
+                self._group, _ = await asyncio.gather(join, self._call("/init_weight_transfer_engine", {"init_info": info}))
             send = _aside(partial(weights.send, self._group))
-            await asyncio.gather(send, self._post("/update_weights", {"update_info": weights.description()}))
-        except Exception as error:
-            self.leave()
-            if isinstance(error, ServerError):
-                raise
-            raise ServerError(f"{self.name} received no weights: {in_short(said(error), 300)}") from error
+            await asyncio.gather(send, self._call("/update_weights", {"update_info": weights.description()}))
+            unless_done.pop_all()
 
-    async def _post(self, path: str, body: Any = None) -> httpx.Response:
+    async def _call(self, path: str, body: Any = None, method: str = "POST") -> httpx.Response:
         import httpx
 
         try:
-            response = await self._client.post(path, json=body)
+            response = await self._client.request(method, path, json=body)
         except httpx.ReadTimeout as error:
             raise Hangs(f"{self.name} gave no answer to {path} within {self._timeout:g} s") from error
         except httpx.HTTPError as error:

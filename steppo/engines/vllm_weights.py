@@ -47,7 +47,8 @@ class Weights:
         self.version = version
         self.is_broadcast = is_broadcast
         self.backend = "nccl" if policy.device.type == "cuda" else "gloo"
-        self._policy = policy
+        self._device = policy.device if self.backend == "nccl" else torch.device("cpu")
+        self._tokenizer = policy.tokenizer
         self._folder = folder
         self._path: Path | None = None
         self._writing = threading.Lock()
@@ -56,7 +57,7 @@ class Weights:
         self._config, self._class = model.config, type(model).__name__
         if policy.adapters is not None:
             weights = model.named_parameters()
-        device = policy.device if is_broadcast else torch.device("cpu")
+        device = self._device if is_broadcast else torch.device("cpu")
         self._tensors = {name: weight.detach().to(device, dtype).contiguous() for name, weight in weights}
 
     def model(self) -> Path:
@@ -86,9 +87,9 @@ class Weights:
 
     def send(self, group: Any) -> None:
         """Broadcasts them to who has joined the group."""
-        broadcast(group, self._tensors.values())
+        broadcast(group, (tensor.to(self._device) for tensor in self._tensors.values()))
         if self.backend == "nccl":
-            torch.cuda.synchronize(self._policy.device)
+            torch.cuda.synchronize(self._device)
 
     def settle(self) -> None:
         """All servers have them: no more is kept than another start of one wants."""
@@ -107,7 +108,7 @@ class Weights:
                 config = copy.deepcopy(self._config)
                 config.architectures = [self._class]
                 config.save_pretrained(base)
-                self._policy.tokenizer.save_pretrained(base)
+                self._tokenizer.save_pretrained(base)
             shutil.copytree(base, part)
             save_file({name: tensor.cpu() for name, tensor in self._tensors.items()}, part / _FILE, {"format": "pt"})
         except Exception as error:

@@ -303,7 +303,7 @@ def test_a_server_that_stays_wrong_ends_the_run(policy: TinyPolicy, fake: FakeVL
             load(engine, policy, 1)
     text = str(caught.value)
     assert f"the vLLM server {url} gives log-probabilities up to" in text
-    assert "more than 0.0001 (token " in text
+    assert "more than 0.0003 (token " in text
     assert "\n" not in text
 
 
@@ -477,7 +477,7 @@ def test_it_can_be_sent_to_a_process(policy: TinyPolicy) -> None:
 def test_tolerances(policy: TinyPolicy, fake: FakeVLLM) -> None:
     with served(fake) as url:
         with engine_at(policy, url) as engine:
-            assert engine.logprob_tolerance == 1e-4
+            assert engine.logprob_tolerance == 3e-4
         with engine_at(policy, url, tolerance=0.02) as engine:
             assert engine.logprob_tolerance == 0.02
         with engine_at(policy, url, dtype="bfloat16", tolerance=math.inf) as engine:
