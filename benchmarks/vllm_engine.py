@@ -6,9 +6,9 @@
 Parts (all unless ``--parts`` names some):
 
 - ``updates``: the weights drift at random five times. After each: greedy ids against ``HFEngine``'s, log-probabilities of
-  all ids against the learner's (also at temperatures 0.7 and 1), and seconds of ``load_weights``.
-- ``broadcast``: the same with weights from memory to memory (by gloo), and a server that is told to sleep before each of
-  them and before it is asked again; without a GPU it pauses and drops its caches, but frees nothing.
+  all ids against the learner's (also at temperatures 0.7 and 1), and seconds of ``load_weights``. Before each, and before it
+  is asked again, the server is told to sleep: without a GPU it pauses and drops its caches, but frees nothing.
+- ``broadcast``: the same with weights from memory to memory (by gloo), and no sleep.
 - ``cache``: a change of weights that leaves the prefix cache as it was, once.
 - ``head``: a server that does not prepare its head anew.
 - ``speed``: tokens/s of actions of 32 tokens after prompts of 200, at batches of 1, 8 and 32, beside ``HFEngine``.
@@ -64,7 +64,9 @@ def engine_with(policy: Policy, python: str, broadcasts: bool = False, **environ
     """An engine whose server has the policy's weights."""
     settings: Any = {"max_model_len": 1024, "arguments": ["--enforce-eager"], "environment": ENVIRONMENT | environment}
     if broadcasts:
-        settings |= {"transfer": "broadcast", "sleep": True, "arguments": ["--enforce-eager", "--no-enable-sleep-mode"]}
+        settings["transfer"] = "broadcast"
+    else:
+        settings |= {"sleep": True, "arguments": ["--enforce-eager", "--no-enable-sleep-mode"]}
     with closing(VLLMEngine(python, **settings)) as engine:
         engine.bind(policy)
         load(engine, policy, 0)

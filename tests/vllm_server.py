@@ -12,11 +12,12 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import pairwise
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 
@@ -132,8 +133,8 @@ class FakeVLLM:
         elif path == "/update_weights":
             self._update(**body["update_info"])
         elif path in ("/sleep", "/wake_up"):
-            assert self.is_asleep == (path == "/wake_up")
-            self.is_asleep = not self.is_asleep
+            assert path == "/wake_up" or not self.is_asleep
+            self.is_asleep = path == "/sleep"
         elif path == "/finish_weight_update":
             self.version = body["weight_version"]
         elif path == "/update_weight_version":
@@ -142,7 +143,7 @@ class FakeVLLM:
             return self._generate(body["token_ids"], body["sampling_params"])
         return {}
 
-    def _update(self, path: str = "", names: Sequence[str] = (), dtypes: Any = (), shapes: Any = ()) -> None:
+    def _update(self, path: str = "", dtype: str = "", shapes: Mapping[str, Any] = MappingProxyType({})) -> None:
         import torch
         from safetensors.torch import load_file
 
@@ -150,7 +151,7 @@ class FakeVLLM:
 
         assert not self.is_asleep
         weights = load_file(path) if path else {}
-        for name, dtype, shape in zip(names, dtypes, shapes, strict=True):
+        for name, shape in shapes.items():
             weights[name] = torch.empty(shape, dtype=getattr(torch, dtype))
             broadcast(self._group, [weights[name]])
         model = self.policy.model

@@ -71,8 +71,9 @@ class VLLMEngine(Engine):
         environment: Variables for our own servers.
         transfer: How weights reach them: through a ``file``, or by ``broadcast`` from memory to memory, from one GPU to
             another by NCCL.
-        sleep: While nobody plays, servers give their GPU away, so that a learner can have it: their weights wait in the
-            machine's memory, their caches are dropped. Those at ``urls`` want ``--enable-sleep-mode``.
+        sleep: While nobody plays, servers give their GPU away, so that the learner can have it: their weights wait in the
+            machine's memory, their caches are dropped. Own servers get the learner's GPU; those at ``urls`` want
+            ``--enable-sleep-mode``.
         tolerance: Largest difference of a log-probability to the learner's; 3e-4 in float32, else 0.1.
         timeout: Seconds that an answer may take; then its server hangs.
         start_timeout: Seconds that a server may take to start.
@@ -86,6 +87,7 @@ class VLLMEngine(Engine):
     _servers: list[Server]  # these from the first weights on
     _loop: asyncio.AbstractEventLoop
     _folder: tempfile.TemporaryDirectory[str]
+    _arrived: queue.SimpleQueue[Any]
 
     def __init__(
         self,
@@ -112,6 +114,8 @@ class VLLMEngine(Engine):
                     f"VLLMEngine: {url} is not on this machine, as http://127.0.0.1:8000 is: whoever reaches a vLLM server "
                     "can change its weights without a key"
                 )
+        if sleep and transfer == "broadcast":
+            raise ConfigError("VLLMEngine: sleep is for one GPU of learner and servers, broadcast for one each: choose")
         if find_spec("httpx") is None:
             raise ConfigError("VLLMEngine needs httpx: pip install 'steppo[vllm]'")
         self.python = python
@@ -198,11 +202,12 @@ class VLLMEngine(Engine):
         if is_first:
             self._open(dtype)
         self._wait(self._stop())
+        self._arrived = queue.SimpleQueue()  # what came in between was of older weights
         self._loads += 1
-        name, by = f"{version}.{self._loads}", self.transfer == "broadcast"
-        new = Weights(self._policy, weights, name, getattr(torch, dtype), Path(self._folder.name), by)
+        name, is_broadcast = f"{version}.{self._loads}", self.transfer == "broadcast"
+        new = Weights(self._policy, weights, name, getattr(torch, dtype), Path(self._folder.name), is_broadcast)
         old, self._weights = self._weights, new
-        if not by:
+        if not is_broadcast:
             new.model()
         if self.sleep and torch.cuda.is_initialized():
             torch.cuda.empty_cache()  # the servers want it
@@ -249,8 +254,9 @@ class VLLMEngine(Engine):
             asleep = ["--enable-sleep-mode"] if self.sleep else []
             arguments = [*map(str, limits), "--dtype", dtype, *asleep, *self.arguments]
             python, folder = os.path.expanduser(self.python), Path(self._folder.name)
-            launch = Launch(python, arguments, self.environment, self.start_timeout, folder, self._guard)
-        self._arrived: queue.SimpleQueue[Any] = queue.SimpleQueue()
+            environment = (_learners_gpu(self._policy.device) if self.sleep else {}) | self.environment
+            launch = Launch(python, arguments, environment, self.start_timeout, folder, self._guard)
+        self._in_use = asyncio.Event()
         self._servers = [Server(name, launch, self.timeout) for name in self._names]
         self._waiting: list[Request] = []  # for a server; these three are touched in the loop only
         self._homes: dict[str, Server] = {}  # by session
@@ -318,11 +324,11 @@ class VLLMEngine(Engine):
         """Gives a server the weights. Its answer to the probe then, or why there is none."""
         weights = self._weights
         assert weights is not None
-        server.is_up = False
+        was_ready, server.is_ready, server.is_up = server.is_ready, False, False
         if restart:
             server.leave()
         try:
-            if server.launch is not None and (restart or not server.is_ready):
+            if server.launch is not None and (restart or not was_ready):
                 await server.start(weights)
             else:
                 await server.wake()
@@ -330,13 +336,14 @@ class VLLMEngine(Engine):
                 await server.update(weights)
             answer = await server.generate(self._probe, (), weights.version)
         except (ServerError, OSError, RuntimeError) as error:  # what torch says of a broadcast is in the last
-            server.is_ready = False
+            server.is_asleep = server.launch is None  # it may have been left in the midst of a pause
             return error if isinstance(error, ServerError) else ServerError(f"{server.name}: {in_short(said(error), 300)}")
         server.is_ready = True
         return answer
 
     async def _stop(self) -> None:
         """Ends what is under way."""
+        self._in_use.set()
         tasks, self._tasks, self._waiting = list(self._tasks), {}, []
         for task in tasks:
             task.cancel()
@@ -344,6 +351,7 @@ class VLLMEngine(Engine):
             await asyncio.wait(tasks)
 
     async def _put_to_sleep(self) -> None:
+        self._in_use.clear()
         for server in [server for server in self._servers if server.is_up]:
             try:
                 await server.sleep()
@@ -360,6 +368,7 @@ class VLLMEngine(Engine):
         task.add_done_callback(lambda task: self._tasks.pop(task, None))
 
     def _send(self, request: Request) -> None:
+        self._in_use.set()
         up = [server for server in self._servers if server.is_up]
         if not up:
             self._waiting.append(request)
@@ -405,18 +414,31 @@ class VLLMEngine(Engine):
         self._begin(self._bring_back(server), None)
 
     async def _bring_back(self, server: Server) -> None:
-        """Starts it anew, or waits until whoever owns it has."""
+        """Starts it anew, or waits until whoever owns it has; not while servers sleep, since a learner has their GPU."""
+        await self._in_use.wait()
         last = self._loop.time() + self.start_timeout
-        while isinstance(answer := await self._renew(server, restart=True), ServerError):
-            if self._loop.time() > last and not any(other.is_up for other in self._servers):
-                self._arrived.put(RunError(f"no vLLM server is left: {answer}"))
-                return
-            await asyncio.sleep(_AGAIN_S)
-        self._arrived.put((server, answer))
+        try:
+            while isinstance(answer := await self._renew(server, restart=True), ServerError):
+                if self._loop.time() > last and not any(other.is_up for other in self._servers):
+                    raise RunError(f"no vLLM server is left: {answer}")
+                await asyncio.sleep(_AGAIN_S)
+                await self._in_use.wait()
+        except RunError as error:
+            self._arrived.put(error)
+        else:
+            self._arrived.put((server, answer))
 
 
 async def _gathered(works: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
     return list(await asyncio.gather(*works))
+
+
+def _learners_gpu(device: torch.device) -> dict[str, str]:
+    """Variables of a server that has the same one, if it is one."""
+    if device.type != "cuda":
+        return {}
+    index, visible = device.index or 0, os.environ.get("CUDA_VISIBLE_DEVICES")
+    return {"CUDA_VISIBLE_DEVICES": visible.split(",")[index] if visible else str(index)}
 
 
 def _is_local(url: str) -> bool:

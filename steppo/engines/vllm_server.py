@@ -7,13 +7,14 @@ import os
 import re
 import subprocess
 import threading
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
+from uuid import uuid4
 
 import numpy as np
 
@@ -97,7 +98,7 @@ class Server:
     Attributes:
         is_ready: It runs, and can be given weights.
         is_up: It has the newest weights, and its answer to the probe was right.
-        is_asleep: Its weights lie in the machine's memory, and its caches nowhere.
+        is_asleep: It answers nothing before it is woken.
     """
 
     def __init__(self, name: str, launch: Launch | None, timeout: float) -> None:
@@ -105,7 +106,8 @@ class Server:
 
         self.name = f"the vLLM server {name}"
         self.launch = launch
-        self.is_ready = self.is_up = self.is_asleep = False
+        self.is_ready = self.is_up = False
+        self.is_asleep = launch is None  # perhaps: whoever used it before may have left it so
         self._mark = name
         self._timeout = timeout
         self._process: subprocess.Popen[bytes] | None = None
@@ -210,12 +212,15 @@ class Server:
 
     async def update(self, weights: Weights) -> None:
         """Gives it the weights. What is under way is answered first, and its caches are emptied."""
+        if weights.is_broadcast and self._group is None:
+            await self._join(weights)
         await self._call("/pause?mode=wait&clear_cache=true")
         await self._call("/start_weight_update")
+        told = self._call("/update_weights", {"update_info": weights.update_info()})
         if weights.is_broadcast:
-            await self._broadcast(weights)
+            await self._together(_aside(partial(weights.send, self._group)), told)
         else:
-            await self._call("/update_weights", {"update_info": {"path": str(weights.file())}})
+            await told
         await self._call("/finish_weight_update", {"weight_version": weights.version})
         await self._call("/resume")
 
@@ -223,8 +228,8 @@ class Server:
         """Gives its GPU away once what is under way is answered."""
         async with self._turn:
             if not self.is_asleep:
+                self.is_asleep = True  # also where no answer comes
                 await self._call("/sleep?level=1&mode=wait")
-                self.is_asleep = True
 
     async def wake(self) -> None:
         """Takes it back."""
@@ -234,23 +239,26 @@ class Server:
                 self.is_asleep = False
 
     def leave(self) -> None:
-        """Ends the group, if there is one: who waits in it hears of it."""
+        """Ends the group, if there is one."""
         group, self._group = self._group, None
         if group is not None:
             with suppress(RuntimeError):
                 group.abort()
 
-    async def _broadcast(self, weights: Weights) -> None:
-        with ExitStack() as unless_done:
-            unless_done.callback(self.leave)
-            if self._group is None:
-                size = 1 + (await self._call("/get_world_size", method="GET")).json()["world_size"]
-                info = {"path": weights.meeting(), "size": size, "backend": weights.backend, "timeout": self._timeout}
-                join = _aside(lambda: joined(rank=0, **info))
-                self._group, _ = await asyncio.gather(join, self._call("/init_weight_transfer_engine", {"init_info": info}))
-            send = _aside(partial(weights.send, self._group))
-            await asyncio.gather(send, self._call("/update_weights", {"update_info": weights.description()}))
-            unless_done.pop_all()
+    async def _join(self, weights: Weights) -> None:
+        size = 1 + (await self._call("/get_world_size", method="GET")).json()["world_size"]
+        path = str(weights.folder / f"group-{uuid4().hex}")
+        info = {"path": path, "size": size, "backend": weights.backend, "timeout": self._timeout}
+        told = self._call("/init_weight_transfer_engine", {"init_info": info})
+        self._group, _ = await self._together(_aside(partial(joined, 0, **info)), told)
+
+    async def _together(self, *both: Awaitable[Any]) -> list[Any]:
+        """What this process and the server do at once. Where it is broken off the group is of no use any more."""
+        try:
+            return await asyncio.gather(*both)
+        except BaseException:
+            self.leave()
+            raise
 
     async def _call(self, path: str, body: Any = None, method: str = "POST") -> httpx.Response:
         import httpx
@@ -270,9 +278,9 @@ class Server:
 async def _aside(work: Callable[[], T]) -> T:
     """What it gives, in a thread of its own, which nobody waits for once nobody waits here."""
     future: Future[T] = Future()
+    future.set_running_or_notify_cancel()
 
     def run() -> None:
-        future.set_running_or_notify_cancel()
         try:
             future.set_result(work())
         except Exception as error:

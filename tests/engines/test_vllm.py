@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import pickle
+import shutil
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -18,6 +19,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import AutoModelForCausalLM
 
 from steppo.engines import HFEngine, VLLMEngine
+from steppo.engines.vllm import _learners_gpu
 from steppo.errors import ConfigError, RunError
 from steppo.models import TinyPolicy
 from steppo.models.adapters import LoRASettings
@@ -227,6 +229,20 @@ def test_who_does_not_receive_joins_again(
             assert_same(answer, wanted[number], atol=1e-5)
 
 
+def test_weights_that_cannot_be_written_end_the_run(policy: TinyPolicy, tmp_path: Path) -> None:
+    with served(FakeVLLM()) as url, engine_of(policy, tmp_path, url, transfer="broadcast") as engine:
+        load(engine, policy, 1)
+        base = Path(engine._folder.name) / "base"
+        shutil.rmtree(base)
+        base.touch()  # which is no folder
+        engine._servers[0].kill()
+        with pytest.warns(UserWarning, match="a server is lost"):
+            answers_of(engine, make_requests(1))
+        engine.submit(make_requests(1)[0])
+        with pytest.raises(RunError, match="TMPDIR names another disk"):
+            engine.poll()
+
+
 # ---- while nobody plays ----
 
 
@@ -239,6 +255,48 @@ def test_servers_sleep_until_they_are_asked(policy: TinyPolicy, fake: FakeVLLM) 
                 assert fake.is_asleep
             assert not any(answer.error for answer in ask(engine, policy).values())
             assert not fake.is_asleep
+
+
+def test_a_server_that_somebody_left_asleep(policy: TinyPolicy, fake: FakeVLLM) -> None:
+    with served(fake) as url:
+        with engine_at(policy, url, sleep=True) as engine:
+            engine.rest()
+        assert fake.is_asleep
+        with engine_at(policy, url) as engine:
+            assert not answers_of(engine, make_requests(1))[0].error
+
+
+def test_a_process_is_not_started_while_a_learner_has_the_gpu(policy: TinyPolicy, tmp_path: Path) -> None:
+    with served(fake := FakeVLLM()) as url, engine_of(policy, tmp_path, url, sleep=True) as engine:
+        fake.fails = "/sleep"
+        with pytest.warns(UserWarning, match="a server is lost"):
+            engine.rest()
+        fake.fails = ""
+        time.sleep(0.5)
+        assert fake.calls.count("/load") == 1
+        assert not answers_of(engine, make_requests(1))[0].error
+        assert fake.calls.count("/load") == 2
+
+
+def test_a_process_that_is_back_before_the_next_weights(policy: TinyPolicy, tmp_path: Path) -> None:
+    with served(FakeVLLM()) as url, engine_of(policy, tmp_path, url) as engine:
+        engine._servers[0].kill()
+        with pytest.warns(UserWarning, match="a server is lost"):
+            answers_of(engine, make_requests(1))
+        while engine._arrived.empty():
+            time.sleep(0.05)
+        learn(policy)
+        assert not loaded_and_asked(engine, policy)[0].error
+
+
+def test_servers_that_sleep_have_the_learners_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert _learners_gpu(torch.device("cpu")) == {}
+    assert _learners_gpu(torch.device("cuda", 1)) == {"CUDA_VISIBLE_DEVICES": "1"}
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
+    assert _learners_gpu(torch.device("cuda", 1)) == {"CUDA_VISIBLE_DEVICES": "7"}
+    with pytest.raises(ConfigError, match="sleep is for one GPU"):
+        VLLMEngine(python="python3", sleep=True, transfer="broadcast")
 
 
 @pytest.mark.parametrize(

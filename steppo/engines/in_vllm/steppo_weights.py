@@ -38,12 +38,11 @@ class GroupInfo(WeightTransferInitInfo):
 
 @dataclass
 class UpdateInfo(WeightTransferUpdateInfo):
-    """All weights, by the names of the model's own files: ``path`` of a safetensors file with them, or what is broadcast."""
+    """All weights, by the names of the model's own files: ``path`` of a safetensors file, or what is broadcast, in order."""
 
     path: str | None = None
-    names: list[str] = field(default_factory=list)
-    dtypes: list[str] = field(default_factory=list)
-    shapes: list[list[int]] = field(default_factory=list)
+    dtype: str = ""
+    shapes: dict[str, list[int]] = field(default_factory=dict)
 
 
 class Engine(WeightTransferEngine[GroupInfo, UpdateInfo]):
@@ -67,8 +66,8 @@ class Engine(WeightTransferEngine[GroupInfo, UpdateInfo]):
         if update_info.path is not None:
             self.model.load_weights(_read(Path(update_info.path)))
             return
-        for name, dtype, shape in zip(update_info.names, update_info.dtypes, update_info.shapes, strict=True):
-            weight = torch.empty(shape, dtype=getattr(torch, dtype), device=self._receives_on)
+        for name, shape in update_info.shapes.items():
+            weight = torch.empty(shape, dtype=getattr(torch, update_info.dtype), device=self._receives_on)
             broadcast(self._group, [weight])
             self.model.load_weights([(name, weight)])  # as many calls as broadcasts, whatever a model skips
 
