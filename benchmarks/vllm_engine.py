@@ -6,7 +6,9 @@
 Parts (all unless ``--parts`` names some):
 
 - ``updates``: the weights drift at random five times. After each: greedy ids against ``HFEngine``'s, log-probabilities of
-  all ids against the learner's (also at temperatures 0.7 and 1), and seconds of ``load_weights``.
+  all ids against the learner's (also at temperatures 0.7 and 1), and seconds of ``load_weights``. Before each, and before it
+  is asked again, the server is told to sleep: without a GPU it pauses and drops its caches, but frees nothing.
+- ``broadcast``: the same with weights from memory to memory (by gloo), and no sleep.
 - ``cache``: a change of weights that leaves the prefix cache as it was, once.
 - ``head``: a server that does not prepare its head anew.
 - ``speed``: tokens/s of actions of 32 tokens after prompts of 200, at batches of 1, 8 and 32, beside ``HFEngine``.
@@ -46,7 +48,7 @@ from steppo.packing import PaddedPacker
 from steppo.types import Completion, Request, Sampling
 
 ROOT = Path(__file__).parent.parent
-PARTS = ("updates", "cache", "head", "speed", "fit", "killed")
+PARTS = ("updates", "broadcast", "cache", "head", "speed", "fit", "killed")
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_CPU_KVCACHE_SPACE": "1"}
 _HEAD = "            if isinstance(module, ParallelLMHead):\n"
 
@@ -58,9 +60,13 @@ def built(model: str) -> Policy:
 
 
 @contextmanager
-def engine_with(policy: Policy, python: str, **environment: str) -> Iterator[VLLMEngine]:
+def engine_with(policy: Policy, python: str, broadcasts: bool = False, **environment: str) -> Iterator[VLLMEngine]:
     """An engine whose server has the policy's weights."""
     settings: Any = {"max_model_len": 1024, "arguments": ["--enforce-eager"], "environment": ENVIRONMENT | environment}
+    if broadcasts:
+        settings["transfer"] = "broadcast"
+    else:
+        settings |= {"sleep": True, "arguments": ["--enforce-eager", "--no-enable-sleep-mode"]}
     with closing(VLLMEngine(python, **settings)) as engine:
         engine.bind(policy)
         load(engine, policy, 0)
@@ -122,10 +128,10 @@ def same_ids(left: Sequence[Completion], right: Sequence[Completion]) -> int:
 # ---- parts ----
 
 
-def updates(policy: Policy, python: str) -> dict[str, Any]:
+def updates(policy: Policy, python: str, broadcasts: bool) -> dict[str, Any]:
     rows = []
     start = time.perf_counter()
-    with engine_with(policy, python) as engine:
+    with engine_with(policy, python, broadcasts) as engine:
         ready = time.perf_counter() - start
         here = HFEngine()
         here.bind(policy)
@@ -134,8 +140,10 @@ def updates(policy: Policy, python: str) -> dict[str, Any]:
             if version:
                 drift(policy, version)
                 here.load_weights((), version)
+                engine.rest()
                 seconds, said = load(engine, policy, version)
                 assert not said, said
+                engine.rest()
             asked = {heat: requests(policy, 4, 150, 16, heat, seed=version) for heat in (0.0, 0.7, 1.0)}
             theirs = {heat: answers(engine, some) for heat, some in asked.items()}
             row = {
@@ -154,16 +162,16 @@ def updates(policy: Policy, python: str) -> dict[str, Any]:
 def cache(policy: Policy, python: str) -> dict[str, Any]:
     """The first change of weights forgets to empty the caches."""
     with engine_with(policy, python) as engine:
-        post, forgotten = Server._post, []
+        call, forgotten = Server._call, []
 
-        async def forgetful(self: Server, path: str, body: Any = None) -> Any:
+        async def forgetful(self: Server, path: str, *others: Any) -> Any:
             if path.startswith("/pause") and not forgotten:
                 forgotten.append(path)
                 path = path.replace("clear_cache=true", "clear_cache=false")
-            return await post(self, path, body)
+            return await call(self, path, *others)
 
         drift(policy, 1)
-        with mock.patch.object(Server, "_post", forgetful):
+        with mock.patch.object(Server, "_call", forgetful):
             seconds, said = load(engine, policy, 1)
         asked = requests(policy, 4, 150, 16, 1.0)
         return {"seconds": seconds, "said": said, "off the learner": off_learner(policy, asked, answers(engine, asked))}
@@ -175,7 +183,8 @@ def head(policy: Policy, python: str) -> dict[str, Any]:
     assert _HEAD in ours
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "steppo_weights.py").write_text(ours.replace(_HEAD, "            if False:\n"))
-        with engine_with(policy, python, PYTHONPATH=folder) as engine:
+        paths = f"{folder}:{Path(in_vllm.__file__).parent}"
+        with engine_with(policy, python, PYTHONPATH=paths) as engine:
             drift(policy, 1)
             seconds, said = load(engine, policy, 1)
             asked = requests(policy, 4, 150, 16, 1.0)
@@ -274,10 +283,12 @@ def main() -> None:
     for part in options.parts:
         if part in ("fit", "killed"):
             found = fit(options.model, options.python, part == "killed")
+        elif part in ("updates", "broadcast"):
+            found = updates(built(options.model), options.python, part == "broadcast")
         elif part == "speed":
             found = speed(built(options.model), options.python, options.repeats)
         else:
-            found = {"updates": updates, "cache": cache, "head": head}[part](built(options.model), options.python)
+            found = {"cache": cache, "head": head}[part](built(options.model), options.python)
         results[part] = {"about": about() | {"vllm": theirs}, **found}
         options.results.write_text(json.dumps(results, indent=1) + "\n")
         print(part, json.dumps(found, indent=1), flush=True)

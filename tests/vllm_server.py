@@ -12,11 +12,12 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import pairwise
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 
@@ -63,6 +64,8 @@ class FakeVLLM:
         tempered: Whether log-probabilities are those under the temperature.
         held: Generation waits while this is set.
         dropped: Connections that were closed while it did.
+        is_asleep: It does nothing until it is woken.
+        fails: A path that is answered with an error.
     """
 
     def __init__(self, model: Path | None = None) -> None:
@@ -72,6 +75,8 @@ class FakeVLLM:
         self.tempered = True
         self.held = threading.Event()
         self.dropped = 0
+        self.is_asleep = False
+        self.fails = ""
         self._lock = threading.Lock()
         if model is not None:
             self._load(model)
@@ -92,6 +97,7 @@ class FakeVLLM:
         self.engine = Keeping()
         self.engine.bind(self.policy)
         self.version = "default"
+        self.is_asleep = False
         self._count = 0
 
     def app(self, path: str, body: Any, handler: Handler) -> tuple[int, Any]:
@@ -99,6 +105,8 @@ class FakeVLLM:
         if path == "/health":
             return 200, {}
         self.calls.append(path)
+        if path == self.fails:
+            return 500, {}
         if path == "/inference/v1/generate":
             while self.held.is_set():
                 if handler.is_dropped():
@@ -116,8 +124,17 @@ class FakeVLLM:
                 self.keeps_cache -= 1
             else:
                 self.engine.load_weights((), 0)
+        elif path == "/get_world_size":
+            return {"world_size": 1}
+        elif path == "/init_weight_transfer_engine":
+            from steppo.engines.in_vllm.steppo_group import joined
+
+            self._group = joined(1, **body["init_info"])
         elif path == "/update_weights":
-            self._update(body["update_info"]["path"])
+            self._update(**body["update_info"])
+        elif path in ("/sleep", "/wake_up"):
+            assert path == "/wake_up" or not self.is_asleep
+            self.is_asleep = path == "/sleep"
         elif path == "/finish_weight_update":
             self.version = body["weight_version"]
         elif path == "/update_weight_version":
@@ -126,11 +143,17 @@ class FakeVLLM:
             return self._generate(body["token_ids"], body["sampling_params"])
         return {}
 
-    def _update(self, path: str) -> None:
+    def _update(self, path: str = "", dtype: str = "", shapes: Mapping[str, Any] = MappingProxyType({})) -> None:
         import torch
         from safetensors.torch import load_file
 
-        weights = load_file(path)
+        from steppo.engines.in_vllm.steppo_group import broadcast
+
+        assert not self.is_asleep
+        weights = load_file(path) if path else {}
+        for name, shape in shapes.items():
+            weights[name] = torch.empty(shape, dtype=getattr(torch, dtype))
+            broadcast(self._group, [weights[name]])
         model = self.policy.model
         head = model.get_output_embeddings()
         if self.keeps_head:
@@ -149,6 +172,7 @@ class FakeVLLM:
 
         from steppo.types import Request, Sampling
 
+        assert not self.is_asleep
         assert wanted["ignore_eos"]
         assert wanted["top_p"] == 1
         self.asked.append((ids, wanted["stop_token_ids"]))

@@ -63,6 +63,9 @@ class Engine(ABC):
     def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Takes the learner's weights, ``Policy.inference_weights``. Engines that share them have nothing to do."""
 
+    def rest(self) -> None:
+        """The rollouts are over for now: memory that the learner could use may go. New weights or requests end it."""
+
     def counts(self) -> Counter[str]:
         """What happened to it so far, always under the same names; logged by iteration."""
         return Counter()

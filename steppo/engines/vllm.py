@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
-import copy
 import fcntl
 import os
 import queue
@@ -23,16 +22,16 @@ from urllib.parse import urlsplit
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from steppo.batch import Segment
 from steppo.distributed import rank_and_world
 from steppo.engines.base import Engine, failed
 from steppo.engines.sampling import logprob_tolerance
-from steppo.engines.vllm_server import WEIGHTS, Hangs, Launch, Refused, Server, ServerError
+from steppo.engines.vllm_server import Hangs, Launch, Refused, Server, ServerError
+from steppo.engines.vllm_weights import Weights
 from steppo.envs.guard import Guard
-from steppo.errors import ConfigError, RunError, require_at_least, said
+from steppo.errors import ConfigError, RunError, in_short, require_at_least, said
 from steppo.packing import PaddedPacker
 from steppo.types import Completion, Request, Sampling
 
@@ -53,7 +52,7 @@ _PROBE_SAMPLING = Sampling(1.25, 16)
 class VLLMEngine(Engine):
     """Has vLLM servers on this machine sample: it starts them, or is told where they are.
 
-    They live in an environment of their own (``docs/vllm.md``). Weights go through a file, adapters merged. Before and after
+    They live in an environment of their own (``docs/vllm.md``). They are sent the weights, adapters merged. Before and after
     each change of weights a server answers a probe of several cache blocks, and the log-probabilities of what it generated
     are compared with the learner's own: caches or layers that kept old weights are found. Then the weights are sent again,
     then the server is started anew, then the run ends.
@@ -70,7 +69,12 @@ class VLLMEngine(Engine):
         dtype: That servers compute in; float32 if the learner does, else bfloat16.
         arguments: Of our own servers, as on vLLM's command line.
         environment: Variables for our own servers.
-        tolerance: Largest difference of a log-probability to the learner's; 1e-4 in float32, else 0.1.
+        transfer: How weights reach them: through a ``file``, or by ``broadcast`` from memory to memory, from one GPU to
+            another by NCCL.
+        sleep: While nobody plays, servers give their GPU away, so that the learner can have it: their weights wait in the
+            machine's memory, their caches are dropped. Own servers get the learner's GPU; those at ``urls`` want
+            ``--enable-sleep-mode``.
+        tolerance: Largest difference of a log-probability to the learner's; 3e-4 in float32, else 0.1.
         timeout: Seconds that an answer may take; then its server hangs.
         start_timeout: Seconds that a server may take to start.
 
@@ -83,6 +87,7 @@ class VLLMEngine(Engine):
     _servers: list[Server]  # these from the first weights on
     _loop: asyncio.AbstractEventLoop
     _folder: tempfile.TemporaryDirectory[str]
+    _arrived: queue.SimpleQueue[Any]
 
     def __init__(
         self,
@@ -93,6 +98,8 @@ class VLLMEngine(Engine):
         dtype: Literal["float32", "bfloat16", "float16"] | None = None,
         arguments: list[str] | None = None,
         environment: dict[str, str] | None = None,
+        transfer: Literal["file", "broadcast"] = "file",
+        sleep: bool = False,
         tolerance: float | None = None,
         timeout: float = 600.0,
         start_timeout: float = 600.0,
@@ -107,6 +114,8 @@ class VLLMEngine(Engine):
                     f"VLLMEngine: {url} is not on this machine, as http://127.0.0.1:8000 is: whoever reaches a vLLM server "
                     "can change its weights without a key"
                 )
+        if sleep and transfer == "broadcast":
+            raise ConfigError("VLLMEngine: sleep is for one GPU of learner and servers, broadcast for one each: choose")
         if find_spec("httpx") is None:
             raise ConfigError("VLLMEngine needs httpx: pip install 'steppo[vllm]'")
         self.python = python
@@ -116,14 +125,15 @@ class VLLMEngine(Engine):
         self.dtype = dtype
         self.arguments = arguments or []
         self.environment = environment or {}
+        self.transfer = transfer
+        self.sleep = sleep
         self.tolerance = tolerance
         self.timeout = timeout
         self.start_timeout = start_timeout
         self.reloads = self.losses = 0
         self._is_open = False
         self._loads = 0
-        self._version = ""
-        self._model = Path()  # the newest weights
+        self._weights: Weights | None = None  # the newest
         self._asked: dict[int, str] = {}  # requests under way -> session
 
     def __getstate__(self) -> dict[str, Any]:
@@ -184,19 +194,31 @@ class VLLMEngine(Engine):
         Raises:
             RunError: A server does not take them.
         """
-        near = logprob_tolerance(self._policy)
-        dtype = self.dtype or ("float32" if near < 1e-3 else "bfloat16")
-        self.logprob_tolerance = self.tolerance or (near if dtype == "float32" else 0.1)
+        exact = logprob_tolerance(self._policy) < 1e-3
+        dtype = self.dtype or ("float32" if exact else "bfloat16")
+        # In float32, too, their kernels are others: 1e-4 was seen.
+        self.logprob_tolerance = self.tolerance or (3e-4 if exact and dtype == "float32" else 0.1)
         is_first = not self._is_open
         if is_first:
             self._open(dtype)
-        self._wait(self._rest())
+        self._wait(self._stop())
+        self._arrived = queue.SimpleQueue()  # what came in between was of older weights
         self._loads += 1
-        self._version = f"{version}.{self._loads}"
-        old, self._model = self._model, self._write(weights, getattr(torch, dtype))
+        name, is_broadcast = f"{version}.{self._loads}", self.transfer == "broadcast"
+        new = Weights(self._policy, weights, name, getattr(torch, dtype), Path(self._folder.name), is_broadcast)
+        old, self._weights = self._weights, new
+        if not is_broadcast:
+            new.model()
+        if self.sleep and torch.cuda.is_initialized():
+            torch.cuda.empty_cache()  # the servers want it
         self._renew_all(is_first)
-        if old.name:
-            shutil.rmtree(old)
+        new.settle()
+        if old is not None:
+            old.remove()
+
+    def rest(self) -> None:
+        if self.sleep and self._is_open:
+            self._wait(self._put_to_sleep())
 
     def counts(self) -> Counter[str]:
         return Counter({"lost_servers": self.losses, "reloaded_weights": self.reloads})
@@ -205,7 +227,7 @@ class VLLMEngine(Engine):
         self._asked = {}
         if not self._is_open:
             return
-        self._is_open, self._model = False, Path()
+        self._is_open, self._weights = False, None
         try:
             self._wait(self._end())
         finally:
@@ -229,10 +251,12 @@ class VLLMEngine(Engine):
         if self.python is not None:
             self._guard = Guard()
             limits = ["--max-model-len", self._longest, "--max-num-batched-tokens", max(4096, self._longest)]
-            arguments = [*map(str, limits), "--dtype", dtype, *self.arguments]
+            asleep = ["--enable-sleep-mode"] if self.sleep else []
+            arguments = [*map(str, limits), "--dtype", dtype, *asleep, *self.arguments]
             python, folder = os.path.expanduser(self.python), Path(self._folder.name)
-            launch = Launch(python, arguments, self.environment, self.start_timeout, folder, self._guard)
-        self._arrived: queue.SimpleQueue[Any] = queue.SimpleQueue()
+            environment = (_learners_gpu(self._policy.device) if self.sleep else {}) | self.environment
+            launch = Launch(python, arguments, environment, self.start_timeout, folder, self._guard)
+        self._in_use = asyncio.Event()
         self._servers = [Server(name, launch, self.timeout) for name in self._names]
         self._waiting: list[Request] = []  # for a server; these three are touched in the loop only
         self._homes: dict[str, Server] = {}  # by session
@@ -254,26 +278,6 @@ class VLLMEngine(Engine):
         return future.result()
 
     # ---- weights ----
-
-    def _write(self, weights: Iterable[tuple[str, Tensor]], dtype: torch.dtype) -> Path:
-        """A folder that transformers, and so vLLM, reads: whole when it has its name. Gives its path."""
-        policy, folder = self._policy, Path(self._folder.name)
-        model = policy.merged()
-        if policy.adapters is not None:
-            weights = model.named_parameters()
-        base, part = folder / "base", folder / "part"
-        if not base.exists():
-            config = copy.deepcopy(model.config)
-            config.architectures = [type(model).__name__]
-            config.save_pretrained(base)
-            policy.tokenizer.save_pretrained(base)
-        shutil.copytree(base, part)
-        held = {name: weight.detach().to("cpu", dtype).contiguous() for name, weight in weights}
-        try:
-            save_file(held, part / WEIGHTS, metadata={"format": "pt"})
-        except Exception as error:
-            raise RunError(f"VLLMEngine: cannot write {part / WEIGHTS}: {said(error)}; TMPDIR names another disk") from error
-        return part.rename(folder / f"weights-{self._loads}")
 
     def _renew_all(self, is_first: bool) -> None:
         """Brings the weights to all servers, in the mildest way after which the probe is right."""
@@ -318,30 +322,44 @@ class VLLMEngine(Engine):
 
     async def _renew(self, server: Server, restart: bool) -> Completion | ServerError:
         """Gives a server the weights. Its answer to the probe then, or why there is none."""
-        server.is_up = False
+        weights = self._weights
+        assert weights is not None
+        was_ready, server.is_ready, server.is_up = server.is_ready, False, False
+        if restart:
+            server.leave()
         try:
-            if server.launch is not None and (restart or not server.is_ready):
-                await server.start(self._model, self._version)
+            if server.launch is not None and (restart or not was_ready):
+                await server.start(weights)
             else:
+                await server.wake()
                 await server.generate(self._probe, (), None)  # now its caches hold what may not be read again
-                await server.update(self._model, self._version)
-            answer = await server.generate(self._probe, (), self._version)
-        except (ServerError, OSError) as error:
-            server.is_ready = False
-            return error if isinstance(error, ServerError) else ServerError(f"{server.name}: {said(error)}")
+                await server.update(weights)
+            answer = await server.generate(self._probe, (), weights.version)
+        except (ServerError, OSError, RuntimeError) as error:  # what torch says of a broadcast is in the last
+            server.is_asleep = server.launch is None  # it may have been left in the midst of a pause
+            return error if isinstance(error, ServerError) else ServerError(f"{server.name}: {in_short(said(error), 300)}")
         server.is_ready = True
         return answer
 
-    async def _rest(self) -> None:
+    async def _stop(self) -> None:
         """Ends what is under way."""
+        self._in_use.set()
         tasks, self._tasks, self._waiting = list(self._tasks), {}, []
         for task in tasks:
             task.cancel()
         if tasks:
             await asyncio.wait(tasks)
 
+    async def _put_to_sleep(self) -> None:
+        self._in_use.clear()
+        for server in [server for server in self._servers if server.is_up]:
+            try:
+                await server.sleep()
+            except ServerError as error:
+                self._lose(server, error)
+
     async def _end(self) -> None:
-        await self._rest()
+        await self._stop()
         await _gathered(server.close() for server in self._servers)
 
     def _begin(self, work: Coroutine[Any, Any, None], session_id: str | None) -> None:
@@ -350,6 +368,7 @@ class VLLMEngine(Engine):
         task.add_done_callback(lambda task: self._tasks.pop(task, None))
 
     def _send(self, request: Request) -> None:
+        self._in_use.set()
         up = [server for server in self._servers if server.is_up]
         if not up:
             self._waiting.append(request)
@@ -376,10 +395,13 @@ class VLLMEngine(Engine):
 
     async def _ask(self, server: Server, request: Request) -> None:
         try:
-            completion = await server.generate(request, self._stop_ids, self._version)
+            assert self._weights is not None
+            await server.wake()
+            completion = await server.generate(request, self._stop_ids, self._weights.version)
         except Exception as error:
             completion = failed(request, error)
-            is_lost = isinstance(error, Hangs) or not (isinstance(error, Refused) or await server.is_healthy())
+            is_well = not server.is_asleep and (isinstance(error, Refused) or await server.is_healthy())
+            is_lost = isinstance(error, Hangs) or not is_well
             if is_lost and server.is_up:  # another request may have found out
                 self._lose(server, error)
         self._arrived.put(completion)
@@ -392,18 +414,31 @@ class VLLMEngine(Engine):
         self._begin(self._bring_back(server), None)
 
     async def _bring_back(self, server: Server) -> None:
-        """Starts it anew, or waits until whoever owns it has."""
+        """Starts it anew, or waits until whoever owns it has; not while servers sleep, since a learner has their GPU."""
+        await self._in_use.wait()
         last = self._loop.time() + self.start_timeout
-        while isinstance(answer := await self._renew(server, restart=True), ServerError):
-            if self._loop.time() > last and not any(other.is_up for other in self._servers):
-                self._arrived.put(RunError(f"no vLLM server is left: {answer}"))
-                return
-            await asyncio.sleep(_AGAIN_S)
-        self._arrived.put((server, answer))
+        try:
+            while isinstance(answer := await self._renew(server, restart=True), ServerError):
+                if self._loop.time() > last and not any(other.is_up for other in self._servers):
+                    raise RunError(f"no vLLM server is left: {answer}")
+                await asyncio.sleep(_AGAIN_S)
+                await self._in_use.wait()
+        except RunError as error:
+            self._arrived.put(error)
+        else:
+            self._arrived.put((server, answer))
 
 
 async def _gathered(works: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
     return list(await asyncio.gather(*works))
+
+
+def _learners_gpu(device: torch.device) -> dict[str, str]:
+    """Variables of a server that has the same one, if it is one."""
+    if device.type != "cuda":
+        return {}
+    index, visible = device.index or 0, os.environ.get("CUDA_VISIBLE_DEVICES")
+    return {"CUDA_VISIBLE_DEVICES": visible.split(",")[index] if visible else str(index)}
 
 
 def _is_local(url: str) -> bool:

@@ -7,15 +7,20 @@ import os
 import re
 import subprocess
 import threading
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
+from uuid import uuid4
 
 import numpy as np
 
 from steppo.engines import in_vllm
+from steppo.engines.in_vllm.steppo_group import joined
+from steppo.engines.vllm_weights import Weights
 from steppo.envs.guard import Guard
 from steppo.errors import in_short, said
 from steppo.types import Completion, Request
@@ -23,7 +28,8 @@ from steppo.types import Completion, Request
 if TYPE_CHECKING:
     import httpx
 
-WEIGHTS = "model.safetensors"  # in a folder that transformers reads, too
+T = TypeVar("T")
+
 _CONNECT_S = 5.0
 _LOOK_S = 0.2
 # What a launcher of several processes told this one is not meant for a server.
@@ -33,7 +39,7 @@ _ARGUMENTS = (
     *("--generation-config", "vllm"),  # no sampling settings of the model's own
     *("--logprobs-mode", "processed_logprobs"),  # under the temperature
     *("--worker-extension-cls", "steppo_weights.Extension"),
-    *("--weight-transfer-config", '{"backend": "steppo_file"}'),
+    *("--weight-transfer-config", '{"backend": "steppo"}'),
     "--enable-prefix-caching",
     "--enable-scale-out",  # token ids in and out, each with the version of its weights
     "--no-enable-chunked-prefill",  # with seeds it ends vLLM 0.32
@@ -92,6 +98,7 @@ class Server:
     Attributes:
         is_ready: It runs, and can be given weights.
         is_up: It has the newest weights, and its answer to the probe was right.
+        is_asleep: It answers nothing before it is woken.
     """
 
     def __init__(self, name: str, launch: Launch | None, timeout: float) -> None:
@@ -100,9 +107,12 @@ class Server:
         self.name = f"the vLLM server {name}"
         self.launch = launch
         self.is_ready = self.is_up = False
+        self.is_asleep = launch is None  # perhaps: whoever used it before may have left it so
         self._mark = name
         self._timeout = timeout
         self._process: subprocess.Popen[bytes] | None = None
+        self._group: Any = None  # of this process and the server's
+        self._turn = asyncio.Lock()
         self._ending = threading.Lock()
         socket = None if launch is None else str(launch.folder / f"{name}.sock")
         key = os.environ.get("VLLM_API_KEY")
@@ -115,11 +125,13 @@ class Server:
 
     # ---- the process ----
 
-    async def start(self, model: Path, version: str) -> None:
-        """Starts it, anew if need be, with the weights of a folder."""
+    async def start(self, weights: Weights) -> None:
+        """Starts it, anew if need be."""
         launch = self.launch
         assert launch is not None
         await asyncio.to_thread(self.kill)
+        model = await asyncio.to_thread(weights.model)
+        self.is_asleep = False
         socket, log = (launch.folder / f"{self._mark}.{kind}" for kind in ("sock", "log"))
         socket.unlink(missing_ok=True)
         command = [launch.python, *_ARGUMENTS, "--model", str(model), "--uds", str(socket), *launch.arguments]
@@ -136,10 +148,11 @@ class Server:
                 await asyncio.to_thread(self.kill)
                 raise ServerError(f"{self.name} did not start{late}: {_last_words(log)}")
             await asyncio.sleep(_LOOK_S)
-        await self._post("/update_weight_version", {"new_version": version})
+        await self._call("/update_weight_version", {"new_version": weights.version})
 
     def kill(self) -> None:
         """Ends it and all its processes."""
+        self.leave()
         with self._ending:  # who was cancelled here may still be at it
             if self._process is not None and self.launch is not None:
                 self.launch.guard.kill(self._mark, [self._process.pid])
@@ -180,7 +193,7 @@ class Server:
         texts = list(request.sampling.stop)
         sampling |= {"stop": texts, "detokenize": bool(texts), "skip_special_tokens": False}
         asked = {"token_ids": request.prompt_ids.tolist(), "sampling_params": sampling}
-        answer = await self._post("/inference/v1/generate", asked)
+        answer = await self._call("/inference/v1/generate", asked)
         try:
             choice = answer.json()["choices"][0]
             ids = np.asarray(choice["token_ids"], dtype=np.int32)
@@ -197,19 +210,61 @@ class Server:
             reason = "text"
         return Completion(request.id, ids, logprobs, reason)
 
-    async def update(self, model: Path, version: str) -> None:
-        """Gives it the weights of a folder. What is under way is answered first, and its caches are emptied."""
-        await self._post("/pause?mode=wait&clear_cache=true")
-        await self._post("/start_weight_update")
-        await self._post("/update_weights", {"update_info": {"path": str(model / WEIGHTS)}})
-        await self._post("/finish_weight_update", {"weight_version": version})
-        await self._post("/resume")
+    async def update(self, weights: Weights) -> None:
+        """Gives it the weights. What is under way is answered first, and its caches are emptied."""
+        if weights.is_broadcast and self._group is None:
+            await self._join(weights)
+        await self._call("/pause?mode=wait&clear_cache=true")
+        await self._call("/start_weight_update")
+        told = self._call("/update_weights", {"update_info": weights.update_info()})
+        if weights.is_broadcast:
+            await self._together(_aside(partial(weights.send, self._group)), told)
+        else:
+            await told
+        await self._call("/finish_weight_update", {"weight_version": weights.version})
+        await self._call("/resume")
 
-    async def _post(self, path: str, body: Any = None) -> httpx.Response:
+    async def sleep(self) -> None:
+        """Gives its GPU away once what is under way is answered."""
+        async with self._turn:
+            if not self.is_asleep:
+                self.is_asleep = True  # also where no answer comes
+                await self._call("/sleep?level=1&mode=wait")
+
+    async def wake(self) -> None:
+        """Takes it back."""
+        async with self._turn:
+            if self.is_asleep:
+                await self._call("/wake_up")
+                self.is_asleep = False
+
+    def leave(self) -> None:
+        """Ends the group, if there is one."""
+        group, self._group = self._group, None
+        if group is not None:
+            with suppress(RuntimeError):
+                group.abort()
+
+    async def _join(self, weights: Weights) -> None:
+        size = 1 + (await self._call("/get_world_size", method="GET")).json()["world_size"]
+        path = str(weights.folder / f"group-{uuid4().hex}")
+        info = {"path": path, "size": size, "backend": weights.backend, "timeout": self._timeout}
+        told = self._call("/init_weight_transfer_engine", {"init_info": info})
+        self._group, _ = await self._together(_aside(partial(joined, 0, **info)), told)
+
+    async def _together(self, *both: Awaitable[Any]) -> list[Any]:
+        """What this process and the server do at once. Where it is broken off the group is of no use any more."""
+        try:
+            return await asyncio.gather(*both)
+        except BaseException:
+            self.leave()
+            raise
+
+    async def _call(self, path: str, body: Any = None, method: str = "POST") -> httpx.Response:
         import httpx
 
         try:
-            response = await self._client.post(path, json=body)
+            response = await self._client.request(method, path, json=body)
         except httpx.ReadTimeout as error:
             raise Hangs(f"{self.name} gave no answer to {path} within {self._timeout:g} s") from error
         except httpx.HTTPError as error:
@@ -218,6 +273,21 @@ class Server:
             kind = Refused if response.is_client_error else ServerError
             raise kind(f"{self.name} said {response.status_code} to {path}: {in_short(response.text, 300)}")
         return response
+
+
+async def _aside(work: Callable[[], T]) -> T:
+    """What it gives, in a thread of its own, which nobody waits for once nobody waits here."""
+    future: Future[T] = Future()
+    future.set_running_or_notify_cancel()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except Exception as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return await asyncio.wrap_future(future)
 
 
 def _last_words(log: Path) -> str:

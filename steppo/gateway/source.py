@@ -200,6 +200,7 @@ class AgentSource(EpisodeSource):
             engine.close([])
             if left:  # agents are under way that nobody waits for
                 self._close_pool()
+            self.engine.rest()
 
     # ---- in the gateway's loop ----
 

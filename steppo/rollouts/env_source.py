@@ -274,3 +274,4 @@ class EnvSource(EpisodeSource):
             self._is_playing = False
             if scheduler.is_playing:  # left early: answers that are still to come belong to nobody
                 self._close_pool()
+            self.engine.rest()

@@ -149,13 +149,16 @@ def test_how_episodes_end(agent: str, settings: dict[str, Any], reason: str, ste
     assert source.counts()["unrewarded_sessions"] == (agent == "thankless")
 
 
-def test_rounds_may_be_left_early(make: Maker) -> None:
+def test_rounds_may_be_left_early(make: Maker, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The engine rests after each."""
+    rests: list[None] = []
     source = make("one_call")
+    monkeypatch.setattr(source.engine, "rest", lambda: rests.append(None))
     groups = groups_of(source.tasks("train"))
     first = next(iter(rounds := source.collect(groups, PLAN)))
     rounds.close()
-    assert len(first) == 1
-    assert len(play(source)) == 2
+    assert len(first) == len(rests) == 1
+    assert len(play(source)) == len(rests) == 2
 
 
 def test_what_agents_ask_makes_a_tokenizer(make: Maker) -> None:

@@ -452,13 +452,16 @@ def test_greedy_episodes_do_not_depend_on_the_seed(make_source: SourceMaker) -> 
     assert_same(play(source, groups_of(1), greedy), play(source, groups_of(1), replace(greedy, seed=4)))
 
 
-def test_an_abandoned_round_leaves_nothing_behind(make_source: SourceMaker) -> None:
-    """Who stops listening (an exception, an interrupt) may play again with the same source."""
+def test_an_abandoned_round_leaves_nothing_behind(make_source: SourceMaker, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who stops listening (an exception, an interrupt) may play again with the same source. The engine rests after each."""
+    rests: list[None] = []
     source = make_source(wander, num_slots=4)
+    monkeypatch.setattr(source.engine, "rest", lambda: rests.append(None))
     expected = play(source, groups_of(1))
     abandoned = source.collect(groups_of(2), PLAN)
     next(abandoned)
     abandoned.close()  # type: ignore[attr-defined]
+    assert len(rests) == 2
     assert_same(play(source, groups_of(1)), expected)
 
 

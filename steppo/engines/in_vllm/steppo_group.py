@@ -1,0 +1,45 @@
+"""A learner and the processes of a vLLM server as one group, in which weights go from memory to memory.
+
+Both sides import this file, and it imports nothing but torch.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from datetime import timedelta
+from typing import Any
+from unittest import mock
+
+import torch.distributed as dist
+from torch import Tensor
+
+
+def joined(rank: int, path: str, size: int, backend: str, timeout: float) -> Any:
+    """The group as this process sees it.
+
+    Args:
+        rank: The learner has 0.
+        path: Of a file that all see and nobody used before.
+        size: Of the group.
+        backend: ``nccl`` from GPU to GPU, ``gloo`` from CPU to CPU.
+        timeout: Seconds in which all must have joined, and that a tensor may take.
+    """
+    kind: Any = dist.ProcessGroupNCCL if backend == "nccl" else dist.ProcessGroupGloo
+    options = kind.Options() if backend == "nccl" else kind._Options()
+    options._timeout = timedelta(seconds=timeout)
+    if backend == "gloo":
+        options._devices = [kind.create_device(hostname="127.0.0.1")]
+    # Or NCCL would end the process where another one is gone, in place of an exception.
+    with mock.patch.dict(os.environ, TORCH_NCCL_BLOCKING_WAIT="1"):
+        return kind(dist.FileStore(path, size), rank, size, options)
+
+
+def broadcast(group: Any, tensors: Iterable[Tensor]) -> None:
+    """Rank 0's values for all, tensor by tensor.
+
+    Raises:
+        RuntimeError: Another process is gone, or too slow.
+    """
+    for tensor in tensors:
+        group.broadcast(tensor, 0).wait()
