@@ -9,10 +9,12 @@ import os
 from collections.abc import Iterable
 from datetime import timedelta
 from typing import Any
-from unittest import mock
 
 import torch.distributed as dist
 from torch import Tensor
+
+# Without it NCCL ends the process where another one is gone, in place of an exception.
+_BLOCKING = "TORCH_NCCL_BLOCKING_WAIT"
 
 
 def joined(rank: int, path: str, size: int, backend: str, timeout: float) -> Any:
@@ -30,9 +32,13 @@ def joined(rank: int, path: str, size: int, backend: str, timeout: float) -> Any
     options._timeout = timedelta(seconds=timeout)
     if backend == "gloo":
         options._devices = [kind.create_device(hostname="127.0.0.1")]
-    # Or NCCL would end the process where another one is gone, in place of an exception.
-    with mock.patch.dict(os.environ, TORCH_NCCL_BLOCKING_WAIT="1"):
+    is_set = _BLOCKING in os.environ
+    os.environ.setdefault(_BLOCKING, "1")
+    try:
         return kind(dist.FileStore(path, size), rank, size, options)
+    finally:
+        if not is_set:
+            del os.environ[_BLOCKING]
 
 
 def broadcast(group: Any, tensors: Iterable[Tensor]) -> None:
