@@ -6,9 +6,10 @@ import multiprocessing
 import os
 import runpy
 import signal
+import socket
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
@@ -64,6 +65,20 @@ class Started:
             assert self.process.pid is not None
             os.killpg(self.process.pid, signal.SIGKILL)
             self.process.join()
+
+
+def started_by_torchrun(*words: str, nodes: Sequence[Path] = ()) -> list[Started]:
+    """Two ranks of one run: on the same node, or on one each with a working directory of its own."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    world = {"WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "toy", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    ranks = []
+    for rank in range(2):
+        local, group, size, cwd = (0, rank, 1, nodes[rank]) if nodes else (rank, 0, 2, ROOT)
+        own = {"RANK": f"{rank}", "LOCAL_RANK": f"{local}", "GROUP_RANK": f"{group}", "LOCAL_WORLD_SIZE": f"{size}"}
+        ranks.append(Started(*words, cwd=cwd, variables={**os.environ, **world, **own}))
+    return ranks
 
 
 def _main(words: tuple[str, ...], cwd: Path, variables: dict[str, str], errors: Connection) -> None:

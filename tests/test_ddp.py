@@ -23,7 +23,7 @@ from steppo.distributed import rank_and_world, require_equal
 from steppo.errors import ConfigError, RunError
 from steppo.models import TinyPolicy
 from tests.cli_helpers import TOY, evaluations, places, run, weights
-from tests.started import Started
+from tests.started import Started, started_by_torchrun
 
 WITH_GRADIENTS = [
     "--trainer.callbacks+=tests.test_ddp.SaveFirstGradient",
@@ -63,6 +63,14 @@ def fit(folder: Path, *args: str) -> tuple[int | None, str]:
     return run.status, errors
 
 
+def fit_by_torchrun(folder: Path, *args: str) -> tuple[int | None, str]:
+    """As ``fit``; both processes, which must end alike, begin with what another has imported."""
+    ranks = started_by_torchrun("fit", "--config", str(TOY), *places(folder), *args)
+    errors = "".join(rank.errors() for rank in ranks)
+    (status,) = {rank.status for rank in ranks}
+    return status, errors
+
+
 DDP = ["--trainer.devices=2", "--trainer.strategy=ddp"]
 FSDP = [
     "--trainer.devices=2",
@@ -74,15 +82,15 @@ UNEQUAL = ["--rollout.episodes_per_iteration=5", "--data.num_minibatches=3", "--
 EXACT = ["--trainer.precision=64-true"]
 NO_PANEL = ["--trainer.limit_val_batches=0"]
 RUNS = {
-    "unequal": (UNEQUAL + EXACT, DDP, 1e-9),
-    "sharded": ([*UNEQUAL, "--warm_start.updates=0"], FSDP, 1e-4),
+    "unequal": ([*UNEQUAL, *EXACT, "--warm_start.updates=10"], fit, DDP, 1e-9),
+    "sharded": ([*UNEQUAL, "--warm_start.updates=0"], fit_by_torchrun, FSDP, 1e-4),
 }
 
 
 @pytest.fixture(scope="module", params=RUNS.values(), ids=RUNS)
 def one_and_two(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, float]:
     """The same run in one process and in two, and how near they must be. Sharding knows no float64."""
-    shape, processes, tolerance = request.param
+    shape, start, processes, tolerance = request.param
     options = [
         *shape,
         "--data.max_tokens_per_microbatch=100",
@@ -93,7 +101,7 @@ def one_and_two(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPat
         *WITH_GRADIENTS,
     ]
     one, two = (tmp_path_factory.mktemp(name) for name in ("one", "two"))
-    status, errors = fit(two, *options, *processes)
+    status, errors = start(two, *options, *processes)
     assert status == 0, errors
     run(one, *options, "--trainer.devices=1")
     return one, two, tolerance
@@ -154,14 +162,15 @@ def test_what_one_process_alone_sees_makes_no_other_tokenizer(tmp_path: Path) ->
     """Nor other demonstrations: it gets as far as the start of training."""
     options = ["--data.source.env=tests.worker_envs.DifferingEnv", "--data.source.env.what=fails", *NO_PANEL]
     saving = ["--trainer.callbacks+=tests.test_ddp.SaveTokenizer", "--warm_start.updates=1", "--warm_start.episodes=8"]
-    status, errors = fit(tmp_path, *options, *saving, "--rollout.max_environment_steps=0", *DDP)
+    status, errors = fit_by_torchrun(tmp_path, *options, *saving, "--rollout.max_environment_steps=0", *DDP)
     assert status == 0, errors
     first, second = ((tmp_path / f"tokenizer-{rank}.json").read_text() for rank in range(2))
     assert first == second
 
 
 def test_processes_that_list_other_tasks_are_refused(tmp_path: Path) -> None:
-    status, errors = fit(tmp_path, "--data.source.env=tests.worker_envs.DifferingEnv", "--data.source.env.what=tasks", *DDP)
+    other = ["--data.source.env=tests.worker_envs.DifferingEnv", "--data.source.env.what=tasks"]
+    status, errors = fit_by_torchrun(tmp_path, *other, *DDP)
     assert status == 2
     assert "process 1 has other tasks than process 0" in errors
     assert "Traceback" not in errors
@@ -230,7 +239,7 @@ def test_two_processes_train_adapters_on_a_4_bit_base(tiny_policy: TinyPolicy, t
     ]
     run(tmp_path / "one", *options, "--trainer.devices=1")
     for name, machine in (("ddp", DDP), ("sharded", FSDP)):
-        status, errors = fit(tmp_path / name, *options, *machine)
+        status, errors = fit_by_torchrun(tmp_path / name, *options, *machine)
         assert status == 0, errors
     one = torch.load(tmp_path / "one" / "gradients.pt", weights_only=True)
     for name in ("ddp", "sharded"):

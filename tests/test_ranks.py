@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import socket
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +11,7 @@ import torch.multiprocessing as mp
 
 from tests.cli_helpers import TOY, checkpoint, places, run
 from tests.rank_talk import own_columns, talk
-from tests.started import CONTEXT, Started
+from tests.started import CONTEXT, Started, started_by_torchrun
 
 
 @pytest.fixture(scope="module")
@@ -59,15 +57,8 @@ def test_rank_0_finds_what_is_gone_on_with(tmp_path: Path) -> None:
     (there / "runs" / "version_5" / "checkpoints").mkdir(parents=True)
 
     def nodes(places: tuple[Path, Path]) -> list[Started]:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        world = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1", "LOCAL_RANK": "0", "TORCHELASTIC_RUN_ID": "toy"}
-        world |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         options = ["--trainer.num_nodes=2", "--trainer.strategy=ddp", "--trainer.max_epochs=2", "--ckpt_path=last"]
-        command = ["fit", "--config", str(TOY), *common, *options]
-        own = [{**os.environ, **world, "RANK": str(rank), "GROUP_RANK": str(rank)} for rank in range(2)]
-        return [Started(*command, cwd=place, variables=variables) for place, variables in zip(places, own, strict=True)]
+        return started_by_torchrun("fit", "--config", str(TOY), *common, *options, nodes=places)
 
     refused = nodes((here, there))
     errors = [node.errors() for node in refused]
