@@ -1,14 +1,15 @@
-"""Environments of one test each. Workers import this file; with a file of tests they would import torch and Lightning."""
+"""What workers of single tests need. They import this file; with a file of tests they would import torch and Lightning."""
 
 from __future__ import annotations
 
+import importlib
 import os
 import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from steppo.envs import Env, TextGameEnv
+from steppo.envs import Env, TextGameEnv, TextWorldEnv
 from steppo.types import Action, Message, Task, ToolCall, ToolSpec, Turn
 from tests.toy_env import CorridorEnv, FaultyEnv
 
@@ -117,3 +118,30 @@ class Shelf(TextGameEnv):
 
     def command(self, command: str) -> Turn:
         return Turn(f"You {command}.", commands=("go", "[red]...[/red]"), terminated=command == "go")
+
+
+class _Nothing(dict[Any, Any]):
+    """Knows nothing."""
+
+    def __contains__(self, key: object) -> bool:
+        return False
+
+
+class Forgetful(TextWorldEnv):
+    """Plays every turn."""
+
+    def start(self) -> None:
+        self._turns = _Nothing()
+
+
+def stock_game(challenge: str, settings: dict[str, Any], seed: int, path: Path, scratch: Path) -> None:
+    """Makes a game as TextWorld does."""
+    import textworld
+    import textworld.generator
+
+    maker = importlib.import_module(f"textworld.challenges.tw_{challenge}.{challenge}")
+    options = textworld.GameOptions()
+    options.seeds = seed
+    options.path = str(path)
+    options.grammar.only_last_action = True
+    textworld.generator.compile_game(maker.make(settings, options), options)
