@@ -11,7 +11,7 @@ import pytest
 from steppo.datamodule import StepDataModule
 from steppo.types import Task
 from tests.cli_helpers import evaluations, run
-from tests.toy_env import CorridorEnv, FaultyEnv
+from tests.toy_env import CorridorEnv
 
 SHORT = ["--warm_start.updates=0", "--trainer.max_epochs=2"]
 
@@ -96,19 +96,10 @@ def test_as_many_minibatches_as_steps_are_tried(tmp_path: Path, capsys: pytest.C
     assert len(evaluations(tmp_path)) == 3
 
 
-class Multiline(FaultyEnv):
-    """Its errors are long and of many lines."""
-
-    def reset(self, task: Task) -> Any:
-        if task.id in self.fail_tasks:
-            raise RuntimeError("broken on purpose\n" + "and so on " * 50)
-        return super().reset(task)
-
-
 @pytest.mark.parametrize("quiet", [False, True])
 def test_failed_episodes_are_on_the_terminal(quiet: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tasks = [f"corridor/{split}/{number}" for split in ("train", "valid") for number in (1, 4, 6)]
-    faulty = [f"--data.source.env={__name__}.Multiline", f"--data.source.env.fail_tasks=[{','.join(tasks)}]"]
+    faulty = ["--data.source.env=tests.worker_envs.Multiline", f"--data.source.env.fail_tasks=[{','.join(tasks)}]"]
     options = ["--data.source.parser=tests.rollouts.test_failures.AnyTextParser", f"--progress.enabled={not quiet}"]
     run(tmp_path, *SHORT, "--trainer.max_epochs=1", *faulty, *options)
     lines = capsys.readouterr().out.splitlines()

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from argparse import Namespace
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,11 +22,9 @@ from steppo.cli import build_parts
 from steppo.distributed import rank_and_world, require_equal
 from steppo.errors import ConfigError, RunError
 from steppo.models import TinyPolicy
-from steppo.types import Task
 from tests.cli_helpers import TOY, evaluations, places, run, weights
-from tests.toy_env import CorridorEnv
+from tests.started import Started, started_by_torchrun
 
-ROOT = Path(__file__).parent.parent
 WITH_GRADIENTS = [
     "--trainer.callbacks+=tests.test_ddp.SaveFirstGradient",
     "--trainer.callbacks+=tests.test_ddp.SaveInferenceWeights",
@@ -59,20 +55,20 @@ def whole(gradient: torch.Tensor) -> torch.Tensor:
     return gradient.full_tensor() if isinstance(gradient, DTensor) else gradient.clone()
 
 
-def fit(folder: Path, *args: str) -> subprocess.CompletedProcess[str]:
-    """A run of the real command in processes of its own."""
-    command = [sys.executable, "train.py", "fit", "--config", str(TOY)]
-    environment = {**os.environ, "MASTER_ADDR": "127.0.0.1"}
-    environment.pop("MASTER_PORT", None)
-    return subprocess.run(
-        [*command, *places(folder), *args],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=280,
-        check=False,
-    )
+def fit(folder: Path, *args: str) -> tuple[int | None, str]:
+    """Exit status and standard error of the real command, whose second process is started as Lightning does it."""
+    variables = {name: value for name, value in os.environ.items() if name != "MASTER_PORT"}
+    run = Started("fit", "--config", str(TOY), *places(folder), *args, variables=variables | {"MASTER_ADDR": "127.0.0.1"})
+    errors = run.errors()
+    return run.status, errors
+
+
+def fit_by_torchrun(folder: Path, *args: str) -> tuple[int | None, str]:
+    """As ``fit``; both processes, which must end alike, begin with what another has imported."""
+    ranks = started_by_torchrun("fit", "--config", str(TOY), *places(folder), *args)
+    errors = "".join(rank.errors() for rank in ranks)
+    (status,) = {rank.status for rank in ranks}
+    return status, errors
 
 
 DDP = ["--trainer.devices=2", "--trainer.strategy=ddp"]
@@ -86,15 +82,15 @@ UNEQUAL = ["--rollout.episodes_per_iteration=5", "--data.num_minibatches=3", "--
 EXACT = ["--trainer.precision=64-true"]
 NO_PANEL = ["--trainer.limit_val_batches=0"]
 RUNS = {
-    "unequal": (UNEQUAL + EXACT, DDP, 1e-9),
-    "sharded": ([*UNEQUAL, "--warm_start.updates=0"], FSDP, 1e-4),
+    "unequal": ([*UNEQUAL, *EXACT, "--warm_start.updates=10"], fit, DDP, 1e-9),
+    "sharded": ([*UNEQUAL, "--warm_start.updates=0"], fit_by_torchrun, FSDP, 1e-4),
 }
 
 
 @pytest.fixture(scope="module", params=RUNS.values(), ids=RUNS)
 def one_and_two(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, float]:
     """The same run in one process and in two, and how near they must be. Sharding knows no float64."""
-    shape, processes, tolerance = request.param
+    shape, start, processes, tolerance = request.param
     options = [
         *shape,
         "--data.max_tokens_per_microbatch=100",
@@ -105,8 +101,8 @@ def one_and_two(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPat
         *WITH_GRADIENTS,
     ]
     one, two = (tmp_path_factory.mktemp(name) for name in ("one", "two"))
-    done = fit(two, *options, *processes)
-    assert done.returncode == 0, done.stderr
+    status, errors = start(two, *options, *processes)
+    assert status == 0, errors
     run(one, *options, "--trainer.devices=1")
     return one, two, tolerance
 
@@ -154,27 +150,6 @@ def test_the_panel_is_split_and_counted_once(one_and_two: tuple[Path, Path, floa
         assert {**left, "seconds": 0} == {**right, "seconds": 0, "return_mean": pytest.approx(right["return_mean"])}
 
 
-class DifferingEnv(CorridorEnv):
-    """A corridor of which one process sees another: it fails for some tasks there, or lists others.
-
-    Args:
-        what: Where it differs.
-    """
-
-    def __init__(self, what: str = "") -> None:
-        super().__init__()
-        self.what = what
-
-    def tasks(self, split: str) -> list[Task]:
-        tasks = super().tasks(split)
-        return tasks[::-1] if self.what == "tasks" and os.environ.get("LOCAL_RANK") == "1" else tasks
-
-    def reset(self, task: Task) -> Any:
-        if self.what == "fails" and os.environ.get("LOCAL_RANK") == "1" and task.id.endswith(("train/0", "train/1")):
-            raise RuntimeError("broken on purpose")
-        return super().reset(task)
-
-
 class SaveTokenizer(Callback):
     """Writes each process's tokenizer."""
 
@@ -185,19 +160,20 @@ class SaveTokenizer(Callback):
 
 def test_what_one_process_alone_sees_makes_no_other_tokenizer(tmp_path: Path) -> None:
     """Nor other demonstrations: it gets as far as the start of training."""
-    options = ["--data.source.env=tests.test_ddp.DifferingEnv", "--data.source.env.what=fails", *NO_PANEL]
+    options = ["--data.source.env=tests.worker_envs.DifferingEnv", "--data.source.env.what=fails", *NO_PANEL]
     saving = ["--trainer.callbacks+=tests.test_ddp.SaveTokenizer", "--warm_start.updates=1", "--warm_start.episodes=8"]
-    done = fit(tmp_path, *options, *saving, "--rollout.max_environment_steps=0", *DDP)
-    assert done.returncode == 0, done.stderr
+    status, errors = fit_by_torchrun(tmp_path, *options, *saving, "--rollout.max_environment_steps=0", *DDP)
+    assert status == 0, errors
     first, second = ((tmp_path / f"tokenizer-{rank}.json").read_text() for rank in range(2))
     assert first == second
 
 
 def test_processes_that_list_other_tasks_are_refused(tmp_path: Path) -> None:
-    done = fit(tmp_path, "--data.source.env=tests.test_ddp.DifferingEnv", "--data.source.env.what=tasks", *DDP)
-    assert done.returncode == 2
-    assert "process 1 has other tasks than process 0" in done.stderr
-    assert "Traceback" not in done.stderr
+    other = ["--data.source.env=tests.worker_envs.DifferingEnv", "--data.source.env.what=tasks"]
+    status, errors = fit_by_torchrun(tmp_path, *other, *DDP)
+    assert status == 2
+    assert "process 1 has other tasks than process 0" in errors
+    assert "Traceback" not in errors
 
 
 PARTS: dict[str, tuple[Any, Any]] = {
@@ -240,9 +216,9 @@ class FailingOnOneRank(StepGAE):
 def test_a_crash_on_one_rank_ends_both(rank: int, tmp_path: Path) -> None:
     """Its message is shown; nobody waits for the collectives' time-out of half an hour."""
     failing = ["--model.advantage=tests.test_ddp.FailingOnOneRank", f"--model.advantage.rank={rank}"]
-    done = fit(tmp_path, *failing, "--warm_start.updates=0", *NO_PANEL, *DDP)
-    assert done.returncode != 0
-    assert f"rank {rank} is broken on purpose" in done.stderr
+    status, errors = fit(tmp_path, *failing, "--warm_start.updates=0", *NO_PANEL, *DDP)
+    assert status != 0
+    assert f"rank {rank} is broken on purpose" in errors
 
 
 def test_two_processes_train_adapters_on_a_4_bit_base(tiny_policy: TinyPolicy, tmp_path: Path) -> None:
@@ -263,8 +239,8 @@ def test_two_processes_train_adapters_on_a_4_bit_base(tiny_policy: TinyPolicy, t
     ]
     run(tmp_path / "one", *options, "--trainer.devices=1")
     for name, machine in (("ddp", DDP), ("sharded", FSDP)):
-        done = fit(tmp_path / name, *options, *machine)
-        assert done.returncode == 0, done.stderr
+        status, errors = fit_by_torchrun(tmp_path / name, *options, *machine)
+        assert status == 0, errors
     one = torch.load(tmp_path / "one" / "gradients.pt", weights_only=True)
     for name in ("ddp", "sharded"):
         assert weights(tmp_path / name).keys() == weights(tmp_path / "one").keys()

@@ -12,41 +12,13 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from steppo.envs import Env, TextGameEnv
 from steppo.play.command import main
 from steppo.play.show import Show
-from steppo.types import Action, Episode, Message, Step, StopReason, Task, ToolCall, ToolSpec, Turn
+from steppo.types import Episode, Message, Step, StopReason, Turn
 from tests.cli_helpers import TOY
 
 IDS = np.zeros(1, np.int32)
 STEP = Step(IDS, IDS, np.zeros(1, np.float32), 0.5, 0, "stop", False, False, True, "seen", "go", 1.0, 0)
-
-
-class Desk(Env):
-    """Look two words up, then answer with both. It speaks through tools, other users and itself, and counts."""
-
-    max_steps = 3
-    tools = (ToolSpec("look_up", "A word.", {"type": "object", "properties": {"word": {"type": "string"}}}),)
-
-    def tasks(self, split: str) -> list[Task]:
-        return [Task(f"desk/{split}/{number}") for number in range(2)]
-
-    def reset(self, task: Task) -> Turn:
-        self._step = 0
-        return Turn("What do \u00e0 and b mean?", info={"kind": "two\n words", "left": 2})
-
-    def step(self, action: Action) -> Turn:
-        self._step += 1
-        answers = tuple(
-            Message("tool", f"[{call.arguments}]\n\x1b[31mred", tool_call_id=call.id) for call in action.tool_calls
-        )
-        if not answers:
-            return Turn("Right.", reward=1.0, terminated=True, success=True, info={"left": 0, "said": action.text})
-        return Turn(messages=(*answers, Message("user", "Hurry up.")), info={"left": 1, "found": True, "share": 1 / 3})
-
-    def expert_action(self) -> Action:
-        calls = tuple(ToolCall("look_up", {"word": word}, f"call_{number}") for number, word in enumerate("\u00e0b"))
-        return Action(text="a\nb") if self._step else Action(tool_calls=calls)
 
 
 def play(capsys: pytest.CaptureFixture[str], *args: str) -> str:
@@ -58,7 +30,7 @@ def play(capsys: pytest.CaptureFixture[str], *args: str) -> str:
 def test_tools_messages_and_info_as_a_user_sees_them(capsys: pytest.CaptureFixture[str]) -> None:
     text = play(
         capsys,
-        "--data.source.env=tests.test_play_info.Desk",
+        "--data.source.env=tests.worker_envs.Desk",
         "--data.source.parser=HermesParser",
         "--data.source.context=AppendContext",
         "--data.source.max_new_tokens=400",
@@ -125,26 +97,11 @@ def test_a_turn_without_words_and_one_with_messages_only() -> None:
     assert shown(("turn", (None, Turn("hm", messages=(tool, tool))))) == ['tool: {"a": "[b]"}'] * 2 + ["hm"]
 
 
-class Shelf(TextGameEnv):
-    """Takes what is named, or goes."""
-
-    max_steps = 2
-
-    def tasks(self, split: str) -> list[Task]:
-        return [Task(f"shelf/{split}")]
-
-    def reset(self, task: Task) -> Turn:
-        return Turn("A shelf.", commands=("take ...", "go"))
-
-    def command(self, command: str) -> Turn:
-        return Turn(f"You {command}.", commands=("go", "[red]...[/red]"), terminated=command == "go")
-
-
 def test_the_number_of_an_open_command_asks_for_words(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "stdin", io.StringIO("1\ntake a cup\n2\n1\n"))
-    text = play(capsys, "--player=human", "--data.source.env=tests.test_play_info.Shelf")
+    text = play(capsys, "--player=human", "--data.source.env=tests.worker_envs.Shelf")
     assert text.count("with words of your own") == 2
     assert "Type it, with words of your own: take ..." in text
     assert "Type it, with words of your own: [red]...[/red]" in text

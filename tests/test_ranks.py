@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +11,13 @@ import torch.multiprocessing as mp
 
 from tests.cli_helpers import TOY, checkpoint, places, run
 from tests.rank_talk import own_columns, talk
-
-ROOT = Path(__file__).parent.parent
+from tests.started import CONTEXT, Started, started_by_torchrun
 
 
 @pytest.fixture(scope="module")
 def said(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("ranks")
-    mp.spawn(talk, (folder,), 2)
+    mp.start_processes(talk, (folder,), 2, start_method=CONTEXT.get_start_method())
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
 
 
@@ -61,34 +56,19 @@ def test_rank_0_finds_what_is_gone_on_with(tmp_path: Path) -> None:
     first = checkpoint(here / "runs" / "version_0")
     (there / "runs" / "version_5" / "checkpoints").mkdir(parents=True)
 
-    def nodes(places: tuple[Path, Path]) -> list[subprocess.Popen[str]]:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        world = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1", "LOCAL_RANK": "0", "TORCHELASTIC_RUN_ID": "toy"}
-        world |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "PYTHONPATH": str(ROOT)}
+    def nodes(places: tuple[Path, Path]) -> list[Started]:
         options = ["--trainer.num_nodes=2", "--trainer.strategy=ddp", "--trainer.max_epochs=2", "--ckpt_path=last"]
-        command = [sys.executable, str(ROOT / "train.py"), "fit", "--config", str(TOY), *common, *options]
-        return [
-            subprocess.Popen(
-                command,
-                cwd=place,
-                env={**os.environ, **world, "RANK": str(rank), "GROUP_RANK": str(rank)},
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-            for rank, place in enumerate(places)
-        ]
+        return started_by_torchrun("fit", "--config", str(TOY), *common, *options, nodes=places)
 
     refused = nodes((here, there))
-    errors = [node.communicate(timeout=280)[1] for node in refused]
-    assert [node.returncode for node in refused] == [2, 2]
+    errors = [node.errors() for node in refused]
+    assert [node.status for node in refused] == [2, 2]
     for error in errors:
         assert f"process 1 has other checkpoint {first.relative_to(here)} on its disk than process 0" in error
         assert "Traceback" not in error
     done = nodes((here, here))
-    errors = [node.communicate(timeout=280)[1] for node in done]
-    assert [node.returncode for node in done] == [0, 0], errors
+    errors = [node.errors() for node in done]
+    assert [node.status for node in done] == [0, 0], errors
     assert [path.name for path in (here / "runs").iterdir()] == ["version_0"]
     assert checkpoint(here / "runs" / "version_0").name == "iteration-000002.ckpt"
     assert not (there / "runs" / "version_5" / "checkpoints" / "iteration-000002.ckpt").exists()

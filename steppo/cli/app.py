@@ -73,6 +73,16 @@ SECTIONS = Settings(
 _CLI = TypeVar("_CLI", bound="SteppoCLI")
 
 
+class _Parser(LightningArgumentParser):
+    """Writes what it has read without another check, which takes as long as the reading."""
+
+    def dump(self, cfg: Any, *args: Any, **kwargs: Any) -> str:
+        return super().dump(cfg, *args, **kwargs | {"skip_validation": True})
+
+    def save(self, cfg: Any, *args: Any, **kwargs: Any) -> None:
+        super().save(cfg, *args, **kwargs | {"skip_validation": True})
+
+
 class SaveConfig(SaveConfigCallback):
     """Keeps the merged config in the run's folder, once it is known to be the same in all processes."""
 
@@ -324,6 +334,7 @@ def _make(kind: type[_CLI], args: Sequence[str] | None, run: bool) -> _CLI:
         trainer_class=RunTrainer,
         auto_configure_optimizers=False,  # the module's own: one group each for policy and critic
         seed_everything_default=0,
+        parser_class=_Parser,
         save_config_callback=SaveConfig,
         save_config_kwargs={"overwrite": True},
         parser_kwargs={**strict, **dict.fromkeys(SteppoCLI.commands, strict)},

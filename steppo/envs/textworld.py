@@ -13,7 +13,6 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
-from unittest import mock
 
 import numpy as np
 import platformdirs
@@ -84,6 +83,8 @@ def _compiled_once(challenge: str) -> Iterator[None]:
 
     Here it tries it in the game's description, which it can play too. Not all of cooking's walkthroughs go there.
     """
+    from unittest import mock  # a tenth of the start of every worker, whatever it plays
+
     from textworld.generator.maker import GameMaker
 
     if challenge == "cooking":

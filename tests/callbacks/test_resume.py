@@ -5,8 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import shutil
-import subprocess
-import sys
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,9 +19,9 @@ from steppo import weight_cache
 from steppo.checkpoints import iteration_checkpoints, iterations_of
 from steppo.rollouts import EnvSource
 from tests.cli_helpers import TOY, checkpoint, evaluations, places, run
+from tests.started import Started
 from tests.toy_env import CorridorEnv
 
-ROOT = Path(__file__).parents[2]
 EPOCHS = 3
 OPTIONS = [
     f"--trainer.max_epochs={EPOCHS}",
@@ -117,25 +116,18 @@ def assert_same_run(folder: Path, whole: Path) -> None:
     assert records(evaluations(folder)) == records(evaluations(whole))
 
 
-def stopped_run(folder: Path, *args: str) -> subprocess.CompletedProcess[str]:
-    """A run in a process of its own, which KillAt ends."""
-    command = [sys.executable, "train.py", "fit", "--config", str(TOY), *OPTIONS]
+def stopped_run(folder: Path, *args: str) -> tuple[int | None, str]:
+    """Exit status and standard error of a run in a process of its own, which KillAt ends."""
     kill = ["--trainer.callbacks+=tests.kill.KillAt", *args]
-    return subprocess.run(
-        [*command, *places(folder), *kill],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=280,
-        check=False,
-        start_new_session=True,
-    )
+    stopped = Started("fit", "--config", str(TOY), *OPTIONS, *places(folder), *kill)
+    errors = stopped.errors()
+    return stopped.status, errors
 
 
 @pytest.mark.parametrize(("phase", "event"), [("start", 1), ("evaluation", 3), ("rollout", 90), ("checkpoint", 7)])
 def test_a_killed_run_goes_on(phase: str, event: int, tmp_path: Path, whole: Path) -> None:
-    done = stopped_run(tmp_path, f"--trainer.callbacks.phase={phase}", f"--trainer.callbacks.event={event}")
-    assert done.returncode == -9, done.stderr[-2000:]
+    status, errors = stopped_run(tmp_path, f"--trainer.callbacks.phase={phase}", f"--trainer.callbacks.event={event}")
+    assert status == -signal.SIGKILL, errors[-2000:]
     assert [*map(iterations_of, iteration_checkpoints(tmp_path / "checkpoints"))] in ([], [0], [0, 1], [1, 2])
     run(tmp_path, *OPTIONS, "--ckpt_path=last")
     assert_same_run(tmp_path, whole)
@@ -171,11 +163,12 @@ def test_a_requeued_slurm_job_goes_on(
     requeue = [f"--trainer.callbacks.phase={phase}", f"--trainer.callbacks.event={event}"]
     requeue += ["--trainer.callbacks.signal_name=SIGUSR1"]
     root = f"--trainer.default_root_dir={tmp_path}/job"
-    assert stopped_run(tmp_path, root, *requeue).returncode == -9
+    status, errors = stopped_run(tmp_path, root, *requeue)
+    assert status == -signal.SIGKILL, errors[-2000:]
     assert (tmp_path / "asked").read_text() == "requeue 7\n"
-    again = stopped_run(tmp_path, root)
-    assert again.returncode == 0, again.stderr[-2000:]
-    assert (f"{tmp_path}/job/hpc_ckpt_1.ckpt" in again.stderr) == (phase != "start")  # else there is nothing to go on from
+    status, errors = stopped_run(tmp_path, root)
+    assert status == 0, errors[-2000:]
+    assert (f"{tmp_path}/job/hpc_ckpt_1.ckpt" in errors) == (phase != "start")  # else there is nothing to go on from
     assert_same_run(tmp_path, whole)
 
 

@@ -6,7 +6,6 @@ import json
 import math
 import re
 import warnings
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +17,7 @@ from callbacks import EvaluationCallback
 from steppo.cli import SteppoCLI
 from steppo.export import main as export
 from steppo.play.command import main as play
-from steppo.types import Turn
 from tests.cli_helpers import TOY, checkpoint, evaluations, run
-from tests.toy_env import CorridorEnv
 
 CALLBACKS = "lightning.pytorch.callbacks"
 SILENT = [
@@ -66,18 +63,6 @@ def test_a_run_without_a_verdict_goes_by_its_return(silent_run: tuple[SteppoCLI,
     assert stopping.monitor == "val/return_mean"
 
 
-class FallsSilentEnv(CorridorEnv):
-    """Says whether a task is solved until the file ``silent`` is there."""
-
-    def __init__(self, silent: str, length: int = 4, num_tasks: int = 8, max_steps: int = 8) -> None:
-        super().__init__(length, num_tasks, max_steps)
-        self.silent = Path(silent)
-
-    def _turn(self, text: str, **outcome: Any) -> Turn:
-        turn = super()._turn(text, **outcome)
-        return replace(turn, success=None) if self.silent.exists() else turn
-
-
 class Silence(Callback):
     """After the evaluation before training nobody gives a verdict any more."""
 
@@ -90,7 +75,7 @@ class Silence(Callback):
 
 def test_where_verdicts_were_given_none_is_none_solved(tmp_path: Path) -> None:
     """An environment may say so only of what was solved; what monitors the rate must go on finding one."""
-    silent = [f"--data.source.env={__name__}.FallsSilentEnv", f"--data.source.env.silent={tmp_path}/silent"]
+    silent = ["--data.source.env=tests.worker_envs.FallsSilentEnv", f"--data.source.env.silent={tmp_path}/silent"]
     silent += [f"--trainer.callbacks+={__name__}.Silence", f"--trainer.callbacks.silent={tmp_path}/silent"]
     cli = run(tmp_path, *silent, *SILENT[2:], "--warm_start.updates=0")
     first, *later = evaluations(tmp_path)

@@ -9,7 +9,8 @@ import os
 import signal
 import subprocess
 import sys
-import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,8 @@ from steppo.cli.resuming import beginning
 from steppo.errors import ConfigError
 from steppo.run_folder import held, numbered_folders
 from tests.cli_helpers import TOY, evaluations, run
+from tests.started import CONTEXT, Started
 
-ROOT = Path(__file__).parents[2]
 SHORT = ["--warm_start.updates=0", "--trainer.max_epochs=2"]
 
 
@@ -33,12 +34,10 @@ def files(folder: Path) -> dict[str, bytes]:
 def test_a_second_run_is_refused_until_the_first_is_gone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     marker = tmp_path / "marker"
     stuck = ["--trainer.callbacks+=tests.cli.test_stopping.Stuck", f"--trainer.callbacks.marker={marker}"]
-    command = [sys.executable, "train.py", "fit", "--config", str(TOY), f"--trainer.logger.save_dir={tmp_path}"]
-    first = subprocess.Popen([*command, *SHORT, *stuck, "--trainer.callbacks.deaf=false"], cwd=ROOT, start_new_session=True)
+    command = ["fit", "--config", str(TOY), f"--trainer.logger.save_dir={tmp_path}"]
+    first = Started(*command, *SHORT, *stuck, "--trainer.callbacks.deaf=false")
     try:
-        while not marker.exists():
-            assert first.poll() is None
-            time.sleep(0.1)
+        first.wait_for(marker)
         before = files(tmp_path)
         for name, *options in (
             ["fit"],
@@ -55,40 +54,41 @@ def test_a_second_run_is_refused_until_the_first_is_gone(tmp_path: Path, capsys:
             assert f"{tmp_path} belongs to a run that is under way" in error[0]
         assert files(tmp_path) == before
     finally:
-        os.killpg(first.pid, signal.SIGKILL)
-        first.wait()
+        first.kill()
     run(tmp_path, *SHORT, "--ckpt_path=last")
     assert [record["iteration"] for record in evaluations(tmp_path)] == [0, 1, 2]
     assert not (tmp_path / ".lock").exists()
 
 
-def holder(folder: Path, code: str) -> subprocess.Popen[str]:
-    """A process that holds a folder, says so, and goes on with some code."""
-    program = f"from steppo.run_folder import *\nimport os, sys, time, subprocess\nwith held(Path({str(folder)!r})):\n"
-    process = subprocess.Popen(
-        [sys.executable, "-c", f"{program}    print('held', flush=True)\n    {code}"],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stdout is not None
-    assert process.stdout.readline() == "held\n"
-    return process
+def hold_and_end(folder: Path, end: Callable[[], Any]) -> None:
+    with held(folder):
+        (folder / "held").touch()
+        end()
+
+
+def interrupt() -> None:
+    raise KeyboardInterrupt
+
+
+def leave_a_child() -> None:
+    subprocess.Popen([sys.executable, "-S", "-c", "import time; time.sleep(20)"])  # which outlives it
+
+
+def kill_itself() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 @pytest.mark.parametrize(
-    "end",
-    [
-        "pass",
-        "raise KeyboardInterrupt",
-        "os._exit(3)",
-        "os.kill(os.getpid(), 9)",
-        "subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(20)'])",  # which outlives it
-    ],
+    ("end", "status"),
+    [(os.getpid, 0), (interrupt, 1), (partial(os._exit, 3), 3), (kill_itself, -signal.SIGKILL), (leave_a_child, 0)],
+    ids=["returns", "interrupt", "exit", "killed", "leaves a child"],
 )
-def test_the_end_frees_the_folder(end: str, tmp_path: Path) -> None:
-    process = holder(tmp_path / "run", end)
-    process.wait()
+def test_the_end_frees_the_folder(end: Callable[[], Any], status: int, tmp_path: Path) -> None:
+    process = CONTEXT.Process(target=hold_and_end, args=(tmp_path / "run", end))
+    process.start()
+    process.join()
+    assert process.exitcode == status
+    assert (tmp_path / "run" / "held").exists()
     with held(tmp_path / "run"):
         refused = pytest.raises(ConfigError, match="belongs to a run that is under way")
         with refused, held(tmp_path / "run"):

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -15,10 +13,9 @@ from lightning.pytorch.callbacks import Callback
 
 from steppo.checkpoints import iteration_checkpoints
 from steppo.cli.stopping import STOPPED
-from steppo.types import Turn
-from tests.callbacks.test_resume import OPTIONS, ROOT, assert_same_run, whole
+from tests.callbacks.test_resume import OPTIONS, assert_same_run, whole
 from tests.cli_helpers import TOY, places, run
-from tests.toy_env import CorridorEnv
+from tests.started import Started
 
 __all__ = ["whole"]  # a fixture
 PATIENCE_S = 60  # of the tests, on a busy machine; without an end the processes below would take ten minutes
@@ -100,21 +97,6 @@ def test_a_run_that_was_stopped_goes_on(
     assert_same_run(tmp_path, whole)
 
 
-class StuckEnv(CorridorEnv):
-    """Does not come back from a step of the second iteration, once: the file ``marker`` says that it was there."""
-
-    def __init__(self, marker: str, after: str, length: int = 4, num_tasks: int = 8, max_steps: int = 8) -> None:
-        super().__init__(length, num_tasks, max_steps)
-        self.marker = Path(marker)
-        self.after = Path(after)
-
-    def command(self, command: str) -> Turn:
-        if self.after.exists() and not self.marker.exists():
-            self.marker.touch()
-            time.sleep(600)
-        return super().command(command)
-
-
 class Stuck(Callback):
     """Sleeps in the second update; deaf to exceptions, if it is told to be, as code in a long computation is."""
 
@@ -135,27 +117,23 @@ class Stuck(Callback):
                         raise
 
 
-def stopped_from_outside(folder: Path, marker: Path, *args: str) -> tuple[int, list[str]]:
+def stopped_from_outside(folder: Path, marker: Path, *args: str) -> tuple[int | None, list[str]]:
     """Status and last lines of a run that is told to end when the file ``marker`` is there; its processes are gone."""
-    command = [sys.executable, "train.py", "fit", "--config", str(TOY), *OPTIONS, *places(folder), *args]
-    environment = {**os.environ, "MASTER_ADDR": "127.0.0.1"}
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True, env=environment)
+    variables = {**os.environ, "MASTER_ADDR": "127.0.0.1"}
+    stuck = Started("fit", "--config", str(TOY), *OPTIONS, *places(folder), *args, variables=variables)
     try:
-        while not marker.exists():
-            assert process.poll() is None, process.stderr.read()
-            time.sleep(0.1)
+        stuck.wait_for(marker)
         time.sleep(0.5)
-        process.send_signal(signal.SIGTERM)
-        _, errors = process.communicate(timeout=PATIENCE_S)
+        stuck.send(signal.SIGTERM)
+        errors = stuck.errors(PATIENCE_S)
     finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
+        stuck.kill()
     assert "Traceback" not in errors
-    return process.returncode, errors.splitlines()
+    return stuck.status, errors.splitlines()
 
 
 def test_an_environment_that_hangs_does_not_hold_up_the_end(tmp_path: Path, whole: Path) -> None:
-    stuck = [f"--data.source.env={__name__}.StuckEnv", f"--data.source.env.marker={tmp_path}/marker"]
+    stuck = ["--data.source.env=tests.worker_envs.StuckEnv", f"--data.source.env.marker={tmp_path}/marker"]
     stuck += [f"--data.source.env.after={tmp_path}/checkpoints/iteration-000001.ckpt", "--data.source.env_timeout=600"]
     status, errors = stopped_from_outside(tmp_path, tmp_path / "marker", *stuck)
     assert status == STOPPED

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import multiprocessing as mp
 import os
 import re
@@ -24,6 +23,7 @@ from steppo.envs.pool import EnvPool
 from steppo.envs.textworld import _make_game
 from steppo.errors import ConfigError
 from steppo.types import Action, Task, Turn
+from tests.worker_envs import Forgetful, stock_game
 
 Choose = Callable[[Turn], Action]
 
@@ -117,25 +117,12 @@ def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
         env.prepare(env.tasks("train"), no_progress)
 
 
-def _stock_game(challenge: str, settings: dict[str, Any], seed: int, path: Path, scratch: Path) -> None:
-    """As TextWorld makes it."""
-    import textworld
-    import textworld.generator
-
-    maker = importlib.import_module(f"textworld.challenges.tw_{challenge}.{challenge}")
-    options = textworld.GameOptions()
-    options.seeds = seed
-    options.path = str(path)
-    options.grammar.only_last_action = True
-    textworld.generator.compile_game(maker.make(settings, options), options)
-
-
 @pytest.mark.parametrize("challenge", ["coin_collector", "simple"])
 def test_a_game_that_is_compiled_once_is_the_same(challenge: Any, tmp_path: Path) -> None:
     env = TextWorldEnv(challenge, num_train=1)
     recipe = env._recipe(env.tasks("train")[0])
     with ProcessPoolExecutor(1, mp.get_context("spawn")) as pool:
-        for make, name in ((_stock_game, "stock"), (_make_game, "ours")):
+        for make, name in ((stock_game, "stock"), (_make_game, "ours")):
             pool.submit(make, *recipe, tmp_path / f"{name}.z8", tmp_path).result()
     for kind in ("z8", "json"):
         assert (tmp_path / f"ours.{kind}").read_bytes() == (tmp_path / f"stock.{kind}").read_bytes()
@@ -249,20 +236,6 @@ def test_rewards_are_success_or_score(tmp_path: Path) -> None:
 
 
 # --- turns that are known ---
-
-
-class _Nothing(dict[Any, Any]):
-    """Knows nothing."""
-
-    def __contains__(self, key: object) -> bool:
-        return False
-
-
-class Forgetful(TextWorldEnv):
-    """Plays every turn."""
-
-    def start(self) -> None:
-        self._turns = _Nothing()
 
 
 def wander(env: TextWorldEnv, episodes: int) -> list[Turn]:

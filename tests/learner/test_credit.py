@@ -24,7 +24,7 @@ from steppo.rollouts import EnvSource, ScriptedPlayer, random_action
 from steppo.types import Episode, Request, RolloutConfig, StopReason, Turn, groups_of
 from tests.learner.fakes import BOOTSTRAP, EPISODES, LEARNED_CODES, SHARES, codes_A, codes_N, make_episode, scored
 from tests.numeric_helpers import close, steps_of
-from tests.toy_env import CorridorEnv
+from tests.worker_envs import KeyedEnv
 
 
 class EqualShares(Advantage):
@@ -104,13 +104,6 @@ def test_a_state_key_is_the_anchor_in_place_of_the_observation(name: str) -> Non
     assert [anchors.index(anchor) for anchor in anchors] == [seen.index(key) for key in seen]
     assert torch.equal(keyed.credit.advantage_N, credit(seen, [None] * 4).credit.advantage_N)
     assert not torch.equal(keyed.credit.advantage_N, credit(texts, [None] * 4).credit.advantage_N)
-
-
-class KeyedEnv(CorridorEnv):
-    """Says the time, so that nothing is seen twice; the state is the room."""
-
-    def _turn(self, text: str, **outcome: Any) -> Turn:
-        return super()._turn(f"It is {self._steps}. {text} ({self._room})", state_key=f"room {self._room}", **outcome)
 
 
 def test_states_that_an_environment_names_are_anchors(tiny_policy: Any) -> None:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -29,10 +26,10 @@ from steppo.rollouts import AsyncSettings, AsyncSource, EnvSource, Fleet, LocalF
 from steppo.types import Episode, RolloutConfig, Step, StopReason, groups_of
 from tests.breaking_source import BreakingSource
 from tests.cli_helpers import TOY, evaluations, places, run, same, weights
+from tests.started import CONTEXT, Started
 from tests.test_pool import same as same_record
 from tests.toy_env import CorridorEnv
 
-ROOT = Path(__file__).parents[2]
 OPTIONS = ["--trainer.max_epochs=3", "--trainer.limit_val_batches=0", "--warm_start.updates=20"]
 GROUPS = 8
 
@@ -40,11 +37,9 @@ GROUPS = 8
 @pytest.fixture(scope="module", autouse=True)
 def forked() -> Iterator[None]:
     """Producers begin with what another process has imported once."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.breaking_source"])
     forkserver.ensure_running()  # before there is a mark, by which it would be killed, too
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(producer, "CONTEXT", context)
+        patch.setattr(producer, "CONTEXT", CONTEXT)
         yield
 
 
@@ -149,9 +144,9 @@ def test_a_killed_learner_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     killed, again = tmp_path / "killed", tmp_path / "again"
     options = [*OPTIONS, *ahead(max_staleness=1)]
     kill = ["--trainer.callbacks+=tests.kill.KillAt", "--trainer.callbacks.phase=update", "--trainer.callbacks.event=8"]
-    command = [sys.executable, "train.py", "fit", "--config", str(TOY), *options, *places(killed), *kill]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280, check=False)
-    assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
+    learner = Started("fit", "--config", str(TOY), *options, *places(killed), *kill)
+    errors = learner.errors()
+    assert learner.status == -signal.SIGKILL, errors[-2000:]
     assert set(learned(killed / "pool.sqlite")) == {0, 1}
     run(killed, *options, "--ckpt_path=last")
     assert_each_once(killed / "pool.sqlite", 3)
