@@ -28,13 +28,14 @@ OPTIONS = [
     "--trainer.callbacks.monitor=val/return_mean",
     "--trainer.callbacks.patience=9",
 ]
-TIMES = ("seconds/", "per_second", "memory/")
+# What measures time or memory, and a curve that is only drawn where no run before has left the same warm start.
+OTHERS = ("seconds/", "per_second", "memory/", "warm_start/")
 
 
 def curves(folder: Path) -> dict[str, list[tuple[int, float]]]:
-    """Scalars that measure neither time nor memory."""
+    """Scalars that two runs have in common."""
     events = EventAccumulator(str(folder)).Reload()
-    names = [name for name in events.Tags()["scalars"] if not any(part in name for part in TIMES)]
+    names = [name for name in events.Tags()["scalars"] if not any(part in name for part in OTHERS)]
     return {name: [(event.step, event.value) for event in events.Scalars(name)] for name in names}
 
 
