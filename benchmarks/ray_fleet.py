@@ -33,9 +33,9 @@ import random
 import statistics
 import subprocess
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -201,17 +201,22 @@ def episodes(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
             pool = folder / f"{way[:3]}.sqlite"
             with closing(Played(env, plan, pool, 4, "float64")) as played:
                 played(0)
-                lost = threading.Thread(target=lose, args=(nodes, pool, args.groups // 4))
+                rest = ThreadPoolExecutor(1).submit(played, 1)  # Ray begins nodes in the main thread alone
                 if way != "nothing":
-                    lost.start()
-                found, seconds = played(1)
+                    lose(nodes, pool, args.groups // 4)
+                found, seconds = rest.result()
                 counts = played.source.counts()
-                if way != "nothing":
-                    lost.join()
             same, replaced = stored(found) == expected, counts["restarted_producers"]
-            report[way] = {"same_episodes": same, "seconds": seconds, "replaced_actors": replaced}
+            report[way] = {"same_episodes": same, "seconds": seconds, "replaced_actors": replaced, "nodes": alive()}
             print(f"killed: {way}: {report[way]}", flush=True)
     return report
+
+
+def alive() -> int:
+    """Nodes of the cluster."""
+    import ray
+
+    return sum(node["Alive"] for node in ray.nodes())
 
 
 def lose(nodes: TwoNodes, pool: Path, after: int) -> None:

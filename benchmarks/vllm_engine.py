@@ -3,7 +3,10 @@
     pip install -c constraints.txt -e ".[vllm]"
     python benchmarks/vllm_engine.py --python venv_vllm/bin/python --model models/smollm2-135m
 
-Parts (all unless ``--parts`` names some):
+    python benchmarks/vllm_engine.py --python venv_vllm/bin/python --model models/smollm2-135m --device cuda \\
+        --parts updates speed alone fit here --results benchmarks/results/vllm_engine_gpu.json   # a GPU that they share
+
+Parts (all that need no GPU unless ``--parts`` names some):
 
 - ``updates``: the weights drift at random five times. After each: greedy ids against ``HFEngine``'s, log-probabilities of
   all ids against the learner's (also at temperatures 0.7 and 1), and seconds of ``load_weights``. Before each, and before it
@@ -12,17 +15,21 @@ Parts (all unless ``--parts`` names some):
 - ``cache``: a change of weights that leaves the prefix cache as it was, once.
 - ``head``: a server that does not prepare its head anew.
 - ``speed``: tokens/s of actions of 32 tokens after prompts of 200, at batches of 1, 8 and 32, beside ``HFEngine``.
+- ``alone``: the same by vLLM's own ``LLM``, in its process.
 - ``fit``: two iterations of ``configs/textworld.yaml`` with LoRA. ``killed``: the same, and the server is killed in the
-  midst of the first rollout.
+  midst of the first rollout. ``here``: the same by ``HFEngine``.
 
-float32, two processes with one thread each. Adds to ``benchmarks/results/vllm_engine.json``, and prints what it adds. All of
-it takes an hour on two busy cores, and 8 GiB.
+``--shape`` has random weights in place of a model's, of whose folder the tokenizer is then. On CPUs all is float32, in two
+processes with one thread each: an hour on two busy cores, and 8 GiB. On a GPU it is bfloat16, with graphs of decoding ticks
+and longer runs, and the server sleeps while the learner learns. Adds to ``benchmarks/results/vllm_engine.json``, and prints
+what it adds.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import subprocess
 import tempfile
 import threading
@@ -37,6 +44,8 @@ from unittest import mock
 import numpy as np
 import torch
 from measuring import about
+from records import SHAPES
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from steppo.batch import Segment
 from steppo.cli import main as command_line
@@ -49,24 +58,40 @@ from steppo.types import Completion, Request, Sampling
 
 ROOT = Path(__file__).parent.parent
 PARTS = ("updates", "broadcast", "cache", "head", "speed", "fit", "killed")
+BATCHES = {"cpu": (1, 8, 32), "cuda": (1, 8, 32, 128)}
+PROMPT, ACTION = 200, 32  # tokens of speed
+# A learner needs the rest; graphs, and nothing to compile.
+ON_GPU = ["--gpu-memory-utilization", "0.3", "--compilation-config", '{"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}']
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_CPU_KVCACHE_SPACE": "1"}
 _HEAD = "            if isinstance(module, ParallelLMHead):\n"
 
 
-def built(model: str) -> Policy:
+def built(model: str, device: str) -> Policy:
     policy = HFPolicy(model)
     policy.build(list)
-    return policy
+    return policy.to(device, torch.bfloat16 if device == "cuda" else torch.float32)
+
+
+def random_weights(shape: str, tokenizer: str, folder: Path, device: str) -> str:
+    """A folder of a Llama of this shape."""
+    torch.manual_seed(0)
+    config = LlamaConfig(**SHAPES[shape], max_position_embeddings=8192, tie_word_embeddings=True, initializer_range=0.05)
+    with torch.device(device):
+        LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(Path(tokenizer) / name, folder)
+    return str(folder)
 
 
 @contextmanager
 def engine_with(policy: Policy, python: str, broadcasts: bool = False, **environment: str) -> Iterator[VLLMEngine]:
     """An engine whose server has the policy's weights."""
-    settings: Any = {"max_model_len": 1024, "arguments": ["--enforce-eager"], "environment": ENVIRONMENT | environment}
-    if broadcasts:
-        settings["transfer"] = "broadcast"
+    settings: Any = {"max_model_len": 1024, "sleep": not broadcasts, "transfer": "broadcast" if broadcasts else "file"}
+    if policy.device.type == "cuda":
+        settings |= {"arguments": ON_GPU, "environment": environment}
     else:
-        settings |= {"sleep": True, "arguments": ["--enforce-eager", "--no-enable-sleep-mode"]}
+        awake = [] if broadcasts else ["--no-enable-sleep-mode"]
+        settings |= {"arguments": ["--enforce-eager", *awake], "environment": ENVIRONMENT | environment}
     with closing(VLLMEngine(python, **settings)) as engine:
         engine.bind(policy)
         load(engine, policy, 0)
@@ -86,7 +111,7 @@ def drift(policy: Policy, seed: int, much: float = 0.005) -> None:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in policy.trained_parameters():
-            parameter += much * parameter.std() * torch.randn(parameter.shape, generator=generator)
+            parameter += much * parameter.std() * torch.randn(parameter.shape, generator=generator).to(parameter)
 
 
 def requests(policy: Policy, count: int, length: int, tokens: int, temperature: float, seed: int = 0) -> list[Request]:
@@ -115,10 +140,19 @@ def off_learner(policy: Policy, asked: Sequence[Request], answered: Sequence[Com
         if answer.error:
             raise RuntimeError(answer.error)
         [(_, batch)] = PaddedPacker().pack([Segment(request.prompt_ids, answer.action_ids)], 2**31)
-        temperature_A = torch.full((len(answer.action_ids),), request.sampling.temperature)
-        ours_A = policy(batch, temperature_A).logprobs_A.numpy()
+        temperature_A = torch.full((len(answer.action_ids),), request.sampling.temperature, device=policy.device)
+        ours_A = policy(batch.to(policy.device), temperature_A).logprobs_A.float().cpu().numpy()
         worst = max(worst, float(np.abs(ours_A - answer.logprobs).max()))
     return worst
+
+
+def in_use() -> float:
+    """GiB of the GPU, by whomever."""
+    if not torch.cuda.is_available():
+        return 0.0
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info()
+    return (total - free) / 2**30
 
 
 def same_ids(left: Sequence[Completion], right: Sequence[Completion]) -> int:
@@ -136,19 +170,22 @@ def updates(policy: Policy, python: str, broadcasts: bool) -> dict[str, Any]:
         here = HFEngine()
         here.bind(policy)
         for version in range(6):
-            seconds = 0.0
+            seconds = asleep = awake = 0.0
             if version:
                 drift(policy, version)
                 here.load_weights((), version)
                 engine.rest()
+                asleep = in_use()
                 seconds, said = load(engine, policy, version)
                 assert not said, said
+                awake = in_use()
                 engine.rest()
             asked = {heat: requests(policy, 4, 150, 16, heat, seed=version) for heat in (0.0, 0.7, 1.0)}
             theirs = {heat: answers(engine, some) for heat, some in asked.items()}
             row = {
                 "version": version,
                 "seconds": seconds,
+                "GiB of the GPU in use, asleep and awake": (asleep, awake),
                 "same greedy ids": same_ids(theirs[0.0], answers(here, asked[0.0])),
                 "same ids again": same_ids(theirs[0.7], answers(engine, asked[0.7])),
                 "off the learner": max(off_learner(policy, asked[heat], theirs[heat]) for heat in asked),
@@ -198,20 +235,30 @@ def speed(policy: Policy, python: str, repeats: int) -> dict[str, Any]:
         here = HFEngine()
         here.bind(policy)
         for name, one in (("vllm", engine), ("in process", here)):
-            for batch in (1, 8, 32):
+            for batch in BATCHES[policy.device.type]:
                 found = []
                 for turn in range(repeats):
-                    asked = requests(policy, batch, 200, 32, 1.0, seed=1000 * turn + batch)
+                    asked = requests(policy, batch, PROMPT, ACTION, 1.0, seed=1000 * turn + batch)
                     start = time.perf_counter()
                     answers(one, asked)
-                    found.append(32 * batch / (time.perf_counter() - start))
+                    found.append(ACTION * batch / (time.perf_counter() - start))
                 rates[name][batch] = sorted(found)
                 print(name, batch, rates[name][batch], flush=True)
     return {"tokens/s": rates}
 
 
-def fit(model: str, python: str, kill: bool) -> dict[str, Any]:
-    """A run by the command line."""
+def alone(model: str, python: str, repeats: int) -> dict[str, Any]:
+    """What ``vllm_alone.py`` says, in their environment."""
+    batches = ",".join(map(str, BATCHES["cuda"]))
+    line = [python, str(ROOT / "benchmarks" / "vllm_alone.py"), model, *map(str, (batches, PROMPT, ACTION, repeats))]
+    done = subprocess.run(line, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(done.stderr[-3000:])
+    return {"tokens/s": json.loads(done.stdout.splitlines()[-1])}
+
+
+def fit(model: str, python: str | None, device: str, kill: bool) -> dict[str, Any]:
+    """A run by the command line; by ``HFEngine`` where there is no ``python``."""
     killed: list[float] = []
 
     def killer(server: Server) -> None:
@@ -229,7 +276,6 @@ def fit(model: str, python: str, kill: bool) -> dict[str, Any]:
 
     short = {
         "trainer.max_epochs": 2,
-        "trainer.accelerator": "cpu",
         "evaluation.before_training": "false",
         "trainer.check_val_every_n_epoch": 2,
         "warm_start.updates": 0,
@@ -240,12 +286,28 @@ def fit(model: str, python: str, kill: bool) -> dict[str, Any]:
         "data.source.num_slots": 4,
         "data.source.env.settings.level": 2,
         "data.source.env.max_steps": 3,
-        "data.source.engine.python": python,
-        "data.source.engine.max_model_len": 1024,
         "model.policy.name_or_path": model,
         "transcripts.num_shown": 0,
     }
-    configs = ("textworld", "model/smollm2-135m", "engine/vllm")
+    configs = ["textworld", "model/smollm2-135m"]
+    if device == "cuda":
+        configs.append("trainer/gpu")
+        short |= {
+            "trainer.max_epochs": 3,
+            "trainer.check_val_every_n_epoch": 4,
+            "rollout.episodes_per_iteration": 64,
+            "data.train_tasks": 64,
+            "data.source.num_slots": 64,
+            "data.source.env.max_steps": 10,
+            "data.source.on_invalid": "continue",
+            "data.max_tokens_per_microbatch": 16384,
+        }
+    if python is not None:
+        configs.append("engine/vllm")
+        short |= {"data.source.engine.python": python, "data.source.engine.max_model_len": 1024}
+        if device == "cuda":
+            short |= {"data.source.engine.sleep": "true", "data.source.engine.environment": "{}"}
+            short |= {"data.source.engine.dtype": "bfloat16", "data.source.engine.arguments": json.dumps(ON_GPU)}
     with tempfile.TemporaryDirectory() as folder, mock.patch.object(VLLMEngine, "_join", joined):
         arguments = [f"--config={ROOT}/configs/{name}.yaml" for name in configs]
         arguments += [f"--{name}={value}" for name, value in short.items()]
@@ -256,13 +318,11 @@ def fit(model: str, python: str, kill: bool) -> dict[str, Any]:
             return {"ended": str(error)}
     latest = cli.model.latest
     figures = {name: value for name, value in latest.items() if "rollout/" in name or "mismatch" in name}
-    engine = cli.datamodule.source.engine
     return {
         "seconds": time.perf_counter() - start,
         "phases": dict(cli.model.seconds),
         "killed": len(killed),
-        "lost servers": engine.losses,
-        "reloaded weights": engine.reloads,
+        "counts": dict(cli.datamodule.source.counts()),
         "last iteration": figures,
         "episodes": cli.model.counters.episodes,
     }
@@ -272,26 +332,36 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--python", default="venv_vllm/bin/python", help="Of the environment with vLLM.")
     parser.add_argument("--model", default="models/smollm2-135m", help="Folder of the model.")
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--shape", choices=SHAPES, help="Of random weights.")
+    parser.add_argument("--device", choices=list(BATCHES), default="cpu")
+    parser.add_argument("--parts", nargs="+", choices=(*PARTS, "alone", "here"), default=PARTS)
     parser.add_argument("--repeats", type=int, default=3, help="Of each batch of speed.")
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results" / "vllm_engine.json")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    version = [options.python, "-c", "import importlib.metadata as m; print(m.version('vllm-cpu'))"]
-    theirs = subprocess.run(version, capture_output=True, text=True).stdout.strip()
+    code = "import vllm; print('steppo:' + vllm.__version__)"
+    done = subprocess.run([options.python, "-c", code], capture_output=True, text=True)
+    theirs = done.stdout.rpartition("steppo:")[2].strip()
     results = json.loads(options.results.read_text()) if options.results.exists() else {}
-    for part in options.parts:
-        if part in ("fit", "killed"):
-            found = fit(options.model, options.python, part == "killed")
-        elif part in ("updates", "broadcast"):
-            found = updates(built(options.model), options.python, part == "broadcast")
-        elif part == "speed":
-            found = speed(built(options.model), options.python, options.repeats)
-        else:
-            found = {"cache": cache, "head": head}[part](built(options.model), options.python)
-        results[part] = {"about": about() | {"vllm": theirs}, **found}
-        options.results.write_text(json.dumps(results, indent=1) + "\n")
-        print(part, json.dumps(found, indent=1), flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        model, python, device = options.model, options.python, options.device
+        if options.shape:
+            model = random_weights(options.shape, model, Path(folder), device)
+        for part in options.parts:
+            if part in ("fit", "killed", "here"):
+                found = fit(model, None if part == "here" else python, device, part == "killed")
+            elif part in ("updates", "broadcast"):
+                found = updates(built(model, device), python, part == "broadcast")
+            elif part == "speed":
+                found = speed(built(model, device), python, options.repeats)
+            elif part == "alone":
+                found = alone(model, python, options.repeats)
+            else:
+                found = {"cache": cache, "head": head}[part](built(model, device), python)
+            key = f"{part}, {options.shape}" if options.shape else part
+            results[key] = {"about": about() | {"vllm": theirs}, **found}
+            options.results.write_text(json.dumps(results, indent=1) + "\n")
+            print(key, json.dumps(found, indent=1), flush=True)
 
 
 if __name__ == "__main__":
