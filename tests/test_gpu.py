@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.accelerators import CUDAAccelerator
 
-from steppo.models import TinyPolicy
+from steppo.models import TinyPolicy, branches
 from steppo.models import policy as policy_module
 from steppo.packing import Packer, PaddedPacker, PrefixTreePacker
 from tests.callbacks.test_quantization import fit, folder  # noqa: F401
@@ -57,6 +59,22 @@ def test_trees_give_what_padded_rows_give(scene: str, dtype: torch.dtype) -> Non
         near(tree, true, least + 2 * float((row.double() - true).norm() / true.norm()))
 
 
+def test_mixed_precision_attends_to_all_branches_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    at_once, calls = branches._at_once, list[torch.dtype]()
+
+    def counted(query: torch.Tensor, *others: Any) -> torch.Tensor:
+        calls.append(query.dtype)
+        return at_once(query, *others)
+
+    monkeypatch.setattr(branches, "_at_once", counted)
+    policy = TinyPolicy(hidden_size=64, num_layers=2, num_heads=4, seed=0)
+    policy.build(lambda: ["go north"])
+    policy.cuda()
+    with torch.autocast("cuda", torch.bfloat16):
+        readings(policy, "append group", PrefixTreePacker(branch_tokens=0))
+    assert set(calls) == {torch.bfloat16}
+
+
 def test_kept_caches_give_what_reading_anew_gives() -> None:
     torch.manual_seed(0)
     policy = policy_of(llama(2)).cuda()
@@ -78,7 +96,7 @@ def test_logits_in_chunks_give_what_all_give(monkeypatch: pytest.MonkeyPatch) ->
 def test_a_run_learns_evaluates_and_resumes(tmp_path: Path) -> None:
     options = ["--config", GPU, "--data.packer=PrefixTreePacker"]
     cli = run(tmp_path, *options)
-    assert cli.model.policy.device.type == "cuda"
+    assert isinstance(cli.trainer.accelerator, CUDAAccelerator)  # which has moved the weights back to the CPU
     before = weights(tmp_path)
     run(
         tmp_path,
@@ -96,5 +114,5 @@ def test_a_run_learns_evaluates_and_resumes(tmp_path: Path) -> None:
 def test_adapters_learn_on_a_base_in_4_bits(folder: str, tmp_path: Path) -> None:  # noqa: F811
     options = ["--config", GPU, "--quantization.bits=4", "--quantization.gradient_checkpointing=true"]
     cli = fit(tmp_path, folder, *options, "--trainer.accelerator=gpu", "--trainer.precision=bf16-mixed")
-    assert cli.model.policy.device.type == "cuda"
+    assert isinstance(cli.trainer.accelerator, CUDAAccelerator)
     assert all(value.isfinite().all() for name, value in weights(tmp_path).items() if ".lora_" in name)

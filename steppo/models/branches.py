@@ -122,10 +122,13 @@ def attend(
     """
     if attention_mask is None or attention_mask.dtype != torch.int64:
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
+    device = query.device.type
+    if torch.is_autocast_enabled(device):  # as for torch's own attention, which would do it branch by branch
+        query, key, value = (heads.to(torch.get_autocast_dtype(device)) for heads in (query, key, value))
     if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and not dropout:
         return _at_once(query, key, value, ragged(attention_mask), scaling), None
     lengths, pieces, paths = branches_of(attention_mask)
-    if query.device.type != "cpu":  # kernels that share key-value heads take no mask there
+    if device != "cpu":  # kernels that share key-value heads take no mask there
         key, value = (heads.repeat_interleave(query.shape[1] // heads.shape[1], dim=1) for heads in (key, value))
     keys, values = key.split(pieces, dim=2), value.split(pieces, dim=2)
     found = []

@@ -108,3 +108,15 @@ def test_other_masks_are_as_ever() -> None:
     for mask in (None, added, added > 0):
         ours, theirs = (function(LAYER, query, key, value, mask)[0] for function in (attend, sdpa_attention_forward))
         assert torch.equal(ours, theirs)
+
+
+def test_autocast_computes_in_its_dtype() -> None:
+    """As torch's own attention does: a GPU takes all branches at once then, though a model gives it float32."""
+    [(_, batch)] = packed(SCENES["append group"])
+    mask = batch.until_BT[:, None, None]
+    query, key, value, _ = (one.float() for one in heads(mask.shape[-1], seed=0))
+    with torch.autocast("cpu", torch.bfloat16):
+        found, _ = attend(LAYER, query, key, value, mask)
+    expected, _ = attend(LAYER, *(one.bfloat16() for one in (query, key, value)), mask)
+    assert found.dtype == torch.bfloat16
+    assert torch.equal(found, expected)
