@@ -74,8 +74,8 @@ class VLLMEngine(Engine):
         sleep: While nobody plays, servers give their GPU away, so that the learner can have it: their weights wait in the
             machine's memory, their caches are dropped. Own servers get the learner's GPU; those at ``urls`` want
             ``--enable-sleep-mode``.
-        tolerance: Mean difference of the probe's log-probabilities to the learner's; 1e-4 in float32, else 0.2, since rounding
-            alone makes 0.05 of a learner in bfloat16.
+        tolerance: Mean difference of the probe's log-probabilities to the learner's; 1e-4 in float32, else 0.2, of which
+            rounding makes 0.05.
         timeout: Seconds that an answer may take; then its server hangs.
         start_timeout: Seconds that a server may take to start.
 
