@@ -199,13 +199,16 @@ def episodes(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     with joined(cpus=2) as nodes:
         for way in ("nothing", "the second node, which comes back"):
             pool = folder / f"{way[:3]}.sqlite"
-            with closing(Played(env, plan, pool, 4, "float64")) as played:
-                played(0)
-                rest = ThreadPoolExecutor(1).submit(played, 1)  # Ray begins nodes in the main thread alone
+            # Ray begins nodes in the main thread alone, and a pool belongs to its thread.
+            with ThreadPoolExecutor(1) as thread:
+                played = thread.submit(Played, env, plan, pool, 4, "float64").result()
+                thread.submit(played, 0).result()
+                rest = thread.submit(played, 1)
                 if way != "nothing":
                     lose(nodes, pool, args.groups // 4)
                 found, seconds = rest.result()
                 counts = played.source.counts()
+                thread.submit(played.close).result()
             same, replaced = stored(found) == expected, counts["restarted_producers"]
             report[way] = {"same_episodes": same, "seconds": seconds, "replaced_actors": replaced, "nodes": alive()}
             print(f"killed: {way}: {report[way]}", flush=True)
