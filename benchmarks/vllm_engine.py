@@ -80,7 +80,7 @@ def built(model: str, device: str) -> Policy:
 def random_weights(shape: str, tokenizer: str, folder: Path, device: str) -> str:
     """A folder of a Llama of this shape."""
     torch.manual_seed(0)
-    config = LlamaConfig(**SHAPES[shape], max_position_embeddings=8192, tie_word_embeddings=True, initializer_range=0.05)
+    config = LlamaConfig(**SHAPES[shape], max_position_embeddings=8192, tie_word_embeddings=True)
     with torch.device(device):
         LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
