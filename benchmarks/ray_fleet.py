@@ -216,10 +216,13 @@ def episodes(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 
 def alive() -> int:
-    """Nodes of the cluster."""
+    """Nodes of the cluster, once it has noticed which are gone."""
     import ray
 
-    return sum(node["Alive"] for node in ray.nodes())
+    until = time.monotonic() + 60
+    while (count := sum(node["Alive"] for node in ray.nodes())) > 2 and time.monotonic() < until:
+        time.sleep(0.5)
+    return count
 
 
 def lose(nodes: TwoNodes, pool: Path, after: int) -> None:
