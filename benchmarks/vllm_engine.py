@@ -14,7 +14,8 @@
 Parts (all that need no GPU unless ``--parts`` names some):
 
 - ``updates``: the weights drift at random five times. After each: greedy ids against ``HFEngine``'s, log-probabilities of
-  all ids against the learner's (also at temperatures 0.7 and 1), and seconds of ``load_weights``. Before each, and before it
+  all ids against the learner's (also at temperatures 0.7 and 1), and of both against the learner's in float64, and seconds of
+  ``load_weights``. Before each, and before it
   is asked again, the server is told to sleep: without a GPU it pauses and drops its caches, but frees nothing.
 - ``broadcast``: the same with weights from memory to memory (by gloo), and no sleep.
 - ``cache``: a change of weights that leaves the prefix cache as it was, once.
@@ -33,6 +34,7 @@ what it adds.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import shutil
 import subprocess
@@ -41,6 +43,7 @@ import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
+from itertools import chain
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -152,17 +155,25 @@ def answers(engine: Engine, asked: Sequence[Request]) -> list[Completion]:
 
 
 @torch.no_grad()
-def off_learner(policy: Policy, asked: Sequence[Request], answered: Sequence[Completion]) -> float:
-    """Largest difference of a log-probability to the learner's on the same ids."""
-    worst = 0.0
+def logprobs(policy: Policy, asked: Sequence[Request], answered: Sequence[Completion]) -> np.ndarray:
+    """A learner's, of all ids that were answered."""
+    found = []
     for request, answer in zip(asked, answered, strict=True):
         if answer.error:
             raise RuntimeError(answer.error)
         [(_, batch)] = PaddedPacker().pack([Segment(request.prompt_ids, answer.action_ids)], 2**31)
         temperature_A = torch.full((len(answer.action_ids),), request.sampling.temperature, device=policy.device)
-        ours_A = policy(batch.to(policy.device), temperature_A).logprobs_A.float().cpu().numpy()
-        worst = max(worst, float(np.abs(ours_A - answer.logprobs).max()))
-    return worst
+        found.append(policy(batch.to(policy.device), temperature_A).logprobs_A.double().cpu().numpy())
+    return np.concatenate(found)
+
+
+def off(one: np.ndarray, other: np.ndarray) -> float:
+    """The largest difference."""
+    return float(np.abs(one - other).max())
+
+
+def off_learner(policy: Policy, asked: Sequence[Request], answered: Sequence[Completion]) -> float:
+    return off(logprobs(policy, asked, answered), np.concatenate([answer.logprobs for answer in answered]))
 
 
 def in_use() -> float:
@@ -201,13 +212,17 @@ def updates(policy: Policy, where: str, broadcasts: bool) -> dict[str, Any]:
                 engine.rest()
             asked = {heat: requests(policy, 4, 150, 16, heat, seed=version) for heat in (0.0, 0.7, 1.0)}
             theirs = {heat: answers(engine, some) for heat, some in asked.items()}
+            all_asked, all_answers = (list(chain(*by_heat.values())) for by_heat in (asked, theirs))
+            found = np.concatenate([answer.logprobs for answer in all_answers])
+            ours, true = (logprobs(one, all_asked, all_answers) for one in (policy, copy.deepcopy(policy).double()))
             row = {
                 "version": version,
                 "seconds": seconds,
                 "GiB of the GPU in use, asleep and awake": (asleep, awake),
                 "same greedy ids": same_ids(theirs[0.0], answers(here, asked[0.0])),
                 "same ids again": same_ids(theirs[0.7], answers(engine, asked[0.7])),
-                "off the learner": max(off_learner(policy, asked[heat], theirs[heat]) for heat in asked),
+                "off the learner": off(found, ours),
+                "off float64": {"vllm": off(found, true), "learner": off(ours, true)},
             }
             print(row, flush=True)
             rows.append(row)
