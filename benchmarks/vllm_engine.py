@@ -13,10 +13,10 @@
 
 Parts (all that need no GPU unless ``--parts`` names some):
 
-- ``updates``: the weights drift at random five times. After each: greedy ids against ``HFEngine``'s, log-probabilities of
-  all ids against the learner's (also at temperatures 0.7 and 1), and of both against the learner's in float64, and seconds of
-  ``load_weights``. Before each, and before it
-  is asked again, the server is told to sleep: without a GPU it pauses and drops its caches, but frees nothing.
+- ``updates``: the weights drift at random five times. After each: greedy ids against ``HFEngine``'s; log-probabilities of
+  all ids (also at temperatures 0.7 and 1) against the learner's, and both against the learner's in float64; seconds of
+  ``load_weights``. Before each, and before it is asked again, the server is told to sleep: without a GPU it pauses and drops
+  its caches, but frees nothing.
 - ``broadcast``: the same with weights from memory to memory (by gloo), and no sleep.
 - ``cache``: a change of weights that leaves the prefix cache as it was, once.
 - ``head``: a server that does not prepare its head anew.
