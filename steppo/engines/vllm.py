@@ -197,7 +197,8 @@ class VLLMEngine(Engine):
         """
         exact = logprob_tolerance(self._policy) < 1e-3
         dtype = self.dtype or ("float32" if exact else "bfloat16")
-        self._tolerance = self.tolerance or (1e-4 if exact and dtype == "float32" else 0.2)
+        usual = 1e-4 if exact and dtype == "float32" else 0.2
+        self._tolerance = usual if self.tolerance is None else self.tolerance
         self.logprob_tolerance = 3 * self._tolerance  # of the largest difference
         is_first = not self._is_open
         if is_first:
