@@ -6,9 +6,7 @@
     python benchmarks/vllm_engine.py --python venv_vllm/bin/python --model models/smollm2-135m --device cuda \\
         --parts updates speed alone fit here --results benchmarks/results/vllm_engine_gpu.json   # a GPU that they share
 
-    # with a server that runs already, here one whose weights wait for ours
-    VLLM_SERVER_DEV_MODE=1 PYTHONPATH=steppo/engines/in_vllm venv_vllm/bin/python -m vllm.entrypoints.openai.api_server \\
-        --model models/smollm2-135m --load-format dummy --port 8000 ...     # docs/vllm.md has the rest
+    # a server that runs already: its command line is in docs/vllm.md; --load-format dummy, as the weights come from here
     python benchmarks/vllm_engine.py --url http://127.0.0.1:8000 --model models/smollm2-135m --parts updates speed
 
 Parts (all that need no GPU unless ``--parts`` names some):
