@@ -14,6 +14,7 @@ from torch import Tensor
 
 from steppo.engines.base import Engine, failed
 from steppo.engines.cache import Place, RowCache, common
+from steppo.engines.packed import PackedLinears
 from steppo.engines.sampling import draws, ended, logprob_tolerance, sample
 from steppo.errors import ConfigError, require_at_least
 from steppo.models.policy import beyond_full_attention
@@ -86,6 +87,7 @@ class HFEngine(Engine):
         self._rows: list[_Row] = []
         self._cache = RowCache()
         self._pass_tokens = self._worth = 1
+        self._linears: PackedLinears | None = None  # between the first request and `rest`
         self._parameters: list[Tensor] = []
         self._seen = 0
 
@@ -111,10 +113,15 @@ class HFEngine(Engine):
             self._forget()  # between rollouts nothing is held
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
+        self.rest()
         self._forget()
+
+    def rest(self) -> None:
+        self._linears = None
 
     def close(self) -> None:
         self._queue = []
+        self.rest()
         self._forget()
 
     def _forget(self) -> None:
@@ -133,12 +140,15 @@ class HFEngine(Engine):
     def poll(self) -> list[Completion]:
         self.logprob_tolerance = logprob_tolerance(self._policy)
         completions = self._begin()
-        read = self._read()
-        if read:
-            try:
-                self._sample([flight for flight, _ in read], torch.stack([state for _, state in read]))
-            except _MEMORY as error:
-                self._fail([flight for flight, _ in read], error)
+        if self._linears is None:
+            self._linears = PackedLinears(self._policy.model)
+        with self._linears.in_use():
+            read = self._read()
+            if read:
+                try:
+                    self._sample([flight for flight, _ in read], torch.stack([state for _, state in read]))
+                except _MEMORY as error:
+                    self._fail([flight for flight, _ in read], error)
         for flight in self._flights():
             request = flight.request
             reason = ended(self._policy, request, flight.action)
