@@ -212,6 +212,7 @@ def updates(policy: Policy, where: str, broadcasts: bool) -> dict[str, Any]:
             theirs = {heat: answers(engine, some) for heat, some in asked.items()}
             all_asked, all_answers = (list(chain(*by_heat.values())) for by_heat in (asked, theirs))
             found = np.concatenate([answer.logprobs for answer in all_answers])
+            heats = np.concatenate([np.full(len(one.logprobs), heat) for heat, some in theirs.items() for one in some])
             ours, true = (logprobs(one, all_asked, all_answers) for one in (policy, copy.deepcopy(policy).double()))
             row = {
                 "version": version,
@@ -220,6 +221,7 @@ def updates(policy: Policy, where: str, broadcasts: bool) -> dict[str, Any]:
                 "same greedy ids": same_ids(theirs[0.0], answers(here, asked[0.0])),
                 "same ids again": same_ids(theirs[0.7], answers(engine, asked[0.7])),
                 "off the learner": off(found, ours),
+                "by temperature": {heat: off(found[heats == heat], ours[heats == heat]) for heat in theirs},
                 "off float64": {"vllm": off(found, true), "learner": off(ours, true)},
             }
             print(row, flush=True)
