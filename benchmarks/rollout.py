@@ -23,6 +23,7 @@ import argparse
 import json
 import statistics
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -188,14 +189,17 @@ def decode(policy: Policy, limit: Limit, rows: int, length: int, ticks: int) -> 
     with profile(activities=activities) as profiled:
         total = timed(policy, lambda: [engine.poll() for _ in range(ticks)])[0] / ticks
     own = "self_device_time_total" if on_gpu else "self_cpu_time_total"
-    by_name = {event.key: getattr(event, own) / 1e6 / ticks for event in profiled.key_averages() if "::" in event.key}
+    by_name: Counter[str] = Counter()
+    for event in profiled.key_averages():
+        if "::" in event.key:
+            by_name[event.key.split("::")[1]] += getattr(event, own) / 1e6 / ticks
     groups = {
-        "products": ("addmm", "mm", "bmm"),
+        "products": ("addmm", "mm", "bmm", "_linear_pointwise"),
         "drawing": ("exp", "cumsum", "logsumexp", "searchsorted", "argmax", "amax"),
     }
     groups["attention"] = ("_scaled_dot_product_flash_attention_for_cpu", "_flash_attention_forward")
     groups["attention"] += ("_efficient_attention_forward",)
-    shares = {name: sum(by_name.get(f"aten::{key}", 0.0) for key in keys) / total for name, keys in groups.items()}
+    shares = {name: sum(by_name[key] for key in keys) / total for name, keys in groups.items()}
     shares["other operators"] = sum(by_name.values()) / total - sum(shares.values())
     shares["idle" if on_gpu else "Python"] = 1 - sum(shares.values())
     least = limit.seconds(rows, 1, length)

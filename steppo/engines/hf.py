@@ -1,4 +1,4 @@
-"""In-process generation with the learner's own weights: no copy, no synchronisation. Each token is read once."""
+"""In-process generation with the learner's own weights, without synchronisation. Each token is read once."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class HFEngine(Engine):
 
     What a prompt has in common with its session's last one, or with any other session's, is not read again: a dialogue goes
     on where it stopped, siblings share their first prompt, all share their instructions, as long as one session is there.
-    New weights empty the cache.
+    New weights empty the cache. In float32 on a CPU it holds large layers' weights a second time, in another layout.
 
     Each request draws its random numbers from a generator of its own, so its answer does not depend on what else is in the
     batch. Log-probabilities are those of the tempered distribution, as the learner recomputes them.
@@ -87,7 +87,7 @@ class HFEngine(Engine):
         self._rows: list[_Row] = []
         self._cache = RowCache()
         self._pass_tokens = self._worth = 1
-        self._linears: PackedLinears | None = None  # between the first request and `rest`
+        self._linears: PackedLinears | None = None  # while there are keys
         self._parameters: list[Tensor] = []
         self._seen = 0
 
@@ -113,19 +113,15 @@ class HFEngine(Engine):
             self._forget()  # between rollouts nothing is held
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
-        self.rest()
         self._forget()
-
-    def rest(self) -> None:
-        self._linears = None
 
     def close(self) -> None:
         self._queue = []
-        self.rest()
         self._forget()
 
     def _forget(self) -> None:
         """Empties the cache. Answers under way go on from what they have so far."""
+        self._linears = None
         self._cache.drop()
         for row in self._rows:
             if row.flight is None:
@@ -140,15 +136,8 @@ class HFEngine(Engine):
     def poll(self) -> list[Completion]:
         self.logprob_tolerance = logprob_tolerance(self._policy)
         completions = self._begin()
-        if self._linears is None:
-            self._linears = PackedLinears(self._policy.model)
-        with self._linears.in_use():
-            read = self._read()
-            if read:
-                try:
-                    self._sample([flight for flight, _ in read], torch.stack([state for _, state in read]))
-                except _MEMORY as error:
-                    self._fail([flight for flight, _ in read], error)
+        if self._flights():
+            self._tick()
         for flight in self._flights():
             request = flight.request
             reason = ended(self._policy, request, flight.action)
@@ -252,6 +241,18 @@ class HFEngine(Engine):
 
     # ---- a tick ----
 
+    def _tick(self) -> None:
+        """A token more of each."""
+        if self._linears is None:
+            self._linears = PackedLinears(self._policy.model)
+        with self._linears.in_use():
+            read = self._read()
+            if read:
+                try:
+                    self._sample([flight for flight, _ in read], torch.stack([state for _, state in read]))
+                except _MEMORY as error:
+                    self._fail([flight for flight, _ in read], error)
+
     def _read(self) -> list[tuple[_Flight, Tensor]]:
         """Reads what is to be read; gives the last token's state [H] of each request."""
         found = []
@@ -352,7 +353,7 @@ class HFEngine(Engine):
         return torch.zeros(ahead.shape, dtype=dtype, device=position.device).masked_fill_(ahead, -torch.inf)
 
     def _sample(self, flights: Sequence[_Flight], states: Tensor) -> None:
-        """A token more of each."""
+        """Draws by the states of their last tokens."""
         device = states.device
         temperature = torch.tensor([flight.request.sampling.temperature for flight in flights], device=device)
         drawn = torch.tensor([flight.drawn[len(flight.action)] for flight in flights], dtype=torch.float64, device=device)
