@@ -20,20 +20,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 from urllib.parse import urlsplit
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from steppo.batch import Segment
 from steppo.distributed import rank_and_world
 from steppo.engines.base import Engine, failed
 from steppo.engines.sampling import logprob_tolerance
+from steppo.engines.vllm_probe import Probe
 from steppo.engines.vllm_server import Hangs, Launch, Refused, Server, ServerError
 from steppo.engines.vllm_weights import Weights
 from steppo.envs.guard import Guard
 from steppo.errors import ConfigError, RunError, in_short, require_at_least, said
-from steppo.packing import PaddedPacker
-from steppo.types import Completion, Request, Sampling
+from steppo.types import Completion, Request
 
 if TYPE_CHECKING:
     from steppo.models.policy import Policy
@@ -43,10 +41,6 @@ T = TypeVar("T")
 _WAKE_S = 0.2  # in which whoever waits hears that it shall not
 _AGAIN_S = 5.0
 _FOLDER = "steppo-vllm"
-# Three blocks of a cache, of which vLLM's largest have 128 tokens on a CPU, and some of a fourth.
-_PROBE_TOKENS = 400
-# Not at temperature 1: log-probabilities from before the temperature would not be found out. Above it, rounding shows less.
-_PROBE_SAMPLING = Sampling(1.25, 16)
 
 
 class VLLMEngine(Engine):
@@ -155,9 +149,7 @@ class VLLMEngine(Engine):
         self._policy = policy
         self._stop_ids = policy.stop_ids
         self._names = self.urls[rank::world] or [f"vllm-{number}" for number in range(self.num_servers)]
-        length = max(1, min(_PROBE_TOKENS, self._longest - _PROBE_SAMPLING.max_new_tokens))
-        ids = np.random.default_rng(0).integers(0, policy.vocab_size, length).astype(np.int32)
-        self._probe = Request(-1, "probe", ids, _PROBE_SAMPLING, 0)
+        self._probe = Probe(policy, self._longest)
 
     def submit(self, request: Request) -> None:
         longest = len(request.prompt_ids) + request.sampling.max_new_tokens
@@ -305,20 +297,11 @@ class VLLMEngine(Engine):
 
     def _welcome(self, server: Server, answer: Completion) -> str:
         """Has a server asked from now on, if it answers the probe as the learner would; says how it does not."""
-        policy, probe = self._policy, self._probe
-        [(_, batch)] = PaddedPacker().pack([Segment(probe.prompt_ids, answer.action_ids)], 2**31)
-        temperature_A = torch.full((len(answer.logprobs),), probe.sampling.temperature, device=policy.device)
-        with torch.no_grad():
-            ours_A = policy(batch.to(policy.device), temperature_A).logprobs_A.double().cpu().numpy()
-        off_A = np.abs(answer.logprobs - ours_A)
-        mean, worst = float(off_A.mean()), int(np.argmax(off_A))
-        if mean <= self._tolerance:
-            self._loop.call_soon_threadsafe(self._join, server)
-            return ""
-        return (
-            f"{server.name} gives log-probabilities that are {mean:.2g} off the learner's, on average of a probe, more than "
-            f"{self._tolerance:g} (token {worst} of the probe: {answer.logprobs[worst]:.5f}, not {ours_A[worst]:.5f})"
-        )
+        fault = self._probe.fault(answer, self._tolerance)
+        if fault:
+            return f"{server.name} {fault}"
+        self._loop.call_soon_threadsafe(self._join, server)
+        return ""
 
     # ---- in the loop ----
 
@@ -334,9 +317,9 @@ class VLLMEngine(Engine):
                 await server.start(weights)
             else:
                 await server.wake()
-                await server.generate(self._probe, (), None)  # now its caches hold what may not be read again
+                await server.generate(self._probe.request, (), None)  # now its caches hold what may not be read again
                 await server.update(weights)
-            answer = await server.generate(self._probe, (), weights.version)
+            answer = await server.generate(self._probe.request, (), weights.version)
         except (ServerError, OSError, RuntimeError) as error:  # what torch says of a broadcast is in the last
             server.is_asleep = server.launch is None  # it may have been left in the midst of a pause
             return error if isinstance(error, ServerError) else ServerError(f"{server.name}: {in_short(said(error), 300)}")
