@@ -13,8 +13,9 @@ or random weights of its shape; ``1.5b``: random weights.
 
 The limit of a forward pass is the larger of its arithmetic over the matmul rate and its bytes (weights once, the keys and
 values of each row) over the memory's bandwidth, both measured in the same run. Also reported: the decode limit at batches
-of 8 and 32, with a profile, and what a pass costs beside its tokens. Adds to ``benchmarks/results/rollout.json`` and prints
-tables. All of ``tiny`` takes about half an hour, all of ``smollm2`` ten minutes.
+of 8 and 32, with a profile and beside ticks with weights in torch's own layout, and what a pass costs beside its tokens.
+Adds to ``benchmarks/results/rollout.json`` and prints tables. All of ``tiny`` takes about half an hour, all of ``smollm2``
+twenty minutes.
 """
 
 from __future__ import annotations

@@ -153,7 +153,8 @@ def _subclasses(bases: Iterable[type]) -> Iterator[type]:
     for base in bases:
         importable = getattr(sys.modules.get(base.__module__), base.__qualname__, None) is base
         stands_in = hasattr(base, "lazy_get_init_args")  # for a default
-        if importable and not stands_in and not inspect.isabstract(base):
+        is_private = base.__name__.startswith("_")
+        if importable and not stands_in and not is_private and not inspect.isabstract(base):
             yield base
         yield from _subclasses(type.__subclasses__(base))
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-_LEAST_WEIGHTS = 2**18  # of a layer; for smaller ones the call costs what the layout saves
+_LEAST_WEIGHTS = 2**18  # of a layer; in smaller ones a call costs much of what is saved
 
 
 class PackedLinears:

@@ -53,6 +53,10 @@ OPTIONS = {
         "model.policy: TinyPoly is no Policy that can be made; did you mean 'TinyPolicy'?",
     ),
     "empty_class_path": (["--model.advantage="], "--model.advantage must be Advantage, not null"),
+    "a_private_class": (
+        ["--data.source.engine=_Silent"],
+        "data.source.engine: _Silent is no Engine that can be made; there are ",
+    ),
     "a_module": ([f"--{ENV}=steppo.envs"], "steppo.envs is no Env that can be made; there are "),
     "a_function": (
         ["--model.advantage=steppo.advantages.whiten"],
