@@ -13,8 +13,8 @@ Parts (all that need no GPU unless ``--parts`` names some):
 
 - ``updates``: the weights drift at random five times. After each: greedy ids against ``HFEngine``'s; log-probabilities of
   all ids (also at temperatures 0.7 and 1) against the learner's, and both against the learner's in float64; seconds of
-  ``load_weights``. Before each, and before it is asked again, the server is told to sleep: without a GPU it pauses and drops
-  its caches, but frees nothing.
+  ``load_weights``. Prompts are openings of TextWorld's games, and ids at random, which no agent reads. Before each change,
+  and before it is asked again, the server is told to sleep: without a GPU it pauses and drops its caches, but frees nothing.
 - ``broadcast``: the same with weights from memory to memory (by gloo), and no sleep.
 - ``cache``: a change of weights that leaves the prefix cache as it was, once.
 - ``head``: a server that does not prepare its head anew.
@@ -39,8 +39,9 @@ import subprocess
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -56,9 +57,11 @@ from steppo.batch import Segment
 from steppo.cli import main as command_line
 from steppo.engines import Engine, HFEngine, VLLMEngine, in_vllm
 from steppo.engines.vllm_server import Server
+from steppo.envs import TextWorldEnv
 from steppo.errors import SteppoError
 from steppo.models import HFPolicy, Policy
 from steppo.packing import PaddedPacker
+from steppo.rendering import AppendContext, Renderer
 from steppo.types import Completion, Request, Sampling
 
 ROOT = Path(__file__).parent.parent
@@ -141,6 +144,22 @@ def requests(policy: Policy, count: int, length: int, tokens: int, temperature: 
     return [Request(number, f"{seed}/{number}", prompt, sampling, seed + number) for number, prompt in enumerate(prompts)]
 
 
+def openings(policy: Policy, count: int, tokens: int, temperature: float, seed: int = 0) -> list[Request]:
+    """What an agent is first asked in games."""
+    renderer, context, env = Renderer(), AppendContext(), TextWorldEnv("simple", num_train=100)
+    renderer.bind(policy.tokenizer, policy.stop_ids)
+    context.bind(renderer)
+    sampling = Sampling(temperature, tokens)
+    found = []
+    tasks = env.tasks("train")[seed * count : (seed + 1) * count]
+    env.prepare(tasks, lambda done, total: None)
+    for number, task in enumerate(tasks):
+        prompt = context.prompt_ids([env.reset(task)], [])
+        found.append(Request(number, f"{seed}/{number}", prompt, sampling, seed + number))
+    env.close()
+    return found
+
+
 def answers(engine: Engine, asked: Sequence[Request]) -> list[Completion]:
     for request in asked:
         engine.submit(request)
@@ -190,6 +209,23 @@ def same_ids(left: Sequence[Completion], right: Sequence[Completion]) -> int:
 # ---- parts ----
 
 
+def compared(policy: Policy, engine: Engine, here: Engine, asked: Mapping[float, list[Request]]) -> dict[str, Any]:
+    """Requests at each temperature."""
+    theirs = {heat: answers(engine, some) for heat, some in asked.items()}
+    all_asked, all_answers = (list(chain(*by_heat.values())) for by_heat in (asked, theirs))
+    found = np.concatenate([answer.logprobs for answer in all_answers])
+    heats = np.concatenate([np.full(len(one.logprobs), heat) for heat, some in theirs.items() for one in some])
+    ours, true = (logprobs(one, all_asked, all_answers) for one in (policy, copy.deepcopy(policy).double()))
+    return {
+        "same greedy ids": same_ids(theirs[0.0], answers(here, asked[0.0])),
+        "same ids again": same_ids(theirs[0.7], answers(engine, asked[0.7])),
+        "tokens": len(found),
+        "off the learner": off(found, ours),
+        "by temperature": {heat: off(found[heats == heat], ours[heats == heat]) for heat in theirs},
+        "off float64": {"vllm": off(found, true), "learner": off(ours, true)},
+    }
+
+
 def updates(policy: Policy, where: str, broadcasts: bool) -> dict[str, Any]:
     rows = []
     start = time.perf_counter()
@@ -208,22 +244,10 @@ def updates(policy: Policy, where: str, broadcasts: bool) -> dict[str, Any]:
                 assert not said, said
                 awake = in_use()
                 engine.rest()
-            asked = {heat: requests(policy, 4, 150, 16, heat, seed=version) for heat in (0.0, 0.7, 1.0)}
-            theirs = {heat: answers(engine, some) for heat, some in asked.items()}
-            all_asked, all_answers = (list(chain(*by_heat.values())) for by_heat in (asked, theirs))
-            found = np.concatenate([answer.logprobs for answer in all_answers])
-            heats = np.concatenate([np.full(len(one.logprobs), heat) for heat, some in theirs.items() for one in some])
-            ours, true = (logprobs(one, all_asked, all_answers) for one in (policy, copy.deepcopy(policy).double()))
-            row = {
-                "version": version,
-                "seconds": seconds,
-                "GiB of the GPU in use, asleep and awake": (asleep, awake),
-                "same greedy ids": same_ids(theirs[0.0], answers(here, asked[0.0])),
-                "same ids again": same_ids(theirs[0.7], answers(engine, asked[0.7])),
-                "off the learner": off(found, ours),
-                "by temperature": {heat: off(found[heats == heat], ours[heats == heat]) for heat in theirs},
-                "off float64": {"vllm": off(found, true), "learner": off(ours, true)},
-            }
+            row = {"version": version, "seconds": seconds, "GiB of the GPU in use, asleep and awake": (asleep, awake)}
+            for name, prompts in (("openings", openings), ("random ids", partial(requests, length=150))):
+                asked = {heat: prompts(policy, 4, tokens=16, temperature=heat, seed=version) for heat in (0.0, 0.7, 1.0)}
+                row[name] = compared(policy, engine, here, asked)
             print(row, flush=True)
             rows.append(row)
         assert not engine.losses + engine.reloads
