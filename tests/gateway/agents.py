@@ -1,4 +1,4 @@
-"""Agents for tests: programs on the openai package. Worker processes import this file."""
+"""Agents for tests. Worker processes import this file, and only ``walk``'s import ``openai``, which takes a second."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import time
 import urllib.request
 from typing import Any
 
-from openai import OpenAI
-
 from steppo.types import Action, Task
 from tests.toy_env import CorridorEnv
 
 
 def walk(task: Task) -> None:
     """Plays a corridor to its end; its step rewards go to the gateway. Any answer is one of the commands."""
+    from openai import OpenAI
+
     client, env = OpenAI(max_retries=0), CorridorEnv(max_steps=5)
     turn = env.reset(task)
     messages: list[Any] = [{"role": "user", "content": f"{turn.goal}\n{seen(turn)}"}]
@@ -24,7 +24,7 @@ def walk(task: Task) -> None:
         completion = client.chat.completions.create(model="policy", messages=messages)
         said = completion.choices[0].message.content or ""
         turn = env.step(Action(command_of(said, turn.commands or ())))
-        post({"reward": turn.reward, "completion": completion.id})
+        post(os.environ["STEPPO_REWARD_URL"], os.environ["STEPPO_REWARD_KEY"], reward=turn.reward, completion=completion.id)
         messages += [{"role": "assistant", "content": said}, {"role": "user", "content": seen(turn)}]
 
 
@@ -37,16 +37,16 @@ def command_of(text: str, commands: Any) -> str:
     return commands[sum(text.encode("utf-8", "replace")) % len(commands)]
 
 
-def post(body: dict[str, Any]) -> None:
-    headers = {"Authorization": f"Bearer {os.environ['STEPPO_REWARD_KEY']}"}
-    request = urllib.request.Request(os.environ["STEPPO_REWARD_URL"], json.dumps(body).encode(), headers)
-    urllib.request.urlopen(request).close()
+def post(url: str, key: str, **body: Any) -> bytes:
+    request = urllib.request.Request(url, json.dumps(body).encode(), {"Authorization": f"Bearer {key}"})
+    with urllib.request.urlopen(request) as answer:
+        return answer.read()
 
 
 def ask(content: str = "Hello", **options: Any) -> str:
-    message = {"role": "user", "content": content}
-    completion = OpenAI(max_retries=0).chat.completions.create(model="policy", messages=[message], **options)
-    return completion.choices[0].message.content or ""
+    url, key = f"{os.environ['OPENAI_BASE_URL']}/chat/completions", os.environ["OPENAI_API_KEY"]
+    answer = json.loads(post(url, key, model="policy", messages=[{"role": "user", "content": content}], **options))
+    return answer["choices"][0]["message"]["content"] or ""
 
 
 def one_call(task: Task) -> dict[str, Any]:
