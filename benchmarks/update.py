@@ -17,8 +17,9 @@ torch's kernel for rows of any lengths); ``flex``: by ``flex_attention``.
 
 ``limit`` is (6 x trunk parameters x unique tokens + 6, or 8 where logits are computed twice, x head parameters x action
 tokens + 12 x layers x width of the queries x pairs of unique tokens) FLOP over the matmul rate that this run measured on
-the model's own matrices; ``share`` is how much of it the trees reach. ``--branches`` measures ``branch_tokens`` instead.
-Writes into ``benchmarks/results/update.json``, where other rows stay, and prints a table.
+the model's own matrices; ``share`` is how much of it the trees reach. The ratio of FLOP is what a row for each step, without
+padding, needs over that. ``--branches`` measures ``branch_tokens`` instead. Writes into ``benchmarks/results/update.json``,
+where other rows stay, and prints a table.
 """
 
 from __future__ import annotations
@@ -123,17 +124,22 @@ def compare(
 
 
 def flop(policy: Policy, records: Sequence[Episode]) -> dict[str, float]:
-    """What an update of the records cannot do without, forward and backward."""
-    config = policy.model.config
-    tokens, pairs = unique(reads(records))
+    """What an update of the records cannot do without, forward and backward; ``rows_flop``: with a row for each step."""
+    config, rows = policy.model.config, reads(records)
     actions = sum(len(step.action_ids) for episode in records for step in episode.steps)
     trunk = sum(layer.weight.numel() for layer in policy.trunk.modules() if isinstance(layer, nn.Linear))
     head = policy.model.get_output_embeddings().weight.numel()
     width = config.num_attention_heads * getattr(config, "head_dim", config.hidden_size // config.num_attention_heads)
-    twice = actions * config.vocab_size > policy_module._LOGITS_PER_CHUNK
-    attention = 12 * config.num_hidden_layers * width * pairs
-    total = 6 * trunk * tokens + (8 if twice else 6) * head * actions + attention
-    return {"unique_tokens": tokens, "pairs": pairs, "flop": total, "attention_flop": attention}
+    of_head = (8 if actions * config.vocab_size > policy_module._LOGITS_PER_CHUNK else 6) * head * actions
+    of_pair = 12 * config.num_hidden_layers * width
+
+    def total(tokens: int, pairs: int) -> int:
+        return 6 * trunk * tokens + of_head + of_pair * pairs
+
+    tokens, pairs = unique(rows)
+    alone = total(sum(map(len, rows)), sum(len(row) * (len(row) + 1) // 2 for row in rows))
+    needed = {"flop": total(tokens, pairs), "attention_flop": of_pair * pairs, "rows_flop": alone}
+    return {"unique_tokens": tokens, "pairs": pairs, **needed}
 
 
 def matmul_rate(policy: Policy) -> float:
@@ -181,7 +187,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     others = {name: words for name, words in others.items() if any(name in row for row in rows)}
     heads = [*KEYS, "tokens read", "unique", "tree: tokens, s, MiB", "tree, ms a step", "limit, s", "share"]
     for name, words in others.items():
-        heads += [f"{words}: s, MiB", *(["ratio of tokens, s"] if name == "padded" else [])]
+        heads += [f"{words}: s, MiB", *(["ratio of tokens, FLOP, s"] if name == "padded" else [])]
     lines = []
     for row in rows:
         tree = row["tree"]
@@ -193,8 +199,9 @@ def table(rows: list[dict[str, Any]]) -> str:
             side = row.get(name)
             cells.append(f"{side['process_seconds']:.3g}, {side['peak_bytes'] / 2**20:,.0f}" if side else "")
             if name == "padded":
-                ratios = [f"{side[key] / tree[key]:.1f}" for key in ("tokens", "process_seconds")] if side else []
-                cells.append(", ".join(ratios))
+                ratios = [(side["tokens"], tree["tokens"]), (row["rows_flop"], row["flop"])] if side else []
+                ratios += [(side["process_seconds"], tree["process_seconds"])] if side else []
+                cells.append(", ".join(f"{this / that:.1f}" for this, that in ratios))
         lines.append(cells)
     return markdown(heads, lines)
 

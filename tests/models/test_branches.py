@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -62,11 +63,30 @@ def test_branches_see_what_the_mask_lets_them(scene: str, scaling: float | None)
 
 
 @FEW
-@given(FOREST)
-def test_any_forest(pairs: list[tuple[list[int], list[int]]]) -> None:
-    for _, batch in packed(forest(pairs)):
-        if batch.until_BT is not None:
-            agree(batch)
+@given(FOREST, st.sampled_from([branches._BLOCK, 0, -1000]))
+def test_any_forest(pairs: list[tuple[list[int], list[int]]], block: int) -> None:
+    """By masks, by causal attention where a branch is longer than what is ahead of it, and always by that."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(branches, "_BLOCK", block)
+        for _, batch in packed(forest(pairs)):
+            if batch.until_BT is not None:
+                agree(batch)
+
+
+def test_long_branches_have_no_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half of what it would have computed is hidden. Short ones beside them keep theirs."""
+    ((_, batch),) = packed(forest([([1, 2, 3], [4] * 601), ([1, 2, 3], [5] * 601), ([1, 2, 3], [6] * 21)]))
+    agree(batch)
+    masked = []
+    real = branches.scaled_dot_product_attention
+
+    def seen(query: Tensor, *args: Any, attn_mask: Tensor | None, **kwargs: Any) -> Tensor:
+        masked.append((query.shape[2], attn_mask is not None))
+        return real(query, *args, attn_mask=attn_mask, **kwargs)
+
+    monkeypatch.setattr(branches, "scaled_dot_product_attention", seen)
+    agree(batch)
+    assert sorted(masked) == [(20, True), (603, False), (603, False)]
 
 
 @pytest.mark.parametrize("scene", sorted(BRANCHED))
