@@ -30,7 +30,6 @@ import json
 import os
 import platform
 import random
-import re
 import subprocess
 import sys
 import tempfile
@@ -64,7 +63,11 @@ AT_ALL_HORIZONS = ["ppo", "grpo", "gigpo", "steppo"]
 LEARNING_RATES = [2e-4, 4e-4, 8e-4]
 SAME_RATE = LEARNING_RATES[1]
 TUNING_SEEDS = [100, 101]
-_RENAMED = re.compile(r"--model\.loss\.(kl|kl_coef)\b")  # as options were called when cells were run
+RENAMED = {  # as options were called when cells were run
+    "--model.loss.kl": "--model.objective.kl",
+    "--trainer.logger.class_path=lightning.pytorch.loggers.CSVLogger": "--trainer.logger=CSVLogger",
+    "--model.advantage.even_episodes=true": "--model.advantage.whiten_over=episodes",
+}
 FEW_SEEDS = 3  # of variants, and of the other horizons at the same rate
 
 
@@ -145,7 +148,10 @@ class Cell:
     def stored(self) -> dict[str, Any] | None:
         """Its result, if it is there and was made by this very command."""
         result = stored_results()["cells"].get(self.name)
-        return result if result and _RENAMED.sub(r"--model.objective.\1", result["command"]) == self.shown() else None
+        command = result["command"] if result else ""
+        for old, new in RENAMED.items():
+            command = command.replace(old, new)
+        return result if command == self.shown() else None
 
     def shown(self) -> str:
         """The command as one would type it."""

@@ -69,7 +69,7 @@ class VLLMEngine(Engine):
             machine's memory, their caches are dropped. Own servers get the learner's GPU; those at ``urls`` want
             ``--enable-sleep-mode``.
         tolerance: Mean difference of the probe's log-probabilities to the learner's; 1e-4 in float32, else 0.2, of which
-            rounding makes 0.05.
+            rounding makes some hundredths.
         timeout: Seconds that an answer may take; then its server hangs.
         start_timeout: Seconds that a server may take to start.
 
