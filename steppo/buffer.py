@@ -40,6 +40,7 @@ class StepBuffer:
     _experience: Experience | None = field(default=None, init=False)
     _first_pass: tuple[StepColumns, list[np.ndarray]] | None = field(default=None, init=False)
     _old_A: Tensor = field(default_factory=lambda: torch.zeros(0), init=False)
+    _left_out_A: Tensor = field(default_factory=lambda: torch.zeros(0), init=False)
     _costs: list[PackingCost] = field(default_factory=list, init=False)
 
     @property
@@ -61,7 +62,8 @@ class StepBuffer:
     def hold(self, experience: Experience) -> None:
         """Takes an iteration's experience in place of the last."""
         self._experience = experience
-        self._old_A = experience.scores.old_logprobs_A.clone()  # those of the first update may be still to come
+        self._old_A = experience.scores.old_logprobs_A.clone()
+        self._left_out_A = experience.scores.left_out_A.clone()  # those of the first update may be still to come
 
     @property
     def experience(self) -> Experience:
@@ -82,7 +84,8 @@ class StepBuffer:
     def take(self, found: Sequence[OldLogprobs]) -> None:
         """Old log-probabilities that the first update found, for later passes."""
         for part in found:
-            self._old_A[self.experience.steps.tokens_of(part.index_N.cpu().numpy())] = part.logprobs_A.to(self._old_A)
+            tokens = self.experience.steps.tokens_of(part.index_N.cpu().numpy())
+            self._old_A[tokens], self._left_out_A[tokens] = part.logprobs_A.to(self._old_A), False
 
     def logprob_mismatch(self) -> float:
         """Largest difference between old log-probabilities, if known, and the engine's over all ranks, which must ask."""
@@ -154,7 +157,6 @@ class StepBuffer:
                 advantage_A = credit.advantage_N[steps][tokens.step_of_A]
             if advantage_A is None:
                 raise ValueError("no credit was assigned: these episodes are not to be learned from")
-            old_A = self._old_A[actions]
             old_value = target = None
             if credit.target_A is not None and scores.value_A is not None:
                 old_value, target = scores.value_A[actions], credit.target_A[actions]
@@ -164,7 +166,7 @@ class StepBuffer:
                 Microbatch(
                     tokens=tokens,
                     temperature_A=table.temperature_A[actions],
-                    old_logprobs_A=None if bool(old_A.isnan().any()) else old_A,
+                    old_logprobs_A=None if bool(self._left_out_A[actions].any()) else self._old_A[actions],
                     behaviour_logprobs_A=behaviour_A[actions],
                     ref_logprobs_A=None if scores.ref_logprobs_A is None else scores.ref_logprobs_A[actions],
                     advantage_A=advantage_A,

@@ -246,9 +246,9 @@ def test_the_first_update_is_the_one_that_was_promised() -> None:
     buffer = StepBuffer(PaddedPacker(), WIDE, update_epochs=2, num_minibatches=3, minibatches=Restless())
     promised = buffer.first_update(experience.columns, 0, 0)
     tokens = experience.steps.tokens_of(promised)
-    old = played.scores.old_logprobs_A.clone()
-    old[tokens] = torch.nan
-    experience = dataclasses.replace(experience, scores=dataclasses.replace(played.scores, old_logprobs_A=old))
+    left_out = played.scores.left_out_A.clone()
+    left_out[tokens] = True
+    experience = dataclasses.replace(experience, scores=dataclasses.replace(played.scores, left_out_A=left_out))
     buffer.hold(experience)
     cut = buffer.updates(0, 0)
     [first] = next(cut)
@@ -262,6 +262,18 @@ def test_the_first_update_is_the_one_that_was_promised() -> None:
     buffer.take([OldLogprobs(first.index_N, found)])
     for [part] in cut:
         close(part.old_logprobs_A, played.scores.old_logprobs_A[experience.steps.tokens_of(part.index_N.numpy())])
+
+
+def test_what_is_no_number_was_not_left_out() -> None:
+    """Weights that overflow give NaN; what is not finite is the update's to skip and to count."""
+    played = scored(EPISODES)
+    none = torch.full_like(played.scores.old_logprobs_A, torch.nan)
+    experience = played.experience(played.assign(StepGAE()))
+    buffer = StepBuffer(PaddedPacker(), WIDE, num_minibatches=3)
+    buffer.hold(dataclasses.replace(experience, scores=dataclasses.replace(played.scores, old_logprobs_A=none)))
+    for [part] in buffer.updates(0, 0):
+        assert part.old_logprobs_A is not None
+        assert part.old_logprobs_A.isnan().all()
 
 
 def test_what_rows_cost_is_told_of_all_ranks(on_ranks: Callable[..., list[Any]]) -> None:

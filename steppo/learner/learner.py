@@ -119,7 +119,8 @@ class Learner:
         with self.inference():
             scores = score(steps, *models, self.advantage.needs_values, self.packer, self.max_tokens, left_out_N)
             if self.correction.old_is_behaviour:
-                scores = replace(scores, old_logprobs_A=steps.behaviour_logprobs_A.to(scores.old_logprobs_A.dtype))
+                old_A = steps.behaviour_logprobs_A.to(scores.old_logprobs_A.dtype)
+                scores = replace(scores, old_logprobs_A=old_A, left_out_A=torch.zeros_like(scores.left_out_A))
             return scores, self.correction(_correction_inputs(steps, scores))
 
     def _with_credit(

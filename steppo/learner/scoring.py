@@ -25,7 +25,8 @@ class Scores:
     """What policy, reference and critic say when an iteration starts, on the CPU.
 
     Attributes:
-        old_logprobs_A: By action token, in the order of the table; NaN where they were left out.
+        old_logprobs_A: By action token, in the order of the table.
+        left_out_A: bool, where nobody has asked for them.
         ref_logprobs_A: The same from the reference policy, if there is one.
         value_N: By step, if the credit wants step values.
         value_A: By action token, if it wants token values.
@@ -33,6 +34,7 @@ class Scores:
     """
 
     old_logprobs_A: Tensor
+    left_out_A: Tensor
     ref_logprobs_A: Tensor | None
     value_N: Tensor | None
     value_A: Tensor | None
@@ -60,12 +62,15 @@ def score(
     # The prompts after the last steps lie in the same batches: where dialogues are appended they cost a few tokens.
     finals = [] if critic is None else steps.final_segments
     segments = [*steps.segments, *finals]
-    left_out = np.zeros(len(segments), dtype=bool)
-    if left_out_N is not None:
-        left_out[: len(steps)] = left_out_N
+    if left_out_N is None:
+        left_out_N = np.zeros(len(steps), dtype=bool)
+    # Who reads which: all the same, or the policy what is not left out and the others all, once.
+    everything, kept = np.arange(len(segments)), np.flatnonzero(~left_out_N)
+    passes = [(everything, True, True)] if len(kept) == len(steps) else [(kept, True, False), (everything, False, True)]
     bootstrap: dict[int, float] = {}
-    for reads_policy in (True, False) if reference is not None or critic is not None else (True,):
-        places = np.flatnonzero(left_out != reads_policy)
+    for places, reads_policy, reads_others in passes:
+        if not reads_policy and reference is None and critic is None:
+            continue
         for rows, batch in packer.pack([segments[place] for place in places], max_tokens):
             rows = places[rows]
             is_step = rows < len(steps)
@@ -76,6 +81,8 @@ def score(
             if reads_policy:
                 hidden, logprobs_A, _ = policy(batch, temperature_A)
                 old_A[actions] = logprobs_A.cpu()
+            if not reads_others:
+                continue
             if reference is not None and ref_A is not None:
                 ref_A[actions] = reference(batch, temperature_A).logprobs_A.cpu()
             if critic is not None:
@@ -87,6 +94,7 @@ def score(
                 bootstrap.update(zip(orders, values[len(read_at) :].tolist(), strict=True))
     return Scores(
         old_logprobs_A=old_A,
+        left_out_A=torch.from_numpy(np.repeat(left_out_N, steps.lengths_N)),
         ref_logprobs_A=ref_A,
         value_N=value if needs_values == "step" else None,
         value_A=value if needs_values == "token" else None,

@@ -121,6 +121,7 @@ def scored(episodes: Sequence[Episode], values: str = "step", bootstrap: dict[in
     steps = torch.tensor(codes_N(table), dtype=torch.float64)
     scores = Scores(
         old_logprobs_A=-tokens / 1024,
+        left_out_A=torch.zeros_like(tokens, dtype=torch.bool),
         ref_logprobs_A=-tokens / 1024 + torch.cos(tokens),
         value_N=torch.cos(steps) if values == "step" else None,
         value_A=torch.cos(tokens) if values == "token" else None,

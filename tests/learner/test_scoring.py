@@ -92,17 +92,38 @@ def test_scores_equal_sequences_read_by_themselves(kind, critic, packer: Packer,
             close(scores.bootstrap_N[row], value, 1e-9)
 
 
+class Counting(PrefixTreePacker):
+    """Sums the tokens of all its rows."""
+
+    tokens = 0
+
+    def pack(self, segments, max_tokens):
+        packed = super().pack(segments, max_tokens)
+        self.tokens += sum(batch.input_ids_BT.numel() for _, batch in packed)
+        return packed
+
+
+@pytest.mark.parametrize("kept", [[], [2], [0, 1, 3]])
+def test_others_read_once_what_the_policy_leaves_out(kept: list[int], policy) -> None:
+    """All of it together, or what steps begin with would be read once for those that stay and once more for the others."""
+    table, critic, packer = StepTable.of([EPISODES[0], EPISODES[3]]), built(SeparateCritic(), policy), Counting()
+    left_out = ~np.isin(np.arange(len(table)), kept)
+    with torch.no_grad():
+        expected = score(table, policy, policy, critic, "step", PrefixTreePacker(), 10_000)
+        scores = score(table, policy, policy, critic, "step", packer, 10_000, left_out)
+    apart = Counting()
+    apart.pack([table.segments[row] for row in kept], 10_000)
+    apart.pack([*table.segments, *table.final_segments], 10_000)
+    assert packer.tokens == apart.tokens
+    assert scores.left_out_A.tolist() == np.repeat(left_out, table.lengths_N).tolist()
+    known = ~scores.left_out_A
+    close(scores.old_logprobs_A[known], expected.old_logprobs_A[known], 1e-9)
+    for name in ("ref_logprobs_A", "value_N", "bootstrap_N"):
+        close(getattr(scores, name), getattr(expected, name), 1e-9)
+
+
 def test_a_final_prompt_costs_its_new_tokens(policy) -> None:
     """Where dialogues are appended, it lies behind its episode."""
-
-    class Counting(PrefixTreePacker):
-        tokens = 0
-
-        def pack(self, segments, max_tokens):
-            packed = super().pack(segments, max_tokens)
-            self.tokens += sum(batch.input_ids_BT.numel() for _, batch in packed)
-            return packed
-
     packer, table = Counting(), StepTable.of([EPISODES[0]])
     with torch.no_grad():
         score(table, policy, None, built(SharedCritic(), policy), "step", packer, 10_000)
