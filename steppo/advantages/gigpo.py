@@ -83,12 +83,14 @@ class GiGPO(Advantage):
         firsts: dict[tuple[int, int], list[tuple[str, int]]] = {}
         known: dict[tuple[tuple[int, int], str], int] = {}
         anchors = 0
+        matcher = SequenceMatcher(autojunk=False)
         for row in order.tolist():
             text = observation_N[row]
             if (peers[row], text) in known:
                 continue
             candidates = firsts.setdefault(peers[row], [])
-            found = next((anchor for first, anchor in candidates if self._alike(first, text)), None)
+            matcher.set_seq2(text)  # which it indexes, once for all that it is compared with
+            found = next((anchor for first, anchor in candidates if self._is_like(first, matcher)), None)
             if found is None:
                 found, anchors = anchors, anchors + 1
                 candidates.append((text, found))
@@ -96,8 +98,8 @@ class GiGPO(Advantage):
         numbers = [known[pair] for pair in zip(peers, observation_N, strict=True)]
         return torch.tensor(numbers, dtype=torch.int64, device=group_N.device)
 
-    def _alike(self, first: str, text: str) -> bool:
-        matcher = SequenceMatcher(None, first, text, autojunk=False)
+    def _is_like(self, first: str, matcher: SequenceMatcher[str]) -> bool:
+        matcher.set_seq1(first)
         # Two upper bounds of the ratio, cheapest first.
         return (
             matcher.real_quick_ratio() >= self.similarity

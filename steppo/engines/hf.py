@@ -223,7 +223,11 @@ class HFEngine(Engine):
         self._resize([row for row in self._rows if row.session_id is not None], rows, columns)
 
     def _resize(self, kept: list[_Row], rows: int, columns: int) -> None:
-        self._cache.reshape([row.number for row in kept], rows, columns)
+        try:
+            self._cache.reshape([row.number for row in kept], rows, columns)
+        except BaseException:  # no room: some layers have their new size, others the old one
+            self._forget()
+            raise
         self._rows = kept + [_Row(0) for _ in range(rows - len(kept))]
         for number, row in enumerate(self._rows):
             row.number = number

@@ -77,7 +77,7 @@ class PlainEngine(Engine):
         limit = torch.from_numpy(limits).to(device)
         until_text = [row for row, request in enumerate(requests) if request.sampling.stop]
 
-        cache = DynamicCache()
+        cache = DynamicCache(config=policy.model.config)  # which says what each layer keeps
         done = torch.zeros(rows, dtype=torch.bool, device=device)
         tokens, logprobs, sampled = [], [], []
         for step in range(steps):

@@ -98,8 +98,11 @@ class Learner:
         episodes of a task, which nobody promises here, or if there is not one step.
         """
         steps = StepTable.of(episodes)
-        scores, weights = self._score(steps)
-        if not self.advantage.needs_groups and any(gather(len(steps))):
+        is_credited = not self.advantage.needs_groups and any(gather(len(steps)))
+        reads_policy = self._needs_old_logprobs if is_credited else self._shares_pass
+        left_out_N = np.full(len(steps), not reads_policy)
+        scores, weights = self._score(steps, left_out_N, reads_reference=is_credited and self.objective.reward_kl_coef > 0)
+        if is_credited:
             return self._with_credit(steps, *steps.over_ranks(), scores, weights)
         columns = StepColumns(steps.order_N, steps.group_N, steps.lengths_N)
         return Experience(steps, scores, weights, Credit(), np.arange(len(steps)), columns, len(episodes), {})
@@ -114,8 +117,10 @@ class Learner:
         """One update: see ``run_update``. The batch may lie on another device than the policy."""
         return run_update(self._update_loss, [part.to(self.policy.device) for part in batch], backward, step, policy_learns)
 
-    def _score(self, steps: StepTable, left_out_N: np.ndarray | None = None) -> tuple[Scores, Weights]:
-        models = self.policy, self.reference, self.critic
+    def _score(
+        self, steps: StepTable, left_out_N: np.ndarray | None = None, reads_reference: bool = True
+    ) -> tuple[Scores, Weights]:
+        models = self.policy, self.reference if reads_reference else None, self.critic
         with self.inference():
             scores = score(steps, *models, self.advantage.needs_values, self.packer, self.max_tokens, left_out_N)
             if self.correction.old_is_behaviour:

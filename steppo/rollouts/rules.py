@@ -49,7 +49,10 @@ class Rules:
 
     def is_refused(self, completion: Completion, turn: Turn) -> bool:
         """Whether nothing can be made of an answer."""
-        return self.parsed(self.context.renderer.decode_action(completion.action_ids), turn).action is None
+        try:
+            return self.parsed(self.context.renderer.decode_action(completion.action_ids), turn).action is None
+        except Exception:  # it is read once more, and raises there: that is not the engine's fault
+            return False
 
     def parsed(self, text: str, turn: Turn) -> ParsedAction:
         """The action of an answer, or why there is none."""

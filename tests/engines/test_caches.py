@@ -9,7 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3NextConfig,
+    Qwen3NextForCausalLM,
+)
 
 from steppo.engines import Engine, HFEngine, PlainEngine
 from steppo.errors import ConfigError
@@ -429,6 +436,32 @@ def test_out_of_memory_costs_the_requests_of_that_pass(policy: TinyPolicy, fails
     assert read_by(engine, ("a", kept), ("b", lost)) == 4 + 403
 
 
+def test_a_cache_that_half_grew_is_forgotten(policy: TinyPolicy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CPU without memory raises something else than a GPU. Who asks again is not answered by keys of others."""
+    policy.stop_ids = frozenset()
+    engine = engine_for(policy)
+    rng = np.random.default_rng(0)
+    one, other, long = words(rng, 30), words(rng, 30), words(rng, 400)
+    ask(engine, ("a", one), ("b", other))
+    zeros = torch.Tensor.new_zeros
+    shapes: list[tuple[int, ...]] = []
+
+    def too_much(self: torch.Tensor, *shape: int) -> torch.Tensor:
+        shapes.append(shape)
+        if len(shapes) == 3:  # the first layer has grown
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+        return zeros(self, *shape)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.Tensor, "new_zeros", too_much)
+        with pytest.raises(RuntimeError, match="can't allocate"):
+            ask(engine, ("c", long))
+    engine.release("c")
+    asked = [("a", np.append(one[:20], words(rng, 5))), ("b", np.append(other[:20], words(rng, 5)))]
+    for answer, expected in zip(ask(engine, *asked), ask(engine_for(policy), *asked), strict=True):
+        np.testing.assert_allclose(answer.logprobs, expected.logprobs, rtol=0, atol=1e-6)
+
+
 # --- models that it cannot serve ---
 
 
@@ -452,6 +485,23 @@ def test_other_attention_is_for_the_plain_engine(policy: TinyPolicy, settings: d
     with pytest.raises(ConfigError, match=rf"qwen3 has .*{reason}.*: set data.source.engine to PlainEngine"):
         engine_for(policy)
     engine_for(policy, PlainEngine)
+
+
+def test_layers_that_keep_a_state_are_for_the_plain_engine() -> None:
+    """Linear attention keeps no keys. Rows of other lengths, padded, answer as each does read anew."""
+    torch.manual_seed(0)
+    linear = {"linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_num_key_heads": 2, "linear_num_value_heads": 4}
+    layers = {"layer_types": ["linear_attention", "full_attention"], "mlp_only_layers": [0, 1]}
+    config = Qwen3NextConfig(**SHAPE, **linear, **layers, num_attention_heads=4, num_key_value_heads=2)
+    policy = policy_of(Qwen3NextForCausalLM(config))
+    policy.stop_ids = frozenset()
+    with pytest.raises(ConfigError, match=r"set data.source.engine to PlainEngine"):
+        engine_for(policy)
+    prompts = [words(np.random.default_rng(length), length) for length in (20, 7, 12)]
+    for prompt, answer in zip(prompts, ask(engine_for(policy, PlainEngine), *enumerate(prompts)), strict=True):
+        for place, (token, logprob) in enumerate(zip(answer.action_ids.tolist(), answer.logprobs.tolist(), strict=True)):
+            logprobs = logits_behind(policy, np.concatenate([prompt, answer.action_ids[:place]])).log_softmax(-1)
+            assert logprob == pytest.approx(float(logprobs[token]), abs=1e-5)
 
 
 def test_gradient_checkpointing_may_be_on(policy: TinyPolicy) -> None:

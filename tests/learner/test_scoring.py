@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from steppo.advantages import GRPO, Advantage, StepGAE
+from steppo.learner import Learner
 from steppo.learner.scoring import score
 from steppo.learner.steps import StepTable
+from steppo.losses import ObjectiveSettings
 from steppo.models import SeparateCritic, SharedCritic, TinyPolicy
 from steppo.models.critic import Critic
 from steppo.packing import Packer, PaddedPacker, PrefixTreePacker
@@ -120,6 +124,36 @@ def test_others_read_once_what_the_policy_leaves_out(kept: list[int], policy) ->
     close(scores.old_logprobs_A[known], expected.old_logprobs_A[known], 1e-9)
     for name in ("ref_logprobs_A", "value_N", "bootstrap_N"):
         close(getattr(scores, name), getattr(expected, name), 1e-9)
+
+
+@pytest.mark.parametrize(
+    ("advantage", "critic", "kl", "passes"),
+    [
+        (GRPO(), None, "reward", (0, 0)),  # compares the episodes of a task, which an evaluation does not promise
+        (StepGAE(), SeparateCritic(), "loss", (0, 0)),
+        (StepGAE(), SeparateCritic(), "reward", (1, 1)),
+        (StepGAE(), SharedCritic(), "loss", (1, 0)),
+    ],
+)
+def test_an_evaluation_reads_what_it_shows_alone(
+    advantage: Advantage, critic: Critic | None, kl: str, passes: tuple[int, int], policy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Passes of policy and reference: values and advantages are shown, log-probabilities are not."""
+    policies = policy, policy.frozen_copy()
+    calls: list[TinyPolicy] = []
+    forward = TinyPolicy.forward
+
+    def counted(self: TinyPolicy, *args: Any) -> Any:
+        calls.append(self)
+        return forward(self, *args)
+
+    monkeypatch.setattr(TinyPolicy, "forward", counted)
+    built_critic = built(critic, policy) if critic is not None else None
+    objective = ObjectiveSettings(kl=kl, kl_coef=0.1)
+    shown = Learner(policy, advantage, built_critic, policies[1], objective=objective).score_episodes(EPISODES)
+    assert tuple(calls.count(one) for one in policies) == passes
+    assert (shown.scores.value_N is not None) == (critic is not None)
+    assert (shown.credit.advantage_N is not None) == (critic is not None)
 
 
 def test_a_final_prompt_costs_its_new_tokens(policy) -> None:

@@ -719,6 +719,21 @@ def test_prompts_of_any_integers_are_taken(kind: type, make_source: SourceMaker,
         assert {step.prompt_ids.dtype for step in episode.steps} == {np.dtype(np.int32)}
 
 
+@pytest.mark.parametrize("draws", [1, 3])
+def test_a_parser_that_raises_is_not_the_engine_s_fault(
+    draws: int, make_source: SourceMaker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where answers are read to see whether the policy must be asked again."""
+    source = make_source(draws=draws)
+
+    def broken(text: str, turn: Turn) -> Any:
+        raise UnicodeError("what is this?")
+
+    monkeypatch.setattr(source.parser, "parse", broken)
+    for episode in play(source, groups_of(1)):
+        assert (episode.stop_reason, episode.error) == (StopReason.ABORTED, "UnicodeError: what is this?")
+
+
 @pytest.mark.parametrize("name", PARSED)
 def test_an_action_that_is_none_costs_its_episode(
     name: str, make_source: SourceMaker, monkeypatch: pytest.MonkeyPatch
