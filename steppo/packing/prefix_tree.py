@@ -15,6 +15,8 @@ from steppo.packing.padded import by_width, tokens_read
 
 # Most padding of a batch: a pass of its own costs about as much.
 _PADDING = 256
+# Most keys that the branches of a row see, over ``max_tokens``: each has a copy of those on its path.
+_KEYS = 16
 
 
 class _Leaf(NamedTuple):
@@ -34,8 +36,8 @@ class PrefixTreePacker(Packer):
     A step that goes on from another (appended dialogues) lies in the same row as that one: an episode without rewritten
     prompts is one causal row. Where steps part, their row branches, and each branch attends to its own path. Steps that
     have little in common get rows of their own, as from ``PaddedPacker``. Only tokens decide what is shared. Trees lie one
-    behind the other in a row of at most ``max_tokens``; one that outgrows it repeats its trunk. A causal row is no longer
-    than the longest step in it, which no packer can cut.
+    behind the other in a row of at most ``max_tokens``; one that outgrows it repeats its trunk, as does one with many short
+    branches on a long trunk. A causal row is no longer than the longest step in it, which no packer can cut.
 
     Branched rows need full attention in each layer, computed by ``sdpa`` (branch by branch), by ``flex_attention`` (which
     skips what is masked, and learns on GPUs only), or by ``eager`` (whose mask is the row squared); others any causal model.
@@ -61,7 +63,8 @@ class PrefixTreePacker(Packer):
         for leaves in trees:
             if len(leaves) == 1:
                 continue
-            if _size(forest) + _size(leaves) > max_tokens:
+            both = [*forest, *leaves]
+            if _size(both) > max_tokens or _keys(both) > _KEYS * max_tokens:
                 batches.append(_lay_out([forest], segments, _size(forest)))
                 forest = []
             forest += leaves
@@ -72,13 +75,15 @@ class PrefixTreePacker(Packer):
         length = np.asarray([len(leaf.ids) for leaf in leaves], dtype=np.int64)
         added = length - np.asarray([leaf.shared for leaf in leaves], dtype=np.int64)  # to a tree that has the leaf before
         total = np.concatenate([[0], np.cumsum(added)])
+        keys = np.concatenate([[0], np.cumsum(length)])
         cost = np.zeros(len(leaves) + 1, dtype=np.int64)
         start = np.zeros(len(leaves) + 1, dtype=np.int64)
         first = 0
         for last in range(1, len(leaves) + 1):
             # Trees that end before `last`, from each place on where they may begin: the later, the smaller.
             sizes = length[first:last] + total[last] - total[first + 1 : last + 1]
-            over = min(int((sizes > max_tokens).sum()), len(sizes) - 1)  # a leaf alone may be any length
+            too_much = (sizes > max_tokens) | (keys[last] - keys[first:last] > _KEYS * max_tokens)
+            over = min(int(too_much.sum()), len(sizes) - 1)  # a leaf alone may be any length
             first, sizes = first + over, sizes[over:]
             branches = np.arange(len(sizes), 0, -1)
             costs = cost[first:last] + sizes + self.branch_tokens * np.where(branches > 1, branches, 0)
@@ -122,6 +127,11 @@ def _common(one: np.ndarray, other: np.ndarray) -> int:
 def _size(leaves: Sequence[_Leaf]) -> int:
     """Tokens of a row."""
     return sum(len(leaf.ids) - leaf.shared for leaf in leaves)
+
+
+def _keys(leaves: Sequence[_Leaf]) -> int:
+    """Of all branches of a row: at most so many are copied."""
+    return sum(len(leaf.ids) for leaf in leaves)
 
 
 def _lay_out(rows: Sequence[Sequence[_Leaf]], segments: Sequence[Segment], width: int) -> tuple[np.ndarray, TokenBatch]:

@@ -13,8 +13,10 @@ from hypothesis import strategies as st
 
 from steppo.batch import Segment, TokenBatch
 from steppo.errors import ConfigError
+from steppo.models.branches import branches_of
 from steppo.packing import PaddedPacker, PrefixTreePacker
 from steppo.packing.padded import tokens_read
+from steppo.packing.prefix_tree import _KEYS
 from tests.numeric_helpers import FEW
 from tests.packing.scenes import BRANCHED, FOREST, LONE, SCENES, append, forest, ids, played, state
 from tests.packing.test_packing import make_segments
@@ -39,6 +41,12 @@ def beginnings(segments: Sequence[Segment]) -> set[tuple[int, ...]]:
     return {tuple(tokens[: length + 1]) for tokens in read for length in range(len(tokens))}
 
 
+def keys_of(batch: TokenBatch) -> int:
+    """What the branches of a row have copies of."""
+    _, pieces, paths = branches_of(batch.until_BT)
+    return sum(pieces[piece] for path in paths for piece in path)
+
+
 def check(segments: Sequence[Segment], packed: list[tuple[np.ndarray, TokenBatch]], max_tokens: int) -> int:
     """Each step once, within the budget, read where it should be; how many tokens all rows have together."""
     assert sorted(step for steps, _ in packed for step in steps) == list(range(len(segments)))
@@ -47,6 +55,7 @@ def check(segments: Sequence[Segment], packed: list[tuple[np.ndarray, TokenBatch
         rows, width = batch.input_ids_BT.shape
         assert rows * width <= max_tokens or (rows == 1 and batch.until_BT is None and width <= longest)
         assert batch.until_BT is None or rows == 1
+        assert batch.until_BT is None or keys_of(batch) <= _KEYS * max_tokens
         assert (batch.step_of_A.diff() >= 0).all()
         used: dict[int, set[int]] = {}
         by_row: dict[int, list[Segment]] = {}
@@ -140,6 +149,16 @@ def test_a_tree_that_outgrows_its_row_repeats_only_its_trunk():
     assert check(segments, TREE.pack(segments, 90), 90) == 3 * 50 + 12 * 10
     assert check(segments, TREE.pack(segments, 89), 89) == 4 * 50 + 12 * 10
     assert check(segments, TREE.pack(segments, 49), 49) == 12 * 60
+
+
+def test_many_short_branches_on_a_long_trunk_take_several_rows():
+    """Sixty branches of 2 behind a trunk of 100: 220 tokens, of which the branches have 6,120 copies."""
+    rng = np.random.default_rng(1)
+    trunk = ids(rng, 100, 101)
+    segments = [Segment(np.concatenate([trunk, np.int32([n + 2, 1])]), LONE.action_ids[:1]) for n in range(60)]
+    assert check(segments, TREE.pack(segments, 383), 383) == 100 + 60 * 2
+    assert check(segments, TREE.pack(segments, 382), 382) == 2 * 100 + 60 * 2
+    assert check(segments, TREE.pack(segments, 220), 220) == 2 * 100 + 60 * 2
 
 
 def test_trees_lie_one_behind_the_other():
