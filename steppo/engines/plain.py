@@ -75,7 +75,7 @@ class PlainEngine(Engine):
         temperature = torch.tensor([request.sampling.temperature for request in requests], device=device)
         stop = torch.tensor(sorted(policy.stop_ids), device=device)
         limit = torch.from_numpy(limits).to(device)
-        until_text = [row for row, request in enumerate(requests) if request.sampling.stop]
+        said: dict[int, list[int]] = {row: [] for row, request in enumerate(requests) if request.sampling.stop}
 
         cache = DynamicCache(config=policy.model.config)  # which says what each layer keeps
         done = torch.zeros(rows, dtype=torch.bool, device=device)
@@ -89,8 +89,11 @@ class PlainEngine(Engine):
             logprobs.append(logprob)
             sampled.append(~done)
             done = done | torch.isin(token, stop) | (limit <= step + 1)
-            for row in until_text:
-                done[row] |= bool(ended(policy, requests[row], [int(column[row]) for column in tokens]))
+            if said:
+                heard, over = token.tolist(), done.tolist()
+                for row, so_far in said.items():
+                    so_far.append(heard[row])
+                    done[row] = over[row] or bool(ended(policy, requests[row], so_far))
             if bool(done.all()):
                 break
             inputs = token[:, None]
