@@ -127,7 +127,9 @@ def attend(
     device = query.device.type
     if torch.is_autocast_enabled(device):  # as for torch's own attention, which would do it branch by branch
         query, key, value = (heads.to(torch.get_autocast_dtype(device)) for heads in (query, key, value))
-    if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and not dropout:
+    in_16_bits = query.dtype in (torch.float16, torch.bfloat16)
+    # That kernel wants Ampere or newer.
+    if query.is_cuda and in_16_bits and not dropout and torch.cuda.get_device_capability(query.device) >= (8, 0):
         return _at_once(query, key, value, ragged(attention_mask), scaling), None
     lengths, pieces, paths = branches_of(attention_mask)
     if device != "cpu":  # kernels that share key-value heads take no mask there
