@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import lightning.pytorch as pl
+from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 
@@ -28,6 +29,7 @@ from steppo.types import RolloutConfig, groups_of
 
 _SUCCESS, _RETURN = "val/success_rate", "val/return_mean"
 _RATE = ("success_rate", "success_low", "success_high")
+_MEANS = ("return_mean", "steps_mean", "invalid_action_rate")
 _SCRIPTS: dict[str, Choose] = {"expert": expert_action, "random": random_action}
 
 
@@ -41,6 +43,9 @@ class EvaluationCallback(Listener):
 
     Where the environment never says whether a task was solved there is no success rate, in no metric and in no record. If
     that is so in the run's first evaluation, callbacks that monitor ``val/success_rate`` monitor ``val/return_mean``.
+
+    Without a healthy episode the means are unknown: ``null`` in the record and NaN in the metrics, to ModelCheckpoint the
+    worst, to EarlyStopping no improvement.
 
     Args:
         samples: Episodes per task of the panel.
@@ -173,9 +178,7 @@ class EvaluationCallback(Listener):
             "no_verdict": int(figures["no_verdict"]),
             "success_rate": figures["success_rate"] if known else None,
             "success_ci95": [figures["success_low"], figures["success_high"]] if known else None,
-            "return_mean": figures["return_mean"],
-            "steps_mean": figures["steps_mean"],
-            "invalid_action_rate": figures["invalid_action_rate"],
+            **{name: None if math.isnan(figures[name]) else figures[name] for name in _MEANS},
             "seconds": max(gather(time.perf_counter() - start)),
             **({"info": means} if means else {}),
             **({"by_label": by_label} if by_label else {}),
@@ -189,9 +192,19 @@ class EvaluationCallback(Listener):
         if trainer.state.fn != TrainerFn.FITTING:
             self._write_result(trainer, module, stage, record, outcomes)
         announce(trainer, "on_evaluation", Evaluation("test" if stage == "test" else "valid", tuple(episodes), record))
-        names = [*(_RATE if known else ()), "return_mean", "steps_mean", "invalid_action_rate", "errors", "no_verdict"]
-        metrics = {name: figures[name] for name in names} | {f"info/{name}": mean for name, mean in means.items()}
-        return {f"{'test' if stage == 'test' else 'val'}/{name}": value for name, value in metrics.items()}
+        names = [*(_RATE if known else ()), *_MEANS, "errors", "no_verdict"]
+        by_name = {name: figures[name] for name in names} | {f"info/{name}": mean for name, mean in means.items()}
+        prefix = "test/" if stage == "test" else "val/"
+        metrics = {prefix + name: value for name, value in by_name.items()}
+        if not figures["steps"]:  # some means are unknown
+            callbacks: list[Any] = cast(Any, trainer).callbacks
+            for callback in callbacks:
+                monitor = str(getattr(callback, "monitor", None))
+                if monitor.startswith((f"{prefix}success_", f"{prefix}info/")):
+                    metrics.setdefault(monitor, math.nan)  # Lightning ends a run in which a callback misses what it monitors
+                if isinstance(callback, EarlyStopping) and monitor in metrics:
+                    callback.check_finite = False  # else it ends the run at a NaN
+        return metrics
 
     def _write_result(
         self, trainer: pl.Trainer, module: AgentModule, stage: str, figures: dict[str, Any], outcomes: list[results.Outcome]
@@ -240,7 +253,7 @@ class EvaluationCallback(Listener):
         if folder is None or not trainer.is_global_zero:
             return
         path = folder / "evaluation.jsonl"
-        lines = "".join(json.dumps(record) + "\n" for record in records)
+        lines = "".join(json.dumps(record, allow_nan=False) + "\n" for record in records)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             if append:

@@ -174,15 +174,17 @@ _LINE = {
 
 
 def in_words(record: Mapping[str, Any]) -> str:
-    """An evaluation in a few words: its success, or its return where nobody says what success is."""
-    result = f"return {record['return_mean']:.3g}"
+    """An evaluation in a few words: its success, or its return where nobody says what success is, and what failed."""
+    said = []
     if record["success_rate"] is not None:
-        result = f"success {record['success_rate']:.2f} " + "[{:.2f}, {:.2f}]".format(*record["success_ci95"])
+        said.append(f"success {record['success_rate']:.2f} " + "[{:.2f}, {:.2f}]".format(*record["success_ci95"]))
+    elif record["return_mean"] is not None:
+        said.append(f"return {record['return_mean']:.3g}")
+    if record["errors"]:
+        played = record["errors"] + record["episodes"]
+        said.append(_failed(record["errors"], played, record.get("most_common_error", "")))
     who = f"by {record['player']}" if "player" in record else f"after {record['iteration']} iterations"
-    text = f"evaluation on {record['split']} {who}: {result}"
-    if not record["errors"]:
-        return text
-    return f"{text}  {_failed(record['errors'], record['errors'] + record['episodes'], record.get('most_common_error', ''))}"
+    return f"evaluation on {record['split']} {who}: {'  '.join(said)}"
 
 
 def _failed(failed: int, played: int, error: str) -> str:

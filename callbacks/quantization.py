@@ -14,6 +14,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 
 from steppo.checkpoints import read
+from steppo.distributed import gather
 from steppo.errors import ConfigError
 from steppo.models import AdapterCritic, SeparateCritic
 from steppo.models.adapters import LoRASettings
@@ -109,7 +110,8 @@ class QuantizationCallback(pl.Callback):
             memory = {"memory/process_mib": psutil.Process().memory_info().rss / 2**20}
             if pl_module.device.type == "cuda":
                 memory["memory/cuda_peak_mib"] = torch.cuda.max_memory_allocated(pl_module.device) / 2**20
-            pl_module.report(memory)
+            everyone = gather(memory)  # a mean would hide the process that is about to run out
+            pl_module.report({name: max(of_rank[name] for of_rank in everyone) for name in memory})
 
 
 def _numel(parameter: nn.Parameter) -> int:

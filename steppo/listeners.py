@@ -22,7 +22,7 @@ class Evaluation:
     Attributes:
         split: Which panel: that of ``validate`` (and ``fit``), or that of ``test``.
         episodes: This rank's share.
-        record: What is written to ``evaluation.jsonl``, over all ranks.
+        record: What is written to ``evaluation.jsonl``, over all ranks. Its means are ``None`` if no episode is healthy.
     """
 
     split: Literal["valid", "test"]

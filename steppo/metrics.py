@@ -40,7 +40,8 @@ class EpisodeStatistics(Metric):
     ``stop_<reason>``, the share of each stop reason among all episodes.
 
     The rate counts all episodes, those without a verdict as not solved, so that what it is a share of does not depend on
-    how they went. Where none has a verdict it is unknown: the three figures are NaN.
+    how they went. Where none has a verdict it is unknown: the three figures are NaN. Without a healthy episode all
+    means are, and without a step those over steps.
     """
 
     full_state_update = False
@@ -73,7 +74,7 @@ class EpisodeStatistics(Metric):
     def compute(self) -> dict[str, float]:
         """The figures so far."""
         total = dict(zip(_SUMS, self.sums.tolist(), strict=True))
-        episodes, steps = max(total["episodes"], 1.0), max(total["steps"], 1.0)
+        episodes, steps = total["episodes"] or math.nan, total["steps"] or math.nan
         rate = low = high = math.nan
         if total["verdicts"]:
             rate = total["successes"] / episodes

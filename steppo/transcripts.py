@@ -31,6 +31,7 @@ from steppo.types import Episode
 _SHELL = Path(__file__).with_name("transcript_page.html")
 _BLOCK_END = b"</script>\n"
 _EPISODES_PER_CHUNK = 32
+_READ_AT_ONCE = 2**20  # bytes, to find where a torn file was whole
 
 
 def episode_records(
@@ -175,12 +176,12 @@ class TranscriptWriter:
 def _mend(path: Path, ending: bytes) -> None:
     """Cuts a file behind the last ``ending``, and makes it if there is none."""
     with open(path, "ab+") as file:
-        size = file.seek(0, 2)
-        file.seek(max(size - len(ending), 0))
-        if size and file.read() != ending:
-            file.seek(0)
-            last = file.read().rfind(ending)
-            file.truncate(last + len(ending) if last >= 0 else 0)
+        start, last = file.seek(0, 2), -1
+        while start and last < 0:  # back from the end: the whole may not fit in memory
+            start = max(start - _READ_AT_ONCE, 0)
+            file.seek(start)
+            last = file.read(_READ_AT_ONCE + len(ending) - 1).rfind(ending)  # it may begin in this block and end in the next
+        file.truncate(start + last + len(ending) if last >= 0 else 0)
 
 
 def page_blocks(kind: str, iteration: int, records: Sequence[dict[str, Any]]) -> bytes:

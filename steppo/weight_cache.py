@@ -9,6 +9,7 @@ import warnings
 import zipfile
 from collections.abc import Mapping
 from contextlib import suppress
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 _RESULT = re.compile(r"[0-9a-f]{32}\.pt(\.\w+\.part)?")  # or what a killed process left half written
-_MOST_FILES = 32
+_MOST_FILES, _MOST_BYTES = 32, 32 * 2**30
 
 
 def save_whole(data: Any, path: Path, part: Path) -> None:
@@ -40,8 +41,8 @@ def save_whole(data: Any, path: Path, part: Path) -> None:
 
 
 class WeightCache:
-    """A folder of results, of which the 32 most recently used ones stay. What cannot be read or written is a warning, and no
-    reason to stop.
+    """A folder of results. The 32 most recently used ones stay, as long as they have less than 32 GiB together; the one just
+    written always does. What cannot be read or written is a warning, and no reason to stop.
 
     Args:
         folder: Need not exist.
@@ -77,9 +78,13 @@ class WeightCache:
         try:
             path = self._path(key)
             save_whole(dict(weights), path, path.with_name(f"{path.name}.{uuid.uuid4().hex}.part"))
-            results = [path for path in self.folder.iterdir() if _RESULT.fullmatch(path.name)]
-            for path in sorted(results, key=lambda path: path.stat().st_mtime)[:-_MOST_FILES]:
-                path.unlink(missing_ok=True)  # another process may be at it
+            found = [(other.stat(), other) for other in self.folder.iterdir() if _RESULT.fullmatch(other.name)]
+            # Newest first. Another machine's clock may be ahead, but the one just written is the newest.
+            found.sort(key=lambda one: (one[1] == path, one[0].st_mtime), reverse=True)
+            sizes = accumulate(stat.st_size for stat, _ in found)
+            for number, ((_, other), size) in enumerate(zip(found, sizes, strict=True)):
+                if other != path and (number >= _MOST_FILES or size >= _MOST_BYTES):
+                    other.unlink(missing_ok=True)  # another process may be at it
         except OSError as error:
             warnings.warn(
                 f"cannot write to {self.folder}: {error.strerror or error}; the result may not be kept", stacklevel=2

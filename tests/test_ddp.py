@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import Callback
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.distributed.tensor import DTensor
 
-from callbacks import RolloutCallback
+from callbacks import RolloutCallback, quantization
 from steppo.advantages import StepGAE
 from steppo.batch import Credit, CreditBatch
 from steppo.cli import build_parts
@@ -49,6 +49,15 @@ class SaveInferenceWeights(Callback):
         sent = {name: weight.clone() for name, weight in pl_module.policy.inference_weights()}
         if trainer.is_global_zero:
             torch.save(sent, Path(trainer.logger.save_dir) / "inference.pt")
+
+
+class UnequalMemory(Callback):
+    """Each process seems to need other memory, the second one more."""
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        used = SimpleNamespace(rss=(trainer.global_rank + 1) * 2**20)
+        process = SimpleNamespace(memory_info=lambda: used)
+        quantization.psutil = SimpleNamespace(Process=lambda: process)  # type: ignore[assignment]
 
 
 def whole(gradient: torch.Tensor) -> torch.Tensor:
@@ -101,7 +110,7 @@ def one_and_two(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPat
         *WITH_GRADIENTS,
     ]
     one, two = (tmp_path_factory.mktemp(name) for name in ("one", "two"))
-    status, errors = start(two, *options, *processes)
+    status, errors = start(two, *options, *processes, "--trainer.callbacks+=tests.test_ddp.UnequalMemory")
     assert status == 0, errors
     run(one, *options, "--trainer.devices=1")
     return one, two, tolerance
@@ -141,6 +150,10 @@ def test_what_environments_say_is_told_of_all_ranks(one_and_two: tuple[Path, Pat
     tags = [EventAccumulator(str(folder)).Reload().Tags()["scalars"] for folder in (one, two)]
     assert {"rollout/info/odd one/s", "val/info/odd one/s"} <= set(tags[0])
     assert set(tags[0]) == set(tags[1])
+
+
+def test_memory_is_that_of_the_process_that_has_most(one_and_two: tuple[Path, Path, float]) -> None:
+    assert {point.value for point in EventAccumulator(str(one_and_two[1])).Reload().Scalars("memory/process_mib")} == {2}
 
 
 def test_the_panel_is_split_and_counted_once(one_and_two: tuple[Path, Path, float]) -> None:

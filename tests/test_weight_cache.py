@@ -95,3 +95,18 @@ def test_the_least_recently_used_go_first(tiny_policy: TinyPolicy, tmp_path: Pat
     assert cache.load(paths[0].stem, tiny_policy) is not None
     cache.save(paths[3].stem, weights)
     assert {path.name for path in tmp_path.iterdir()} == {p.name for p in (mine, paths[0], paths[2], paths[3])}
+
+
+@pytest.mark.parametrize(("fit", "stay"), [(2.5, "ac"), (0.5, "c")])
+def test_the_oldest_go_where_all_are_too_large(
+    fit: float, stay: str, tiny_policy: TinyPolicy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The one just written stays, whatever its size and the clock of those who wrote the others."""
+    cache, weights = WeightCache(tmp_path), _trained(tiny_policy)
+    for key, used in (("a", 2**32), ("b", 1000)):
+        path = tmp_path / f"{key * 32}.pt"
+        cache.save(path.stem, weights)
+        os.utime(path, (used, used))
+    monkeypatch.setattr("steppo.weight_cache._MOST_BYTES", int(fit * path.stat().st_size))
+    cache.save("c" * 32, weights)
+    assert sorted(path.name[0] for path in tmp_path.iterdir()) == list(stay)

@@ -71,6 +71,33 @@ class FallsSilentEnv(CorridorEnv):
         return replace(turn, success=None) if self.silent.exists() else turn
 
 
+class OutageEnv(CorridorEnv):
+    """A corridor in which steps cost, so that returns are below 0. The panel has a server that may be down.
+
+    Args:
+        down: It is, while there is such a file.
+        verdict: Say whether a task is solved.
+    """
+
+    def __init__(self, down: str, verdict: bool = True) -> None:
+        super().__init__()
+        self.down = Path(down)
+        self.verdict = verdict
+
+    def reset(self, task: Task) -> Turn:
+        if self.down.exists() and "/train/" not in task.id:
+            raise ConnectionError("the server is down")
+        return super().reset(task)
+
+    def command(self, command: str) -> Turn:
+        turn = super().command(command)
+        return replace(turn, reward=turn.reward - 1, info={"score": 2.0})
+
+    def _turn(self, text: str, **outcome: Any) -> Turn:
+        turn = super()._turn(text, **outcome)
+        return turn if self.verdict else replace(turn, success=None)
+
+
 class KeyedEnv(CorridorEnv):
     """Says the time, so that nothing is seen twice; the state is the room."""
 

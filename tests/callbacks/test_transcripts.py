@@ -6,6 +6,7 @@ import base64
 import gzip
 import hashlib
 import json
+import tracemalloc
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -237,6 +238,34 @@ def test_what_a_killed_run_left_half_written_goes(torn: str, tmp_path: Path) -> 
     write(tmp_path, 2, 5)
     assert Page(page).episodes() == {**kept, ("train", 2): simple(2, 5)}
     assert [record["order"] for record in lines(tmp_path)] == [0, 1, 5]
+
+
+@pytest.mark.parametrize("torn", [*range(28, 45), 100])
+def test_the_last_whole_line_is_found_across_blocks(torn: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wherever the ending falls in blocks of 16 bytes, and with an earlier one that is not the last."""
+    monkeypatch.setattr("steppo.transcripts._READ_AT_ONCE", 16)
+    write(tmp_path, 1, 0)
+    page, text = tmp_path / "transcripts.html", tmp_path / "transcripts.jsonl"
+    whole = page.read_bytes(), text.read_bytes()
+    for path in (page, text):
+        with open(path, "ab") as file:
+            file.write(b"x" * torn)
+    TranscriptWriter(tmp_path)
+    assert (page.read_bytes(), text.read_bytes()) == whole
+
+
+@pytest.mark.parametrize("before", [b"{}\n", b""], ids=["behind a line", "without one"])
+def test_a_large_torn_file_is_not_read_at_once(before: bytes, tmp_path: Path) -> None:
+    text = tmp_path / "transcripts.jsonl"
+    text.write_bytes(before + b"x" * 2**24)
+    tracemalloc.start()
+    try:
+        TranscriptWriter(tmp_path)
+        _, most = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert text.read_bytes() == before
+    assert most < 2**22
 
 
 def test_an_iteration_that_is_played_again_counts_once_on_the_page(tmp_path: Path) -> None:
