@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -34,6 +35,7 @@ class HFPolicy(Policy):
         revision: str = "main",
     ) -> None:
         super().__init__()
+        name_or_path = os.path.expanduser(name_or_path)
         if not name_or_path or (name_or_path[0] in "./~" and not Path(name_or_path).is_dir()):
             raise ConfigError(
                 f"HFPolicy: there is no folder {name_or_path!r}; give a folder with a model, or the id of one of "
