@@ -72,8 +72,7 @@ class QuantizationCallback(pl.Callback):
         module.policy.bits, module.policy.load_device = self.bits, device
         module.policy.base_dtype = getattr(torch, self.base_dtype or kept or own)
         alpha = self.lora_alpha if self.lora_alpha is not None else 2.0 * self.lora_rank
-        targets = tuple(self.lora_targets) if self.lora_targets else "all-linear"
-        module.lora = LoRASettings(self.lora_rank, alpha, targets)
+        module.lora = LoRASettings(self.lora_rank, alpha, tuple(self.lora_targets) if self.lora_targets else "all-linear")
 
     def _check(self, trainer: pl.Trainer, module: AgentModule) -> None:
         """Refuses what cannot work, with what can."""

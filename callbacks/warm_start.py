@@ -30,6 +30,7 @@ from steppo.learner.sft import SFTLearner
 from steppo.learner.update import UpdateStatistics
 from steppo.models import Policy
 from steppo.module import AgentModule
+from steppo.paths import user_path
 from steppo.progress import phase
 from steppo.rollouts import EnvSource, NoAction, WanderingPlayer, expert_action, random_action
 from steppo.types import Episode, RolloutConfig, Step, Task, groups_of
@@ -90,7 +91,7 @@ class WarmStartCallback(pl.Callback):
             raise ConfigError(f"warm_start: lr must be above 0 and finite, not {self.lr}")
         if not 0 <= self.prompt_coef < math.inf:
             raise ConfigError(f"warm_start: prompt_coef must be at least 0 and finite, not {self.prompt_coef}")
-        folder = Path(self.cache_dir) if self.cache_dir else Path(platformdirs.user_cache_dir("steppo")) / "warm_start"
+        folder = user_path(self.cache_dir) if self.cache_dir else Path(platformdirs.user_cache_dir("steppo")) / "warm_start"
         self.cache = WeightCache(folder)
 
     @property

@@ -18,6 +18,7 @@ from steppo.checkpoints import read
 from steppo.cli import PartsCLI, build_parts, errors_in_one_line, own_options
 from steppo.errors import ConfigError
 from steppo.models import Policy
+from steppo.paths import user_path
 from steppo.rendering import PLAIN_TEMPLATE
 
 _SECRET = re.compile(r"(^|_)(token|secret|password|passwd|credentials?|api_?key)$", re.IGNORECASE)
@@ -39,7 +40,7 @@ def main(args: Sequence[str] | None = None) -> None:
         "generation config, and a model card with the run's config and results.",
         "python -m steppo.export --ckpt_path runs/quickstart/version_0/checkpoints/best.ckpt --out exported",
     )
-    parser.add_argument("--out", type=Path, metavar="DIR", help="Folder to write; it must be empty or not exist.")
+    parser.add_argument("--out", type=user_path, metavar="DIR", help="Folder to write; it must be empty or not exist.")
     parser.add_argument("--merge", action="store_true", help="Of an adapter: write base and adapter as one model.")
     options, overrides = parser.parse_known_args(args)
     if options.ckpt_path is None or options.out is None:

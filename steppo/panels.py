@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from steppo.errors import ConfigError, RunError
+from steppo.paths import user_path
 from steppo.rollouts import EpisodeSource
 from steppo.types import Task
 
@@ -53,7 +54,7 @@ class Panel:
     @classmethod
     def read(cls, path: str) -> Panel:
         """A panel's file. Raises ``ConfigError`` if it is none, or was changed."""
-        found = read_json(Path(path), "panel", _FORMAT)
+        found = read_json(user_path(path), "panel", _FORMAT)
         try:
             tasks = tuple((str(task["id"]), str(task["sha256"])) for task in found["tasks"])
             env, split, version, prompt_version, sha256 = (str(found[name]) for name in _TEXTS)

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 
 # From left to right; left never imports right. Names of modules or packages in steppo/, and "callbacks".
 LAYERS: list[set[str]] = [
-    {"steppo", "types", "batch", "errors", "distributed", "rng", "weight_cache"},
+    {"steppo", "types", "batch", "errors", "paths", "distributed", "rng", "weight_cache"},
     {"envs", "rendering", "packing", "minibatches", "advantages", "losses", "pool"},
     {"models"},
     {"engines"},

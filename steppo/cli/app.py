@@ -47,6 +47,7 @@ from steppo.distributed import require_equal
 from steppo.errors import ConfigError, SteppoError
 from steppo.gateway.source import AgentSource  # noqa: F401 (configs name it by its last name)
 from steppo.module import AgentModule
+from steppo.paths import user_path
 from steppo.run_folder import RunTrainer, held
 
 CALLBACKS: dict[str, Any] = {
@@ -271,7 +272,7 @@ def own_options(prog: str, description: str, example: str) -> argparse.ArgumentP
         allow_abbrev=False,
         exit_on_error=False,
     )
-    parser.add_argument("--ckpt_path", type=Path, metavar="FILE", help="Checkpoint of a run.")
+    parser.add_argument("--ckpt_path", type=user_path, metavar="FILE", help="Checkpoint of a run.")
     config_help = "Config or overlay, several in their order. Unless given: config.yaml of the checkpoint's run."
     parser.add_argument("--config", action="append", metavar="FILE", help=config_help)
     return parser

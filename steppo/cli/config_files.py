@@ -11,6 +11,7 @@ import yaml
 
 from steppo.cli.config_types import did_you_mean
 from steppo.errors import ConfigError
+from steppo.paths import user_path
 
 Keys = tuple[Any, ...]
 
@@ -133,7 +134,7 @@ def read_config(path: str, extended_by: tuple[Path, ...] = ()) -> list[dict[str,
     Raises:
         ConfigError: It is not a text file, not YAML or not a mapping, has a key twice, or extends itself.
     """
-    file, name = Path(path), f"config {path}"
+    file, name = user_path(path), f"config {path}"
     try:
         text = path if path.startswith("{") else file.read_text(encoding="utf-8")
         loader = _Loader(text)
@@ -157,5 +158,5 @@ def read_config(path: str, extended_by: tuple[Path, ...] = ()) -> list[dict[str,
             raise ConfigError(f"{name}: extends must be a file or a list of files, not {extends}")
         if file.resolve() in extended_by:
             raise ConfigError(f"{name} extends itself")
-        layers += read_config(str(file.parent / other), (*extended_by, file.resolve()))
+        layers += read_config(str(file.parent / user_path(other)), (*extended_by, file.resolve()))
     return [*layers, value]

@@ -10,6 +10,7 @@ from jsonargparse import Namespace
 
 from steppo.checkpoints import iteration_checkpoints
 from steppo.errors import ConfigError
+from steppo.paths import user_path
 from steppo.run_folder import CHECKPOINTS, numbered_folders
 
 
@@ -20,7 +21,7 @@ def beginning(ckpt_path: str, config: Namespace, fit: bool) -> tuple[Path | None
     ``last`` is the newest run: if that was stopped before its first checkpoint, there is a folder and no checkpoint.
     """
     folders = _run_folders(config)
-    path = Path(ckpt_path)
+    path = user_path(ckpt_path)
     if ckpt_path == "last":
         runs = [folder / CHECKPOINTS for folder in folders if (folder / CHECKPOINTS).is_dir()]
         if fit and runs and not iteration_checkpoints(runs[0]):
@@ -43,8 +44,8 @@ def _run_folders(config: Namespace) -> list[Path]:
         logger = _first_logger(config)
         if isinstance(logger, Namespace) and logger.class_path.endswith(".CSVLogger"):
             return []  # it begins its files anew
-        return [path for _, path in numbered_folders(Path(config.trainer.default_root_dir or ".") / "runs")]
-    root = Path(os.path.expandvars(arguments.save_dir)).expanduser() / (arguments.name or "")
+        return [path for _, path in numbered_folders(user_path(config.trainer.default_root_dir or ".") / "runs")]
+    root = user_path(os.path.expandvars(arguments.save_dir)) / (arguments.name or "")
     if arguments.version is not None:
         return [root / (arguments.version if isinstance(arguments.version, str) else f"version_{arguments.version}")]
     return [path for _, path in numbered_folders(root)]

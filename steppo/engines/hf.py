@@ -396,7 +396,7 @@ def _pass_tokens(policy: Policy) -> int:
     On a CPU weights must come from memory, which takes as long as computing with some 30 tokens; what else a layer costs is
     the same for layers of any size. On a GPU that is all that counts: its kernels are launched one by one.
     """
-    layers = int(policy.model.config.num_hidden_layers)
+    layers = int(policy.text_config.num_hidden_layers)
     weights = sum(parameter.numel() for parameter in policy.trunk.parameters())
     if policy.device.type != "cpu":
         return 80_000_000_000 * layers // weights

@@ -22,6 +22,7 @@ import platformdirs
 from steppo.envs.base import Env
 from steppo.envs.search import Bm25, Retriever, Texts, keep, kept, require_whole, sha256_of
 from steppo.errors import ConfigError, in_short, require_at_least
+from steppo.paths import user_path
 from steppo.types import Action, Message, Task, ToolCall, ToolSpec, Turn
 
 _FORMAT = 1  # of the passages that are kept
@@ -79,7 +80,7 @@ class MultihopQAEnv(Env):
         cache_dir: str | None = None,
     ) -> None:
         require_at_least(1, self, max_steps=max_steps, max_calls=max_calls, top_k=top_k)
-        self.folder = Path(data or os.environ.get("MULTIHOP_QA_DATA") or ".").expanduser()
+        self.folder = user_path(data or os.environ.get("MULTIHOP_QA_DATA") or ".")
         self.questions = dict(_HOTPOTQA if questions is None else questions)
         if not self.questions:
             raise ConfigError("MultihopQAEnv: questions must name a file")
@@ -93,7 +94,7 @@ class MultihopQAEnv(Env):
         self.top_k = top_k
         self.show_all = show_all
         self.retriever = retriever or Bm25()
-        root = Path(cache_dir) if cache_dir else Path(platformdirs.user_cache_dir("steppo")) / "multihop_qa"
+        root = user_path(cache_dir) if cache_dir else Path(platformdirs.user_cache_dir("steppo")) / "multihop_qa"
         self._cache = root / f"passages-{_FORMAT}"
         searches = "one search" if max_calls == 1 else f"up to {max_calls} searches"
         self.tools = (ToolSpec("search", f"Finds passages of an encyclopedia; {searches} at once.", _QUERY),)
@@ -102,8 +103,8 @@ class MultihopQAEnv(Env):
     def tasks(self, split: str) -> list[Task]:
         if split not in self.questions:
             raise ConfigError(f"MultihopQAEnv has no split {split!r}; it has {', '.join(self.questions)}")
-        path = self.folder / self.questions[split]
-        names = _names(self.folder / self.aliases) if self.aliases else {}
+        path = self.folder / user_path(self.questions[split])
+        names = _names(self.folder / user_path(self.aliases)) if self.aliases else {}
         corpus = _sha256_of_file(self._corpus_of(split))
         tasks = [_task(record, path, corpus, names) for record in _records(path)]
         if not tasks:
@@ -216,7 +217,7 @@ class MultihopQAEnv(Env):
     def _corpus_of(self, split: str) -> Path:
         """The file whose passages are searched."""
         named = self.corpus.get(split) if isinstance(self.corpus, dict) else self.corpus
-        return self.folder / (named or self.questions[split])
+        return self.folder / user_path(named or self.questions[split])
 
     def _place(self, corpus: str) -> Path:
         """Folder of a corpus's passages; indices lie beside it."""

@@ -146,7 +146,7 @@ class Dense(Retriever):
     """
 
     def __init__(self, model: str = "sentence-transformers/all-MiniLM-L6-v2") -> None:
-        self.model = model
+        self.model = os.path.expanduser(model)
 
     def prepare(self, texts: Sequence[str], folder: Path, progress: Progress) -> None:
         def make(scratch: Path) -> None:

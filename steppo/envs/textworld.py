@@ -20,6 +20,7 @@ import platformdirs
 from steppo.envs.base import TextGameEnv
 from steppo.envs.making import make_all
 from steppo.errors import ConfigError, require_at_least
+from steppo.paths import user_path
 from steppo.types import Task, Turn
 
 # textworld is imported where it is used: its interpreter must not share a process with torch.
@@ -175,7 +176,7 @@ class TextWorldEnv(TextGameEnv):
         version = importlib.metadata.version("textworld")
         self.version = f"textworld {version}"
         recipe = json.dumps([challenge, self.settings, version], sort_keys=True)
-        root = Path(cache_dir) if cache_dir else Path(platformdirs.user_cache_dir("steppo")) / "textworld"
+        root = user_path(cache_dir) if cache_dir else Path(platformdirs.user_cache_dir("steppo")) / "textworld"
         self._folder = root / f"{challenge}-{hashlib.sha256(recipe.encode()).hexdigest()[:12]}"
         self._turns: dict[tuple[int, *tuple[str, ...]], Turn] = {}
         self._game: Any = None

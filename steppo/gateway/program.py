@@ -11,12 +11,12 @@ import shlex
 import subprocess
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 from steppo.envs.base import Env
 from steppo.envs.checks import shown
 from steppo.errors import ConfigError, WrongValue, in_short
+from steppo.paths import user_path
 from steppo.types import Action, Task, Turn
 
 
@@ -99,7 +99,7 @@ def read_tasks(path: str) -> list[Task]:
         ConfigError: It cannot be read, or a line is none.
     """
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = user_path(path).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeError) as error:
         raise ConfigError(f"the tasks {path} cannot be read: {error}") from None
     tasks = []

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from steppo.errors import ConfigError
 
@@ -19,7 +20,7 @@ class LoRASettings:
 
     rank: int
     alpha: float
-    targets: str | tuple[str, ...] = "all-linear"
+    targets: Literal["all-linear"] | tuple[str, ...] = "all-linear"
 
 
 class Adapters:
@@ -28,9 +29,14 @@ class Adapters:
     Args:
         model: The model; its linear layers are wrapped in place.
         settings: The same for each adapter.
+
+    Raises:
+        ConfigError: A target is no linear layer of the model.
     """
 
     def __init__(self, model: Any, settings: LoRASettings) -> None:
+        if settings.targets != "all-linear":
+            _check_targets(model, settings.targets)
         self._model = model
         self.settings = settings
         self.active = ""
@@ -50,7 +56,7 @@ class Adapters:
         before = {parameter: parameter.requires_grad for parameter in self._model.parameters()}
         try:
             self._model.add_adapter(config, adapter_name=name)
-        except ValueError as error:  # no layer is called so
+        except ValueError as error:  # such as of a layer that a kind of model reads past its adapter
             raise ConfigError(f"quantization.lora_targets: {str(error).splitlines()[0]}") from error
         for parameter in self._model.parameters():  # peft freezes the adapters that were there
             parameter.requires_grad_(before.get(parameter, trained))
@@ -96,3 +102,19 @@ class Adapters:
             if isinstance(module, BaseTunerLayer):
                 module._active_adapter = [name]
         self.active = name
+
+
+def _check_targets(model: nn.Module, targets: tuple[str, ...]) -> None:
+    """peft would also take an embedding, by other names and in another place, and pass over a name that no layer has."""
+    is_linear = {name: isinstance(module, nn.Linear | Conv1D) for name, module in model.named_modules()}
+    wrong = []
+    for target in targets:
+        called = [linear for name, linear in is_linear.items() if f".{name}".endswith(f".{target}")]
+        if not called or not all(called):
+            wrong.append(repr(target))
+    if wrong:
+        layers = sorted({name.rpartition(".")[2] for name, linear in is_linear.items() if linear})
+        raise ConfigError(
+            f"quantization.lora_targets: {', '.join(wrong)}: only linear layers can be adapted; the model has "
+            f"{', '.join(layers)}"
+        )

@@ -72,7 +72,7 @@ class SharedCritic(Critic):
         self.detach = detach
 
     def build(self, policy: Policy) -> None:
-        self.head = ValueHead(policy.model.config.hidden_size)
+        self.head = ValueHead(policy.text_config.hidden_size)
 
     @property
     def needs_policy_hidden(self) -> bool:
@@ -91,7 +91,7 @@ class SeparateCritic(Critic):
         if policy.adapters is not None:
             raise ConfigError("SeparateCritic would copy a frozen base: with LoRA use steppo.models.AdapterCritic instead")
         self.trunk = copy.deepcopy(policy.trunk)
-        self.head = ValueHead(policy.model.config.hidden_size)
+        self.head = ValueHead(policy.text_config.hidden_size)
 
     def states(self, batch: TokenBatch, policy_hidden: Tensor | None) -> Tensor:
         return trunk_states(self.trunk, batch)
@@ -106,7 +106,7 @@ class AdapterCritic(Critic):
     def build(self, policy: Policy) -> None:
         if policy.adapters is None:
             raise ConfigError("AdapterCritic shares a frozen base: set quantization.lora_rank, or use SeparateCritic")
-        self.head = ValueHead(policy.model.config.hidden_size)
+        self.head = ValueHead(policy.text_config.hidden_size)
         self._view = AdapterView(policy, policy.adapters, "critic", trained=True)
 
     def trained_parameters(self) -> list[nn.Parameter]:

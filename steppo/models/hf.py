@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -9,7 +10,7 @@ from typing import Any, Literal
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
-from steppo.errors import ConfigError
+from steppo.errors import ConfigError, said
 from steppo.models.policy import Policy
 
 
@@ -34,6 +35,7 @@ class HFPolicy(Policy):
         revision: str = "main",
     ) -> None:
         super().__init__()
+        name_or_path = os.path.expanduser(name_or_path)
         if not name_or_path or (name_or_path[0] in "./~" and not Path(name_or_path).is_dir()):
             raise ConfigError(
                 f"HFPolicy: there is no folder {name_or_path!r}; give a folder with a model, or the id of one of "
@@ -52,21 +54,33 @@ class HFPolicy(Policy):
             quantized = {"quantization_config": settings, "device_map": {"": self.load_device}}
         try:
             config = AutoConfig.from_pretrained(self.name_or_path, revision=self.revision)
-            for name, value in config.to_dict().items():
+            text = config.get_text_config()
+            for name, value in text.to_dict().items():
                 if isinstance(value, float) and ("dropout" in name or "pdrop" in name):
-                    setattr(config, name, 0.0)
+                    setattr(text, name, 0.0)
             self.tokenizer = AutoTokenizer.from_pretrained(self.name_or_path, revision=self.revision)
-            self.model = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 self.name_or_path,
                 config=config,
                 revision=self.revision,
                 dtype=dtype,
                 attn_implementation=self.attn_implementation,
+                ignore_mismatched_sizes=True,  # to say below which
+                output_loading_info=True,
                 **quantized,
             )
-        except (OSError, ValueError, ImportError) as error:
-            reason = str(error).strip().splitlines()[0]
+        except Exception as error:  # of a damaged file those who read it for transformers may say anything
+            is_plain = isinstance(error, (OSError, ValueError, ImportError))
+            reason = str(error).strip().partition("\n")[0] if is_plain else said(error)
             raise ConfigError(f"HFPolicy: cannot load {self.name_or_path!r}: {reason}") from error
+        self.model, found = loaded
+        # In their place transformers has random ones.
+        wrong = sorted(found["missing_keys"] | {name for name, *_ in found["mismatched_keys"]})
+        if wrong:
+            raise ConfigError(
+                f"HFPolicy: {self.name_or_path!r} has weights that its config.json does not fit: {len(wrong)} are missing "
+                f"or have other shapes, such as {wrong[0]}"
+            )
         self.stop_ids = _stop_ids(self.tokenizer, self.model)
         self._check_tokens()
         self.train()  # transformers loads in evaluation mode
@@ -98,7 +112,7 @@ class HFPolicy(Policy):
 
     def _check_tokens(self) -> None:
         """Every token that a prompt or an action can hold needs a row in the model's embedding."""
-        rows = min(self.model.get_input_embeddings().weight.shape[0], self.model.config.vocab_size)
+        rows = min(self.model.get_input_embeddings().weight.shape[0], self.text_config.vocab_size)
         beyond = [(text, token) for text, token in self.tokenizer.get_vocab().items() if token >= rows]
         used = {text: token for text, token in beyond if self._can_occur(text, token)}
         used |= {f"stop id {token}": token for token in self.stop_ids if token >= rows and token not in used.values()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -161,9 +162,14 @@ class Policy(nn.Module, ABC):
         return list(self.model._no_split_modules)
 
     @property
+    def text_config(self) -> Any:
+        """What the model's config says of text: a part of it where the model reads images too."""
+        return self.model.config.get_text_config()
+
+    @property
     def max_positions(self) -> int:
-        """Longest sequence in tokens."""
-        return int(self.model.config.max_position_embeddings)
+        """Longest sequence in tokens; ``sys.maxsize`` where nothing limits it, as with ALiBi."""
+        return int(getattr(self.text_config, "max_position_embeddings", sys.maxsize))
 
     @property
     def vocab_size(self) -> int:
@@ -270,7 +276,7 @@ class Policy(nn.Module, ABC):
         """
         states_A = hidden[batch.predict_at_A]
         divisor_A = torch.where(temperature_A == 0, torch.ones_like(temperature_A), temperature_A)
-        vocabulary = int(self.model.config.vocab_size)
+        vocabulary = int(self.text_config.vocab_size)
         if states_A.shape[0] * vocabulary <= _LOGITS_PER_CHUNK:
             return self._read(states_A, batch.target_A, divisor_A)
         weights = [weight for weight in self.model.get_output_embeddings().parameters() if weight.requires_grad]
@@ -342,7 +348,7 @@ def trunk_states(trunk: Any, batch: TokenBatch) -> Tensor:
 
 def beyond_full_attention(trunk: Any) -> set[str]:
     """Layers and positions that go by a token's column, or attention that takes no float mask."""
-    config = trunk.config
+    config = trunk.config.get_text_config()
     odd = set(getattr(config, "layer_types", None) or ["full_attention"]) - {"full_attention"}
     if getattr(config, "sliding_window", None) is not None:
         odd.add("sliding_attention")

@@ -6,7 +6,6 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from pathlib import Path
 
 from rich.console import Console
 from rich.table import Column, Table
@@ -16,6 +15,7 @@ from steppo.cli import build_parts, errors_in_one_line, own_options
 from steppo.errors import ConfigError, OptionParser
 from steppo.panel.compare import Comparison, Difference, compare
 from steppo.panels import Panel, write_text
+from steppo.paths import user_path
 
 _USAGE = """python -m steppo.panel make --config FILE --out FILE [options]
        python -m steppo.panel compare A.json B.json [--out FILE]"""
@@ -43,7 +43,7 @@ def _make(args: Sequence[str]) -> None:
         "python -m steppo.panel make --config configs/quickstart.yaml --split test --out panels/coins-test.json",
     )
     parser.add_argument("--split", help="Split of the tasks; the config's eval_split unless given.")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="Where to write it, such as panels/<task>-<split>.json.")
+    parser.add_argument("--out", type=user_path, metavar="FILE", help="File to write, such as panels/<task>-<split>.json.")
     options, overrides = parser.parse_known_args(args)
     if options.out is None:
         raise ConfigError("give --out, the file to write")
@@ -72,9 +72,9 @@ def _compare(args: Sequence[str]) -> None:
         "tasks. Several samples of a task are averaged first.",
         allow_abbrev=False,
     )
-    parser.add_argument("a", type=Path, metavar="A.json", help="Result of an evaluation: validate.json or test.json.")
-    parser.add_argument("b", type=Path, metavar="B.json", help="Another one.")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="Write the comparison as JSON, too.")
+    parser.add_argument("a", type=user_path, metavar="A.json", help="Result of an evaluation: validate.json or test.json.")
+    parser.add_argument("b", type=user_path, metavar="B.json", help="Another one.")
+    parser.add_argument("--out", type=user_path, metavar="FILE", help="Write the comparison as JSON, too.")
     options = parser.parse_args(args)
     sides = [results.read(path) for path in (options.a, options.b)]
     comparison = compare(*sides)

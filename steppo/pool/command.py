@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from steppo.errors import ConfigError, OptionParser, SteppoError, in_short
+from steppo.paths import user_path
 from steppo.pool.records import SCHEMA
 from steppo.pool.store import DataPool, GroupInfo
 from steppo.types import Episode, Step
@@ -51,7 +52,7 @@ def _parser() -> argparse.ArgumentParser:
 
     def add(name: str, run: Callable[[DataPool, argparse.Namespace], None], words: str) -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=words, description=words, allow_abbrev=False)
-        command.add_argument("pool", type=Path, metavar="POOL", help="The pool's file.")
+        command.add_argument("pool", type=user_path, metavar="POOL", help="The pool's file.")
         command.set_defaults(run=run)
         return command
 
@@ -60,7 +61,7 @@ def _parser() -> argparse.ArgumentParser:
     showing = add("show", _show, "Shows the episodes of a group, step by step.")
     showing.add_argument("group", metavar="GROUP", help="Its number or name.")
     exporting = add("export", _export, "Writes all stored episodes to a file: one per line of JSON, or row of Parquet.")
-    exporting.add_argument("--out", type=Path, required=True, metavar="FILE", help="A new .jsonl or .parquet file.")
+    exporting.add_argument("--out", type=user_path, required=True, metavar="FILE", help="A new .jsonl or .parquet file.")
     for command in (listing, exporting):
         command.add_argument("--state", choices=STATES, help="Only groups in this state.")
     return parser

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from steppo.errors import ConfigError, RunError, require_at_least, said
+from steppo.paths import user_path
 from steppo.pool.records import decode, encode
 from steppo.types import Episode
 
@@ -107,7 +108,7 @@ class DataPool:
     def __init__(self, path: Path | str, max_waiting: int = 1024, keep: int = 256, create: bool = True) -> None:
         require_at_least(1, self, max_waiting=max_waiting)
         require_at_least(0, self, keep=keep)
-        self.path = Path(path)
+        self.path = user_path(path)
         self.max_waiting = max_waiting
         self.keep = keep
         if not create and not self.path.is_file():

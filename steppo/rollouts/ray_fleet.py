@@ -17,13 +17,13 @@ from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from steppo.errors import ConfigError, RunError, SteppoError, in_short, located, require_at_least, said
+from steppo.paths import user_path
 from steppo.pool import DataPool
 from steppo.rollouts.fleet import DEATHS, MOST_GROUPS, Fleet, Job, Outfit, Producer, PublishedWeights, Weights
 
@@ -141,7 +141,7 @@ class RayFleet(Fleet):
         self._require_room()
         self._path, self._timeout = pool.path, timeout
         run = hashlib.sha256(f"{platform.node()} {pool.path.absolute()}".encode()).hexdigest()[:16]
-        self._folder = PublishedWeights(Path(self.weights_folder or "").absolute() / f"{run}-weights")
+        self._folder = PublishedWeights(user_path(self.weights_folder or "").absolute() / f"{run}-weights")
         self._folder.clear()  # of a run that was killed
         self._outfit = ray.put(pickle.dumps(outfit.on(torch.device("cuda:0" if self.wanted["GPU"] else "cpu"))))
         self._weights: Any = None  # the newest, as a call that gives them

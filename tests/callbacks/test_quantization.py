@@ -94,7 +94,11 @@ REFUSED = {
     "nothing to quantise": (["--model.policy=steppo.models.TinyPolicy", "--quantization.bits=4"], "HFPolicy"),
     "float64": (["--quantization.bits=4", "--trainer.precision=64-true"], "32-true or bf16-mixed"),
     "spawn": (["--trainer.strategy=ddp_spawn", "--trainer.devices=2"], "use ddp"),
-    "unknown layers": (["--quantization.lora_targets=[nowhere]"], "quantization.lora_targets"),
+    "unknown layers": (
+        ["--quantization.lora_targets=[nowhere]"],
+        "'nowhere': only linear layers can be adapted; the model has",
+    ),
+    "an embedding": (["--quantization.lora_targets=[embed_tokens,q_proj]"], "'embed_tokens': only linear layers can be"),
     "sharded files": ([MODEL_PARALLEL], "save_distributed_checkpoint"),
     "8 bits sharded": (
         [MODEL_PARALLEL, "--trainer.strategy.init_args.save_distributed_checkpoint=false", "--quantization.bits=8"],

@@ -9,6 +9,7 @@ import torch
 
 from steppo.advantages import StepGAE
 from steppo.cli import main
+from steppo.models import TinyPolicy
 from tests.cli_helpers import TOY
 
 CALLBACKS, LOGGERS = "lightning.pytorch.callbacks", "lightning.pytorch.loggers"
@@ -455,6 +456,14 @@ def test_folders_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFi
     assert f"cannot use {below}/runs/version_0: Not a directory" in refused(fit(tmp_path, *without), capsys)
     games = [TEXTWORLD, f"--{ENV}.cache_dir={below}"]
     assert f"cannot write games to {below}" in refused(fit(tmp_path, *games), capsys)
+
+
+def test_weights_that_were_cut_off(tiny_policy: TinyPolicy, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny_policy.export(tmp_path / "model", merge=False)
+    weights = tmp_path / "model" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    line = refused(fit(tmp_path, HF, f"--{POLICY}.name_or_path={tmp_path}/model"), capsys)
+    assert "/model': SafetensorError: Error while deserializing header: incomplete metadata" in line
 
 
 def test_an_error_in_a_users_class_names_its_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

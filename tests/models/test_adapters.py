@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers import GPT2Config, GPT2LMHeadModel, MambaConfig, MambaForCausalLM
 
 from steppo.batch import TokenBatch
 from steppo.errors import ConfigError
@@ -141,9 +142,38 @@ def test_critics_say_which_one_fits(tiny_policy: TinyPolicy) -> None:
         SeparateCritic().build(tiny_policy)
 
 
-def test_layers_that_do_not_exist_are_named(tiny_policy: TinyPolicy) -> None:
-    with pytest.raises(ConfigError, match="lora_targets"):
-        tiny_policy.add_lora(LoRASettings(2, 4.0, ("nowhere",)))
+@pytest.mark.parametrize("target", ["embed_tokens", "model.embed_tokens", "norm", "mlp", "nowhere", ""])
+def test_what_is_no_linear_layer_is_named(target: str, tiny_policy: TinyPolicy) -> None:
+    """Also where another target is one; before anything is changed."""
+    before = list(tiny_policy.state_dict())
+    for targets in (target,), ("q_proj", target):
+        with pytest.raises(ConfigError) as raised:
+            tiny_policy.add_lora(LoRASettings(2, 4.0, targets))
+        assert str(raised.value) == (
+            f"quantization.lora_targets: {target!r}: only linear layers can be adapted; the model has down_proj, gate_proj, "
+            "k_proj, lm_head, o_proj, q_proj, up_proj, v_proj"
+        )
+    assert list(tiny_policy.state_dict()) == before
+
+
+def test_linear_layers_of_gpt_2_are_adapted(tiny_policy: TinyPolicy) -> None:
+    """They are of a class of their own, which the embedding beside them is not."""
+    tiny_policy.model = GPT2LMHeadModel(GPT2Config(vocab_size=300, n_embd=16, n_layer=2, n_head=2))
+    with pytest.raises(
+        ConfigError, match="'wte': only linear layers can be adapted; the model has c_attn, c_fc, c_proj, lm"
+    ):
+        tiny_policy.add_lora(LoRASettings(2, 4.0, ("wte", "c_attn")))
+    tiny_policy.add_lora(LoRASettings(2, 4.0, ("c_attn", "transformer.h.0.mlp.c_fc")))
+    critic = AdapterCritic()
+    critic.build(tiny_policy)
+    assert len(tiny_policy.trained_parameters()) == 2 * 3
+    assert len(critic.trained_parameters()) == 2 * 3 + 2  # and its head
+
+
+def test_a_layer_that_a_model_reads_past_its_adapter_is_refused(tiny_policy: TinyPolicy) -> None:
+    tiny_policy.model = MambaForCausalLM(MambaConfig(vocab_size=300, hidden_size=16, num_hidden_layers=1))
+    with pytest.raises(ConfigError, match=r"quantization\.lora_targets: .*out_proj"):
+        tiny_policy.add_lora(LoRASettings(2, 4.0, ("out_proj",)))
 
 
 def test_engines_get_a_whole_model_or_the_adapter(tiny_policy: TinyPolicy, batch: TokenBatch, tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from steppo.envs.alfworld.translation import FORMAT, keep, kept, translated
 from steppo.envs.base import TextGameEnv
 from steppo.envs.making import make_all
 from steppo.errors import ConfigError, require_at_least
+from steppo.paths import user_path
 from steppo.types import Task, Turn
 
 _FOLDERS = {"train": "train", "valid": "valid_seen", "test": "valid_unseen"}
@@ -147,14 +148,14 @@ class AlfworldEnv(TextGameEnv):
     ) -> None:
         require_at_least(1, self, max_steps=max_steps, num_translators=num_translators)
         require_at_least(0, self, num_train=num_train, num_valid=num_valid, num_test=num_test)
-        folder = Path(data or os.environ.get("ALFWORLD_DATA") or "~/.cache/alfworld").expanduser()
+        folder = user_path(data or os.environ.get("ALFWORLD_DATA") or "~/.cache/alfworld")
         self.folder = folder / "json_2.1.1" if (folder / "json_2.1.1").is_dir() else folder
         if not self.folder.is_dir():
             raise ConfigError(f"AlfworldEnv: there is no folder {folder}; {_GET_DATA}")
         self.max_steps = max_steps
         self.num_games = {"train": num_train, "valid_seen": num_valid, "valid_unseen": num_test}
         self.num_translators = num_translators
-        root = Path(cache_dir) if cache_dir else Path(platformdirs.user_cache_dir("steppo")) / "alfworld"
+        root = user_path(cache_dir) if cache_dir else Path(platformdirs.user_cache_dir("steppo")) / "alfworld"
         self._cache = root / f"translated-{FORMAT}"
         self._games: dict[str, tuple[Game, tuple[str, ...]]] = {}
 

@@ -16,6 +16,7 @@ from steppo.envs.base import Env
 from steppo.envs.paper_search.papers import LocalPapers, Paper, Papers, plain_id, records
 from steppo.envs.paper_search.relevance import ExactAnswers, Relevance
 from steppo.errors import ConfigError, in_short, require_at_least
+from steppo.paths import user_path
 from steppo.types import Action, Message, Task, ToolCall, ToolSpec, Turn
 
 _FILES = {"train": "AutoScholarQuery/train", "valid": "AutoScholarQuery/dev", "test": "RealScholarQuery/test"}
@@ -92,7 +93,7 @@ class PaperSearchEnv(Env):
             raise ConfigError(
                 "PaperSearchEnv: set data or $PAPER_SEARCH_DATA to the folder of the data (docs/paper_search.md)"
             )
-        self.folder = Path(folder).expanduser()
+        self.folder = user_path(folder)
         if papers is None:
             citations = self.folder / "citations.jsonl"
             papers = LocalPapers(str(self.folder / "papers.jsonl"), str(citations) if citations.exists() else None)

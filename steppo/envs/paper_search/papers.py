@@ -19,6 +19,7 @@ import platformdirs
 from steppo.envs.checks import plain_text
 from steppo.envs.search import Bm25, Retriever, keep, require_whole
 from steppo.errors import ConfigError, WrongValue
+from steppo.paths import user_path
 
 _FORMAT = 1  # of what is kept; another number where it changes
 _ARXIV_VERSION = re.compile(r"^(?:arxiv:)?(\d{4}\.\d{4,5}|[a-z.-]+/\d{7})(?:v\d+)?$", re.IGNORECASE)
@@ -132,11 +133,11 @@ class LocalPapers(Papers):
     def __init__(
         self, file: str, citations: str | None = None, retriever: Retriever | None = None, cache_dir: str | None = None
     ) -> None:
-        self.file = Path(file).expanduser()
-        self.citations = Path(citations).expanduser() if citations else None
+        self.file = user_path(file)
+        self.citations = user_path(citations) if citations else None
         self.retriever = retriever or Bm25()
         self.expands = self.citations is not None
-        root = Path(cache_dir).expanduser() if cache_dir else Path(platformdirs.user_cache_dir("steppo"))
+        root = user_path(cache_dir) if cache_dir else Path(platformdirs.user_cache_dir("steppo"))
         self._cache = root / "paper_search"
         self._version = ""
 

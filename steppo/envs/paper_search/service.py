@@ -21,6 +21,7 @@ import platformdirs
 
 from steppo.envs.paper_search.papers import Paper, Papers
 from steppo.errors import ConfigError, RunError, require_at_least, said
+from steppo.paths import user_path
 
 _LARGEST = 10_000_000  # bytes of an answer
 _MAY_PASS = (408, 425, 429)  # of those that blame the request
@@ -81,7 +82,7 @@ class PaperService(Papers):
         self.backoff = backoff
         self.expands = expands
         self.version = version
-        root = Path(cache_dir).expanduser() if cache_dir else Path(platformdirs.user_cache_dir("steppo"))
+        root = user_path(cache_dir) if cache_dir else Path(platformdirs.user_cache_dir("steppo"))
         self._cache = root / "paper_search" / "answers"
 
     def prepare(self, progress: Callable[[int, int], object]) -> None:

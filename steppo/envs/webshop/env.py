@@ -18,6 +18,7 @@ from steppo.envs.webshop.catalogue import Catalogue, opened, order_of_goals
 from steppo.envs.webshop.reward import worth
 from steppo.envs.webshop.shop import BOUGHT, SEARCH, Visit
 from steppo.errors import ConfigError, require_at_least
+from steppo.paths import user_path
 from steppo.types import Task, Turn
 
 _MOST_FOUND = 50  # by a search
@@ -68,7 +69,7 @@ class WebshopEnv(TextGameEnv):
         require_at_least(1, self, max_steps=max_steps, text_chars=text_chars)
         require_at_least(0, self, num_test=num_test, num_valid=num_valid, num_train=num_train)
         require_at_least(0, self, success_reward=success_reward, score_reward=score_reward)
-        self.folder = Path(data or os.environ.get("WEBSHOP_DATA") or "~/.cache/webshop").expanduser()
+        self.folder = user_path(data or os.environ.get("WEBSHOP_DATA") or "~/.cache/webshop")
         if not self.folder.is_dir():
             raise ConfigError(
                 f"WebshopEnv: there is no folder {self.folder}; get the data, and set data or $WEBSHOP_DATA to its folder "
@@ -85,7 +86,7 @@ class WebshopEnv(TextGameEnv):
         self.offer_query = offer_query
         self.text_chars = text_chars
         self.retriever = retriever or Bm25(k1=0.9, b=0.4)
-        self._cache = Path(cache_dir) if cache_dir else Path(platformdirs.user_cache_dir("steppo")) / "webshop"
+        self._cache = user_path(cache_dir) if cache_dir else Path(platformdirs.user_cache_dir("steppo")) / "webshop"
 
     # ---- tasks ----
 
