@@ -291,7 +291,9 @@ ODD = {
 def test_models_that_would_be_wrong_on_branches_are_refused(kind, reader, monkeypatch):
     settings, named = ODD[kind]
     trunk = reader.policy.trunk
-    monkeypatch.setattr(trunk, "config", SimpleNamespace(model_type="other", **{"_attn_implementation": "sdpa", **settings}))
+    config = SimpleNamespace(model_type="other", **{"_attn_implementation": "sdpa", **settings})
+    config.get_text_config = lambda: config
+    monkeypatch.setattr(trunk, "config", config)
     ((_, batch),) = TREE.pack(SCENES["state"], WIDE)
     with pytest.raises(ConfigError, match=f"other has {named}: set data.packer to PaddedPacker"):
         policy_module.trunk_states(trunk, batch)
