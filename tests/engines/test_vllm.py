@@ -320,6 +320,8 @@ def test_a_server_that_is_lost_meanwhile(
             for request in make_requests(4):
                 engine.submit(request)
             lost = polled(engine, num_lost)
+            while not said:  # the engine's thread says so, when it comes to it
+                time.sleep(0.01)
         assert f"said 500 to {path}" in str(said[0].message)
         assert all(answer.error for answer in lost.values())
         fake.fails = ""
