@@ -60,13 +60,14 @@ class PrefixTreePacker(Packer):
             for chosen in by_width(widths, max_tokens, max_padding=_PADDING)
         ]
         forest: list[_Leaf] = []
+        size = keys = 0
         for leaves in trees:
             if len(leaves) == 1:
                 continue
-            both = [*forest, *leaves]
-            if _size(both) > max_tokens or _keys(both) > _KEYS * max_tokens:
+            size, keys = size + _size(leaves), keys + _keys(leaves)
+            if forest and (size > max_tokens or keys > _KEYS * max_tokens):
                 batches.append(_lay_out([forest], segments, _size(forest)))
-                forest = []
+                forest, size, keys = [], _size(leaves), _keys(leaves)
             forest += leaves
         return [*batches, _lay_out([forest], segments, _size(forest))] if forest else batches
 
