@@ -18,18 +18,18 @@ class Place(NamedTuple):
     Attributes:
         rows: Of the cache: those of the pass's batch. As a slice they are read where they lie, else copied together.
         tokens: Flat indices of the batch's tokens that are kept, [kept]; ``None``: all.
-        cells: Flat indices of the cache's cells that they go to, [kept].
+        cells: Rows and columns of the cache that they go to, [kept] each.
         columns: Of the cache that the pass sees; ``None``: each of its rows begins here and sees itself alone.
     """
 
     rows: slice | Tensor
     tokens: Tensor | None
-    cells: Tensor
+    cells: tuple[Tensor, Tensor]
     columns: int | None
 
 
 class RowLayer(CacheLayerMixin):
-    """One layer's keys and values, [rows, columns, heads, width]."""
+    """One layer's keys and values, [rows, heads, columns, width]: attention reads a head's where they lie together."""
 
     is_sliding = False
     keys: Tensor
@@ -48,7 +48,7 @@ class RowLayer(CacheLayerMixin):
         """Cells that nobody wrote to are multiplied by 0, so they must be finite."""
         kind = states.device.type  # attention would round to this anyway
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else states.dtype
-        shape = self._cache.rows, self._cache.columns, states.shape[1], states.shape[3]
+        shape = self._cache.rows, states.shape[1], self._cache.columns, states.shape[3]
         return torch.zeros(shape, dtype=dtype, device=states.device)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -56,14 +56,14 @@ class RowLayer(CacheLayerMixin):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         place = self._cache.place
+        rows, columns = place.cells
         for kept, states in ((self.keys, key_states), (self.values, value_states)):
             new = states.transpose(1, 2).flatten(0, 1)
             new = new if place.tokens is None else new[place.tokens]
-            kept.view(-1, *kept.shape[2:]).index_copy_(0, place.cells, new.to(kept.dtype))
+            kept[rows, :, columns] = new.to(kept.dtype)
         if place.columns is None:
             return key_states, value_states
-        keys, values = (kept[:, : place.columns][place.rows].transpose(1, 2) for kept in (self.keys, self.values))
-        return keys, values
+        return self.keys[:, :, : place.columns][place.rows], self.values[:, :, : place.columns][place.rows]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return query_length, 0  # asked only where rows begin
@@ -106,8 +106,8 @@ class RowCache(Cache):
         for layer in self.layers:
             for name in ("keys", "values"):
                 old = getattr(layer, name)
-                new = old.new_zeros(rows, columns, *old.shape[2:])
-                new[: len(kept), :width] = old[:, :width][order.to(old.device)]
+                new = old.new_zeros(rows, old.shape[1], columns, old.shape[3])
+                new[: len(kept), :, :width] = old[:, :, :width][order.to(old.device)]
                 setattr(layer, name, new)
         ids, held = np.zeros((rows, columns), dtype=np.int32), np.zeros(rows, dtype=np.int64)
         ids[: len(kept), :width] = self.ids[kept, :width]
@@ -137,7 +137,7 @@ class RowCache(Cache):
         """Other rows take a row's columns from ``first`` until ``last``; all hold the same before."""
         for layer in cast(list[RowLayer], self.layers):
             for kept in (layer.keys, layer.values):
-                kept[torch.tensor(targets, device=kept.device), first:last] = kept[source, first:last]
+                kept[torch.tensor(targets, device=kept.device), :, first:last] = kept[source, :, first:last]
         self.ids[targets, first:last] = self.ids[source, first:last]
         self.held[targets] = last
 

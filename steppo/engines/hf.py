@@ -322,7 +322,6 @@ class HFEngine(Engine):
                 ids[place, : counts[place]] = todo[row]
         is_kept = np.arange(width) < counts[:, None]
         positions = cache.held[rows][:, None] + np.minimum(np.arange(width), counts[:, None] - 1)
-        cells = rows[:, None] * cache.columns + positions
 
         def on_device(array: np.ndarray) -> Tensor:
             return torch.from_numpy(array).to(policy.device)
@@ -330,7 +329,7 @@ class HFEngine(Engine):
         cache.place = Place(
             rows=slice(int(rows[0]), int(rows[-1]) + 1) if is_span else on_device(rows),
             tokens=None if is_kept.all() else on_device(np.flatnonzero(is_kept)),
-            cells=on_device(cells[is_kept]),
+            cells=(on_device(np.repeat(rows, is_kept.sum(axis=1))), on_device(positions[is_kept])),
             columns=columns,
         )
         position = on_device(positions)
