@@ -29,7 +29,7 @@ class Place(NamedTuple):
 
 
 class RowLayer(CacheLayerMixin):
-    """One layer's keys and values, [rows, heads, columns, width]: attention reads a head's where they lie together."""
+    """One layer's keys and values, [rows, heads, columns, width]: those of a head lie together, as attention reads them."""
 
     is_sliding = False
     keys: Tensor
@@ -56,11 +56,11 @@ class RowLayer(CacheLayerMixin):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         place = self._cache.place
-        rows, columns = place.cells
+        at_row, at_column = place.cells
         for kept, states in ((self.keys, key_states), (self.values, value_states)):
             new = states.transpose(1, 2).flatten(0, 1)
             new = new if place.tokens is None else new[place.tokens]
-            kept[rows, :, columns] = new.to(kept.dtype)
+            kept[at_row, :, at_column] = new.to(kept.dtype)
         if place.columns is None:
             return key_states, value_states
         return self.keys[:, :, : place.columns][place.rows], self.values[:, :, : place.columns][place.rows]
