@@ -12,8 +12,10 @@ actions 8; ``append`` shows the whole dialogue, ``window`` its last 3 turns, ``s
 group begin alike, tasks have the first 200 tokens in common. ``whole``: all steps of the records in one update; ``steps``:
 four updates of random steps. Sides take turns, medians after two passes, of which the second gives peak memory above what
 was in use before (weights, gradients); where a pass takes longer than a minute the first is all (``repeats`` 0). Gradients
-must agree. A side is left out where it would compute more than ``--most`` tokens. ``tree``: branches by ``sdpa`` (on GPUs by
-torch's kernel for rows of any lengths); ``flex``: by ``flex_attention``.
+must agree. A side is left out where it would compute more than ``--most`` tokens. ``--every 8``: sides but the trees make
+each eighth of their passes, in the order of size, and count it as eight; their gradients must agree with those of trees of
+the same steps. ``tree``: branches by ``sdpa`` (on GPUs by torch's kernel for rows of any lengths); ``flex``: by
+``flex_attention``.
 
 ``limit`` is (6 x trunk parameters x unique tokens + 6, or 8 where logits are computed twice, x head parameters x action
 tokens + 12 x layers x width of the queries x pairs of unique tokens) FLOP over the matmul rate that this run measured on
@@ -39,7 +41,7 @@ from measuring import about, in_turns, markdown, peak_memory, seconds
 from records import CONTEXTS, SHAPES, VOCABULARY, Alternating, episodes, made, reads, unique
 from torch import nn
 
-from steppo.batch import TokenBatch
+from steppo.batch import Microbatch, TokenBatch
 from steppo.buffer import StepBuffer
 from steppo.learner import Learner
 from steppo.models import Policy
@@ -64,14 +66,21 @@ MOST = {"tiny": 200_000, "smollm2": 20_000}
 KEYS = ("model", "context", "group", "tasks", "steps", "minibatches")
 
 
-def update(learner: Learner, buffer: StepBuffer) -> int:
-    """All updates of a pass over the records; gives the tokens computed, padding included."""
+def size(microbatch: Microbatch) -> int:
+    """Tokens, padding included."""
+    return microbatch.tokens.input_ids_BT.numel()
+
+
+def update(learner: Learner, buffer: StepBuffer, every: int) -> tuple[list[Microbatch], list[Microbatch]]:
+    """All updates of a pass over the records; gives their microbatches, and which of these were computed."""
     learner.policy.zero_grad(set_to_none=False)
-    computed = 0
+    all_of_them, computed = list[Microbatch](), list[Microbatch]()
     for batch in buffer.updates(seed=0, iteration=0):
-        computed += sum(microbatch.tokens.input_ids_BT.numel() for microbatch in batch)
-        learner.update(batch, torch.Tensor.backward, dict)
-    return computed
+        chosen = sorted(batch, key=size)[min(every // 2, len(batch) - 1) :: every]
+        learner.update(chosen, torch.Tensor.backward, dict)
+        all_of_them += batch
+        computed += chosen
+    return all_of_them, computed
 
 
 def gradient(policy: Policy) -> torch.Tensor:
@@ -80,7 +89,7 @@ def gradient(policy: Policy) -> torch.Tensor:
 
 
 def compare(
-    policy: Policy, case: dict[str, Any], sides: Sequence[str], max_tokens: int, most: int, repeats: int
+    policy: Policy, case: dict[str, Any], sides: Sequence[str], max_tokens: int, most: int, every: int, repeats: int
 ) -> dict[str, Any]:
     """A row of the table, without its limit."""
     device = policy.device.type
@@ -90,35 +99,45 @@ def compare(
         experience = learner.prepare(records)
     row = {**case, "segments": len(experience.steps), "repeats": repeats, "read_tokens": sum(map(len, reads(records)))}
     closeness = 1e-4 if policy.dtype == torch.float32 else 0.05
-    calls: dict[str, Callable[[], int]] = {}
+    calls: dict[str, Callable[[], Any]] = {}
     for weight in policy.trained_parameters():
         weight.grad = torch.zeros_like(weight)  # no part of the first peak
-    expected = None
+    trees, expected = StepBuffer(SIDES["tree"][0], max_tokens), None
+    trees.hold(experience)
     for name in sides:
         packer, tokens, attention = SIDES[name]
-        if packer is not SIDES["tree"][0] and row["read_tokens"] > most:
+        is_tree = packer is SIDES["tree"][0]
+        if not is_tree and row["read_tokens"] > most:
             continue
         buffer = StepBuffer(packer, tokens or max_tokens, num_minibatches=4 if case["minibatches"] == "steps" else 1)
         buffer.hold(experience)
 
-        def call(buffer: StepBuffer = buffer, attention: str = attention) -> int:
+        def call(buffer: StepBuffer = buffer, attention: str = attention, every: int = 1 if is_tree else every) -> Any:
             policy.model.set_attn_implementation(attention)
-            return update(learner, buffer)
+            return update(learner, buffer, every)
 
-        computed, first = list[int](), list[tuple[float, float]]()
-        peak = peak_memory(lambda: first.append(seconds(lambda: computed.append(call()), device)), device)  # noqa: B023
-        [(wall, process)] = first
+        passes, first = list[tuple[list[Microbatch], list[Microbatch]]](), list[tuple[float, float]]()
+        peak = peak_memory(lambda: first.append(seconds(lambda: passes.append(call()), device)), device)  # noqa: B023
+        [(wall, process)], [(all_of_them, computed)] = first, passes
         found = gradient(policy)
+        if len(computed) < len(all_of_them):
+            steps = torch.cat([part.index_N for part in computed]).sort().values.numpy()
+            policy.zero_grad(set_to_none=False)
+            same = trees.microbatches(steps, computed[0].update_steps, computed[0].update_tokens)
+            learner.update(same, torch.Tensor.backward, dict)
+            expected = gradient(policy)
         expected = found if expected is None else expected
         difference = float((found - expected).norm() / expected.norm())
         assert difference < closeness, (name, difference)
-        row[name] = {"tokens": computed[0], "difference": difference, "repeats": 0 if wall > LONG_S else repeats}
-        row[name] |= {"seconds": wall, "process_seconds": process, "peak_bytes": peak}
+        share = len(computed) / len(all_of_them)
+        row[name] = {"tokens": sum(map(size, all_of_them)), "share_computed": share, "difference": difference}
+        row[name] |= {"repeats": 0 if wall > LONG_S else repeats, "peak_bytes": peak}
+        row[name] |= {"seconds": wall / share, "process_seconds": process / share}
         if row[name]["repeats"]:
             calls[name] = call
             row[name]["peak_bytes"] = peak_memory(call, device)
     for name, times in in_turns(calls, repeats, device).items():
-        row[name] |= times
+        row[name] |= {key: value / row[name]["share_computed"] for key, value in times.items()}
     print(json.dumps(row), file=sys.stderr)
     return row
 
@@ -229,6 +248,7 @@ def main() -> None:
     parser.add_argument("--minibatches", nargs="+", default=["whole", "steps"], choices=["whole", "steps"])
     parser.add_argument("--sides", nargs="+", choices=SIDES, help="all that can learn there unless given; the tree first")
     parser.add_argument("--most", type=int, help="tokens read, beyond which only trees are measured")
+    parser.add_argument("--every", type=int, default=1, help="sides but trees: each N-th pass by size, counted N times")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--branches", action="store_true", help="measure branch_tokens alone")
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results" / "update.json")
@@ -251,7 +271,8 @@ def main() -> None:
         for values in itertools.product([model], args.contexts, args.groups, [args.tasks], args.steps, args.minibatches):
             case = dict(zip(KEYS, values, strict=True))
             facts["matmul_flop_per_second"] = rate = matmul_rate(policy)  # beside each case: machines change their pace
-            row = compare(policy, case, sides, max_tokens, args.most or MOST.get(model, 10**6), args.repeats)
+            most = args.most or MOST.get(model, 10**6)
+            row = compare(policy, case, sides, max_tokens, most, args.every, args.repeats)
             needed = flop(policy, episodes(case["context"], case["steps"], case["group"], case["tasks"]))
             rate = (rate + matmul_rate(policy)) / 2
             done.append({**row, **needed, "matmul_flop_per_second": rate, "limit_seconds": needed["flop"] / rate})
