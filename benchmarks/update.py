@@ -72,15 +72,15 @@ def size(microbatch: Microbatch) -> int:
 
 
 def update(learner: Learner, buffer: StepBuffer, every: int) -> tuple[list[Microbatch], list[Microbatch]]:
-    """All updates of a pass over the records; gives their microbatches, and which of these were computed."""
+    """All updates of a pass over the records; gives the microbatches planned and those computed."""
     learner.policy.zero_grad(set_to_none=False)
-    all_of_them, computed = list[Microbatch](), list[Microbatch]()
+    planned, computed = list[Microbatch](), list[Microbatch]()
     for batch in buffer.updates(seed=0, iteration=0):
         chosen = sorted(batch, key=size)[min(every // 2, len(batch) - 1) :: every]
         learner.update(chosen, torch.Tensor.backward, dict)
-        all_of_them += batch
+        planned += batch
         computed += chosen
-    return all_of_them, computed
+    return planned, computed
 
 
 def gradient(policy: Policy) -> torch.Tensor:
@@ -102,7 +102,7 @@ def compare(
     calls: dict[str, Callable[[], Any]] = {}
     for weight in policy.trained_parameters():
         weight.grad = torch.zeros_like(weight)  # no part of the first peak
-    trees, expected = StepBuffer(SIDES["tree"][0], max_tokens), None
+    trees, of_all = StepBuffer(SIDES["tree"][0], max_tokens), None
     trees.hold(experience)
     for name in sides:
         packer, tokens, attention = SIDES[name]
@@ -118,19 +118,19 @@ def compare(
 
         passes, first = list[tuple[list[Microbatch], list[Microbatch]]](), list[tuple[float, float]]()
         peak = peak_memory(lambda: first.append(seconds(lambda: passes.append(call()), device)), device)  # noqa: B023
-        [(wall, process)], [(all_of_them, computed)] = first, passes
+        [(wall, process)], [(planned, computed)] = first, passes
         found = gradient(policy)
-        if len(computed) < len(all_of_them):
+        expected = of_all = found if of_all is None else of_all
+        if len(computed) < len(planned):
             steps = torch.cat([part.index_N for part in computed]).sort().values.numpy()
             policy.zero_grad(set_to_none=False)
             same = trees.microbatches(steps, computed[0].update_steps, computed[0].update_tokens)
             learner.update(same, torch.Tensor.backward, dict)
             expected = gradient(policy)
-        expected = found if expected is None else expected
         difference = float((found - expected).norm() / expected.norm())
         assert difference < closeness, (name, difference)
-        share = len(computed) / len(all_of_them)
-        row[name] = {"tokens": sum(map(size, all_of_them)), "share_computed": share, "difference": difference}
+        share = len(computed) / len(planned)
+        row[name] = {"tokens": sum(map(size, planned)), "share_computed": share, "difference": difference}
         row[name] |= {"repeats": 0 if wall > LONG_S else repeats, "peak_bytes": peak}
         row[name] |= {"seconds": wall / share, "process_seconds": process / share}
         if row[name]["repeats"]:
