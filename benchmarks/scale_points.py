@@ -128,6 +128,7 @@ def rollouts() -> Iterator[Point]:
                     seconds,
                     row["kept"]["seconds"],
                     f"{file}: ticks and matmul rate",
+                    "ticks are measured before it: others may use the cores more meanwhile",
                 )
 
 
